@@ -1,0 +1,39 @@
+"""Every error that ghn-init raises on purpose derives from `GHNInitError`."""
+
+from __future__ import annotations
+
+
+class GHNInitError(Exception):
+    """Base class. The message names the model, the place, what was expected and found, the remedy."""
+
+
+class TraceError(GHNInitError):
+    """The model could not be turned into a computational graph."""
+
+
+class GraphError(GHNInitError):
+    """A `Graph` that breaks its own rules: unknown node type, cycle, edge to nowhere."""
+
+
+class ConfigError(GHNInitError):
+    """A configuration with an unknown key or an impossible value."""
+
+
+class CheckpointError(GHNInitError):
+    """Weights that are missing, damaged, or not those of a GHN."""
+
+
+class PredictError(GHNInitError):
+    """Predicted weights that cannot be written: wrong shape, not finite, or nothing to write."""
+
+
+class ArchitectureError(GHNInitError):
+    """A DeepNets-1M architecture that breaks the rules of its space."""
+
+
+class TrainingError(GHNInitError):
+    """Training that cannot start, continue or resume."""
+
+
+class ModelSpecError(GHNInitError):
+    """A model named on the command line that cannot be found or built."""
