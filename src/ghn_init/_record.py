@@ -1,0 +1,341 @@
+"""Recording a model's forward pass without computing it.
+
+`Recorder` is a `TorchFunctionMode`: while it is active, every torch function that the model calls
+passes through it. Activations are meta tensors, so shapes are real and nothing is computed; the
+model's own parameters and buffers are replaced, argument by argument, by meta tensors of the same
+shape, so the model itself is neither read nor written. For every tensor the recorder keeps what it
+carries (`Flow`, `Derived` or `CONSTANT`), and the rules of `_ops` turn the functions that matter into
+graph nodes as they pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ghn_init._graph import Graph, Node, UnmatchedParameter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from ghn_init._ops import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A tensor that depends on the network's input.
+
+    Attributes:
+        sources: The graph nodes whose outputs it carries, ascending. Operations that have no node
+            pass their inputs' sources on: that is how they are removed and their neighbours linked.
+        role: "" or the part of an attention that it is: "scores" (query times key) or "attention"
+            (scores after the softmax).
+    """
+
+    sources: tuple[int, ...]
+    role: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A tensor computed from parameters and constants alone; `params` are the parameters' names."""
+
+    params: tuple[str, ...]
+
+
+CONSTANT: Final = Derived(())
+"""What a tensor carries that depends on neither the input nor a parameter."""
+
+Carried = Flow | Derived
+
+_PLAIN: Final = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
+    "is_complex", "is_nonzero", "get_device", "element_size", "storage_offset", "data_ptr", "requires_grad_",
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__len__", "__repr__",
+    "__format__", "numpy", "__contains__", "__hash__", "is_same_size", "register_hook",
+})  # fmt: skip
+"""Functions that read a tensor and make none: called as they are."""
+
+_DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
+
+_FROM_NOTHING: Final = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+})  # fmt: skip
+"""Functions that take a shape from their tensor argument, not its values."""
+
+_HOST_FACTORIES: Final = frozenset({"arange", "linspace", "tensor", "as_tensor", "eye", "scalar_tensor"})
+"""Small constants that code may go on to read: made on the CPU even where it asks for x.device."""
+
+
+class Recorder(TorchFunctionMode):
+    """Collects the nodes and edges of everything that runs under it.
+
+    Args:
+        params: Name and tensor of every parameter of the model, ties once.
+        rules: The function's name -> what it is in a graph; `ghn_init._ops.RULES`.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], rules: Mapping[str, Rule]) -> None:
+        super().__init__()
+        self.nodes: list[Node] = [Node("input")]
+        self.predecessors: list[tuple[int, ...]] = [()]
+        self.roles: dict[str, str] = {}
+        self.shapes = {name: tuple(param.shape) for name, param in params.items()}
+        self._names = {id(param): name for name, param in params.items()}
+        self._rules = rules
+        # Keyed by id; the tensor is kept beside the value so that no id is used twice.
+        self._carried: dict[int, tuple[Tensor, Carried]] = {}
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    # -- what tensors carry ---------------------------------------------------------------------
+
+    def carried(self, tensor: object) -> Carried:
+        """What `tensor` carries; anything that is not a recorded tensor is constant."""
+        entry = self._carried.get(id(tensor))
+        return entry[1] if entry is not None else CONSTANT
+
+    def carry(self, output: object, value: Carried) -> None:
+        """Note that every tensor in `output` carries `value`."""
+        for tensor in tensors_in(output):
+            self._carried[id(tensor)] = (tensor, value)
+
+    def add_input(self, value: object) -> None:
+        """Make every tensor in `value` an input of the network."""
+        self.carry(value, Flow((0,)))
+
+    def add_node(self, node: Node, sources: Iterable[int]) -> int:
+        """Append `node` with edges from `sources`; returns its index."""
+        self.nodes.append(node)
+        self.predecessors.append(tuple(sorted(set(sources))))
+        return len(self.nodes) - 1
+
+    def note_role(self, params: Iterable[str], role: str) -> None:
+        """Say what parameters without a node are; the first use decides."""
+        for param in params:
+            self.roles.setdefault(param, role)
+
+    # -- the mode -------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run `func` on meta tensors, or let its rule say what comes out, and note what it carries."""
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in _PLAIN:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            return self._attribute(func, args)
+        if name in _HOST_FACTORIES and _is_meta(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        inputs = list(tensors_in((args, kwargs)))
+        if inputs:
+            args, kwargs = self._on_meta(inputs, args, kwargs)
+        call = Call(func, name, args, kwargs, self)
+        if name in _FROM_NOTHING:
+            output = call.run()
+            self.carry(output, CONSTANT)
+            return output
+        if name in _DEVICE_MOVES:
+            return args[0]
+        if name == "to":
+            args, kwargs = _without_device(args, kwargs)
+            call = Call(func, name, args, kwargs, self)
+        rule = self._rules.get(name)
+        return rule(call) if rule is not None else call.passed_on()
+
+    def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        output = func(*args)
+        if isinstance(output, Tensor):  # x.T, x.mT, x.data, ...
+            (tensor,) = args
+            stand_in = self._resolve(tensor)
+            output = func(stand_in)
+            self.carry(output, self.carried(stand_in))
+        return output
+
+    def _on_meta(
+        self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with everything on meta, unless all are constants made while recording."""
+        resolved = {id(tensor): self._resolve(tensor) for tensor in inputs}
+        if any(tensor.is_meta for tensor in resolved.values()):
+            resolved = {key: self._stand_in(tensor) for key, tensor in resolved.items()}
+        return _replaced(args, resolved), _replaced(kwargs, resolved)
+
+    def _resolve(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself if it was made while recording, else its stand-in."""
+        if id(tensor) in self._carried:
+            return tensor
+        stand_in = self._stand_in(tensor)
+        if id(stand_in) not in self._carried:
+            name = self._names.get(id(tensor))
+            self.carry(stand_in, Derived((name,)) if name is not None else CONSTANT)
+        return stand_in
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        """A meta tensor of the same shape and dtype, one for each tensor."""
+        if tensor.is_meta and id(tensor) not in self._names:
+            return tensor
+        entry = self._stand_ins.get(id(tensor))
+        if entry is None:
+            meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            entry = self._stand_ins[id(tensor)] = (tensor, meta)
+            if id(tensor) in self._carried:
+                self.carry(meta, self._carried[id(tensor)][1])
+        return entry[1]
+
+    # -- the result -----------------------------------------------------------------------------
+
+    def graph(self, output: object, name: str) -> Graph:
+        """The nodes that reach `output`, renumbered, as a `Graph`."""
+        live = self._live(output)
+        number = {old: new for new, old in enumerate(sorted(live))}
+        nodes = tuple(self.nodes[old] for old in sorted(live))
+        edges = tuple(sorted((number[u], number[v]) for v in live for u in self.predecessors[v]))
+        covered = {p for node in nodes for p in (node.param, node.bias) if p is not None}
+        dead = {p for node in self.nodes for p in (node.param, node.bias) if p is not None}
+        unmatched = tuple(
+            UnmatchedParameter(param, shape, self._role(param, dead))
+            for param, shape in self.shapes.items()
+            if param not in covered
+        )
+        return Graph(nodes, edges, unmatched, name)
+
+    def _live(self, output: object) -> set[int]:
+        """Indices of the nodes from which `output` can be reached; the input is always one."""
+        live = {0}
+        flows = (self.carried(tensor) for tensor in tensors_in(output))
+        stack = [source for flow in flows if isinstance(flow, Flow) for source in flow.sources]
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack.extend(self.predecessors[node])
+        return live
+
+    def _role(self, param: str, dead: set[str]) -> str:
+        if param in dead:
+            return "does not reach the output"
+        return self.roles.get(param, "unused")
+
+
+class Call:
+    """One call of a torch function, its tensors on meta."""
+
+    __slots__ = ("args", "func", "kwargs", "name", "recorder")
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recorder: Recorder,
+    ) -> None:
+        self.func = func
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.recorder = recorder
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """The argument at position `index` or of this keyword."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def carried(self, tensor: object) -> Carried:
+        """What `tensor` carries."""
+        return self.recorder.carried(tensor)
+
+    def run(self) -> Any:
+        """The function's own result on meta tensors."""
+        return self.func(*self.args, **self.kwargs)
+
+    def gives(self, output: Any, value: Carried) -> Any:
+        """`output`, noted to carry `value`."""
+        self.recorder.carry(output, value)
+        return output
+
+    def inputs(self) -> list[Carried]:
+        """What each of the tensor arguments carries."""
+        return [self.recorder.carried(tensor) for tensor in tensors_in((self.args, self.kwargs))]
+
+    def passed_on(self) -> Any:
+        """The rule of every function that has no node: its output carries what its inputs do."""
+        inputs = self.inputs()
+        value = merged(inputs)
+        if isinstance(value, Flow):
+            for other in inputs:
+                if isinstance(other, Derived):
+                    self.recorder.note_role(other.params, f"used by {self.name.strip('_')}")
+        output = self.run()
+        if self.name == "__setitem__":
+            self.recorder.carry(self.args[0], value)
+        self.recorder.carry(output, value)
+        return output
+
+
+def merged(values: Iterable[Carried]) -> Carried:
+    """What the result of an operation on such tensors carries."""
+    sources: set[int] = set()
+    params: dict[str, None] = {}
+    role, flows = "", 0
+    for value in values:
+        if isinstance(value, Flow):
+            sources.update(value.sources)
+            role = max(role, value.role)  # "" < "attention" < "scores"
+            flows += 1
+        else:
+            params.update(dict.fromkeys(value.params))
+    if flows:
+        return Flow(tuple(sorted(sources)), role)
+    return Derived(tuple(params)) if params else CONSTANT
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+def _replaced(value: Any, resolved: dict[int, Tensor]) -> Any:
+    """`value` with the tensors in its tuples, lists and dicts replaced by id."""
+    if isinstance(value, Tensor):
+        return resolved[id(value)]
+    if type(value) in (tuple, list):
+        return type(value)([_replaced(item, resolved) for item in value])
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*[_replaced(item, resolved) for item in value])
+    if isinstance(value, dict):
+        return {key: _replaced(item, resolved) for key, item in value.items()}
+    return value
+
+
+def _is_meta(device: object) -> bool:
+    return device is not None and torch.device(device).type == "meta"  # type: ignore[arg-type]
+
+
+def _without_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `Tensor.to` without the device: recorded tensors never leave meta."""
+    dtype = kwargs.get("dtype")
+    for arg in (*args[1:], kwargs.get("other")):
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, Tensor):
+            dtype = arg.dtype
+    return (args[0], dtype if dtype is not None else args[0].dtype), {}

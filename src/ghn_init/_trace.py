@@ -1,0 +1,162 @@
+"""`trace`: any `nn.Module` -> `Graph`, with real shapes, no data and no computation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from ghn_init._errors import GHNInitError, TraceError
+from ghn_init._graph import Graph
+from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
+from ghn_init._ops import RULES
+from ghn_init._record import Recorder
+
+
+def trace(model: nn.Module, example_input: object = None) -> Graph:
+    """The computational graph of `model` (arXiv 2110.13100, section 3).
+
+    The forward pass is followed once on meta tensors: real shapes and control flow, no data, no
+    computation. Parameters, buffers, train/eval mode, attributes and random state are left as they
+    are. The model may be on any device, meta included.
+
+    Args:
+        model: The network.
+        example_input: What `model` is called with: a tensor (only its shape and dtype count), a shape, a
+            tuple of positional arguments or a dict of keyword arguments. By default it is found from
+            the model's own attributes (timm's `default_cfg`, `image_size`, ...) or from its first
+            layer's input channels and usual image sizes.
+
+    Returns:
+        The graph; parameters that no node stands for are in `Graph.unmatched`.
+
+    Raises:
+        TraceError: `model` is not a module, has lazy parameters, or fails on every input tried; the
+            message names the module in which it failed.
+    """
+    _check(model)
+    if example_input is not None:
+        return _recorded(model, given_input(example_input))
+    failures: list[tuple[ExampleInput, TraceError]] = []
+    for candidate in candidate_inputs(model):
+        try:
+            return _recorded(model, candidate)
+        except TraceError as error:
+            failures.append((candidate, error))
+    raise _no_input_fits(model, failures)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TraceError(f"expected an nn.Module instance, found {kind}; pass a constructed model")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise TraceError(
+            f"{type(model).__name__}: {len(lazy)} lazy parameters have no shape yet ({', '.join(lazy[:3])}); "
+            "run the model once on a batch (a dry run initialises them), then predict"
+        )
+
+
+def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceError]]) -> TraceError:
+    tried = ", ".join(candidate.described for candidate, _ in failures)
+    first = f" With {failures[0][0].described}: {failures[0][1]}" if failures else ""
+    return TraceError(
+        f"{type(model).__name__}: found no example input that it takes (tried {tried or 'none'}). "
+        f"Pass example_input=, a shape such as (1, 3, 224, 224) or the arguments of its call.{first}"
+    )
+
+
+def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
+    """Run the model's forward under a `Recorder`.
+
+    Raises:
+        TraceError: The forward pass failed; from the original error.
+    """
+    recorder = Recorder(dict(model.named_parameters()), RULES)
+    recorder.add_input((example.args, dict(example.kwargs)))
+    with _untouched(model), torch.no_grad():
+        try:
+            with recorder:
+                output = model(*example.args, **example.kwargs)
+        except GHNInitError:
+            raise
+        # The user's forward may raise anything; it is raised again with the place and the remedy.
+        except Exception as error:
+            place = _failing_module(model, error.__traceback__)
+            raise TraceError(
+                f"{type(model).__name__}: the forward pass failed{place} on an input of shape "
+                f"{example.described}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+    return recorder.graph(output, type(model).__name__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _failing_module(model: nn.Module, traceback: TracebackType | None) -> str:
+    """'' or ' in path (Class)': the innermost module of the model on the traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        name = names.get(id(module))
+        if name:
+            place = f" in {name} ({type(module).__name__})"
+        traceback = traceback.tb_next
+    return place
+
+
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back whatever the forward pass changes on the model's modules and in the random states.
+
+    In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins;
+    what can be changed is attributes (caches, counters), buffers that are assigned, random states.
+    """
+    modules = list(model.modules())
+    before = [(m, dict(vars(m)), [dict(vars(m)[c]) for c in _CONTAINERS]) for m in modules]
+    with _random_states():
+        try:
+            yield
+        finally:
+            for module, attributes, containers in before:
+                state = vars(module)
+                if _differs(state, attributes):
+                    state.clear()
+                    state.update(attributes)
+                for container, content in zip(_CONTAINERS, containers, strict=True):
+                    if _differs(state[container], content):
+                        state[container].clear()
+                        state[container].update(content)
+
+
+def _differs(now: dict[str, object], before: dict[str, object]) -> bool:
+    """Whether a key is new, gone or holds another object."""
+    return len(now) != len(before) or any(now.get(key) is not value for key, value in before.items())
+
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's random states: layer drop and the like draw from them."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
