@@ -353,6 +353,23 @@ def _glob_avg(call: Call, output: Any) -> Any:
     return call.gives(output, Flow((call.recorder.add_node(Node("glob_avg"), flow.sources),)))
 
 
+# -- functions of each element ------------------------------------------------------------------
+
+
+@rule("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
+      "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
+      "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
+      "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_")  # fmt: skip
+def elementwise(call: Call) -> Any:
+    """No node; the output's shape is the input's, known without asking the (often slow) meta kernel."""
+    x = call.arg(0, "input")
+    value = merged(call.inputs())
+    if not isinstance(value, Flow):
+        return call.passed_on()
+    in_place = call.name.endswith("_") or call.kwargs.get("inplace", False)
+    return call.gives(x if in_place else torch.empty_like(x), value)
+
+
 # -- joining ------------------------------------------------------------------------------------
 
 
