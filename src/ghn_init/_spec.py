@@ -1,0 +1,332 @@
+"""Finding the model that a command line names.
+
+A spec is `model.py`, `model.py:build_model` or `torchvision.models:resnet50`: a file or an importable
+module, and optionally what in it makes the model: an `nn.Module` instance, an `nn.Module` class, or a
+function that returns one.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from torch import nn
+
+from ghn_init._errors import ModelSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import ModuleType
+
+FACTORY_NAME = re.compile(
+    r"(build|make|create|get)(_?\w*(model|net|network|backbone))?|model|net|network", re.IGNORECASE
+)
+"""A function without return annotation counts as a model factory if it is called like one."""
+
+FAILURES = (Exception, SystemExit)
+"""What the user's code may raise while it is loaded: scripts without a main guard like to exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A parsed spec: `source` is a file's path or a module's dotted name."""
+
+    source: str
+    attribute: str | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.attribute is None else f"{self.source}:{self.attribute}"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `source` is a path rather than a module's name."""
+        return self.source.endswith(".py") or "/" in self.source or "\\" in self.source
+
+    @property
+    def name(self) -> str:
+        """What to call the model's files: the attribute, else the file or module itself."""
+        if self.attribute is not None:
+            return self.attribute.rpartition(".")[2]
+        return Path(self.source).stem if self.is_file else self.source.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model and the place it came from, e.g. `model.py:build_model`."""
+
+    model: nn.Module
+    origin: ModelSpec
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+
+def parse_spec(text: str) -> ModelSpec:
+    """Split `SOURCE[:ATTRIBUTE]`.
+
+    Raises:
+        ModelSpecError: Neither a path nor a dotted name, or the attribute is no (dotted) identifier.
+    """
+    source, colon, attribute = text.rpartition(":")
+    if not colon or "/" in attribute or "\\" in attribute:  # no colon, or only a drive letter's
+        source, attribute = text, ""
+    elif not _is_dotted(attribute):
+        raise ModelSpecError(f"{text!r}: {attribute!r} after the colon is not a name; write FILE.py:NAME")
+    spec = ModelSpec(source, attribute or None)
+    if not spec.is_file and not _is_dotted(source):
+        raise ModelSpecError(
+            f"{text!r} names no model; write FILE.py, FILE.py:NAME or MODULE:NAME, "
+            "e.g. torchvision.models:resnet50"
+        )
+    return spec
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` strings into keyword arguments; values are Python literals, else strings.
+
+    Raises:
+        ModelSpecError: A pair without `=`, a key that is no identifier, or a key given twice.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelSpecError(f"--set {pair!r} is not KEY=VALUE, e.g. --set num_classes=10")
+        if key in settings:
+            raise ModelSpecError(f"--set {key}=... is given twice")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    return settings
+
+
+def load_model(spec: ModelSpec, settings: Mapping[str, Any] | None = None) -> FoundModel:
+    """Import what `spec` names and make the model.
+
+    The file is imported, not run: code under `if __name__ == "__main__"` stays untouched. Its folder
+    and the current one are importable meanwhile. What it prints goes to stderr.
+
+    Args:
+        spec: From `parse_spec`.
+        settings: Keyword arguments for the class or factory.
+
+    Raises:
+        ModelSpecError: Not found, ambiguous, not a model, or its own code fails; then the message
+            carries file and line.
+    """
+    settings = dict(settings or {})
+    with _importable(spec), contextlib.redirect_stdout(sys.stderr):
+        module = _import(spec)
+        if spec.attribute is None:
+            spec = ModelSpec(spec.source, _only_candidate(module, spec, settings))
+        target = _resolve(module, spec)
+        return FoundModel(_build(target, spec, settings), spec)
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+# Importing
+
+
+@contextlib.contextmanager
+def _importable(spec: ModelSpec) -> Iterator[None]:
+    """Put the file's folder (its package's parent, in a package) and the current one on `sys.path`."""
+    before = list(sys.path)
+    folders = [str(Path.cwd())]
+    if spec.is_file:
+        folders.insert(0, str(_package_path(Path(spec.source))[0]))
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _package_path(file: Path) -> tuple[Path, list[str]]:
+    """The folder to import `file` from and its dotted name there, so that relative imports work."""
+    file = file.resolve()
+    folder, names = file.parent, [file.stem]
+    while (folder / "__init__.py").is_file():
+        folder, names = folder.parent, [folder.name, *names]
+    return folder, names
+
+
+def _import(spec: ModelSpec) -> ModuleType:
+    """Import the spec's source; failures of its code become one-line errors with file and line."""
+    if spec.is_file and not Path(spec.source).is_file():
+        raise ModelSpecError(f"{spec.source}: no such file (looked in {Path.cwd()})")
+    try:
+        return _import_file(Path(spec.source)) if spec.is_file else importlib.import_module(spec.source)
+    except ModuleNotFoundError as error:
+        if not spec.is_file and error.name and f"{spec.source}.".startswith(f"{error.name}."):
+            raise ModelSpecError(
+                f"no module named {error.name!r}; write MODULE:NAME, e.g. torchvision.models:resnet50, "
+                "or a file: path/to/model.py"
+            ) from error
+        raise _user_error(spec, "importing", error) from error
+    except FAILURES as error:
+        raise _user_error(spec, "importing", error) from error
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Import a file as part of its package if it is in one, else under a name that shadows nothing."""
+    _, names = _package_path(file)
+    if len(names) > 1:
+        return importlib.import_module(".".join(names))
+    name = f"_ghn_init_spec_{file.stem}"
+    loader_spec = importlib.util.spec_from_file_location(name, file.resolve())
+    if loader_spec is None or loader_spec.loader is None:
+        raise ModelSpecError(f"{file}: not a Python file; write FILE.py")
+    module = importlib.util.module_from_spec(loader_spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    try:
+        loader_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _user_error(spec: ModelSpec, doing: str, error: BaseException) -> ModelSpecError:
+    """One line for an exception of the user's code: where, what kind, what it says.
+
+    The place is the innermost line in the spec's own file, or the innermost line of all.
+    """
+    if isinstance(error, SyntaxError):
+        return ModelSpecError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}")
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return ModelSpecError(f"{_place(spec, error)}{what} (while {doing} {spec})")
+
+
+def _place(spec: ModelSpec, error: BaseException) -> str:
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<frozen")
+    ]
+    if not frames:
+        return ""
+    source = str(Path(spec.source).resolve()) if spec.is_file else None
+    frame = next((frame for frame in reversed(frames) if frame.filename == source), frames[-1])
+    return f"{spec.source if frame.filename == source else frame.filename}:{frame.lineno}: "
+
+
+# Choosing
+
+
+def _only_candidate(module: ModuleType, spec: ModelSpec, settings: Mapping[str, Any]) -> str:
+    """The name of the one thing in `module` that makes a model.
+
+    What is closer to a model comes first: an instance, else a factory, else a class. Within one kind
+    there must be no choice.
+    """
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    kinds: tuple[Callable[[Any, ModuleType], bool], ...] = (_is_instance, _is_factory, _is_class)
+    needy: list[str] = []
+    for is_kind in kinds:
+        found = [name for name, value in own.items() if is_kind(value, module)]
+        ready = [name for name in found if _refusal(own[name], settings) is None]
+        if len(ready) == 1:
+            return ready[0]
+        if ready:
+            listed = ", ".join(f"{spec.source}:{name}" for name in ready)
+            raise ModelSpecError(f"{spec.source} has {len(ready)} candidates, name one of them: {listed}")
+        needy += [f"{name} ({_refusal(own[name], settings)})" for name in found]
+    if needy:
+        raise ModelSpecError(
+            f"{spec.source} has nothing that can be called with {_call_text('', settings)}: "
+            f"{'; '.join(needy)}; give arguments with --set KEY=VALUE"
+        )
+    raise ModelSpecError(
+        f"{spec.source} has no nn.Module instance or class and no function that builds one (annotated "
+        f"to return one, or called build_model, make_net, create_model, ...); write {spec.source}:NAME"
+    )
+
+
+def _is_instance(value: object, _module: ModuleType) -> bool:
+    """A module with parameters: a loss or an activation that stands about is not the model."""
+    return isinstance(value, nn.Module) and any(True for _ in value.parameters())
+
+
+def _is_class(value: object, module: ModuleType) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+
+
+def _is_factory(value: object, module: ModuleType) -> bool:
+    """A function of this file that says, by its annotation or its name, that it returns a model."""
+    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+        return False
+    try:
+        returns = get_type_hints(value).get("return")
+    except (NameError, AttributeError):  # a name that is imported for type checking only
+        returns = None
+    if returns is None:
+        return FACTORY_NAME.fullmatch(value.__name__) is not None
+    return inspect.isclass(returns) and issubclass(returns, nn.Module)
+
+
+def _refusal(target: object, settings: Mapping[str, Any]) -> str | None:
+    """Why `target(**settings)` cannot be called, or None if it can."""
+    if isinstance(target, nn.Module):
+        return "is an instance and takes no --set" if settings else None
+    try:
+        inspect.signature(target).bind(**settings)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # no signature to look at, as for functions written in C: the call will tell
+        return None
+    return None
+
+
+# Building
+
+
+def _resolve(module: ModuleType, spec: ModelSpec) -> Any:
+    value: Any = module
+    for part in (spec.attribute or "").split("."):
+        if not hasattr(value, part):
+            names = [name for name in dir(value) if not name.startswith("_")]
+            near = get_close_matches(part, names)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ModelSpecError(f"{spec.source} has no {part!r}{hint}")
+        value = getattr(value, part)
+    return value
+
+
+def _build(target: Any, spec: ModelSpec, settings: Mapping[str, Any]) -> nn.Module:
+    """Call a class or factory; take an instance as it is."""
+    if not isinstance(target, nn.Module) and not callable(target):
+        raise ModelSpecError(
+            f"{spec} is a {type(target).__name__}; expected an nn.Module or something that makes one"
+        )
+    refusal = _refusal(target, settings)
+    if refusal is not None:
+        raise ModelSpecError(f"{spec}: {refusal}; give arguments with --set KEY=VALUE")
+    if isinstance(target, nn.Module):
+        return target
+    try:
+        model = target(**settings)
+    except FAILURES as error:
+        raise _user_error(spec, f"calling {_call_text(spec.attribute or '', settings)} of", error) from error
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(f"{spec} returned a {type(model).__name__}; expected an nn.Module")
+    return model
+
+
+def _call_text(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
