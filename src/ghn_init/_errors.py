@@ -37,3 +37,7 @@ class TrainingError(GHNInitError):
 
 class ModelSpecError(GHNInitError):
     """A model named on the command line that cannot be found or built."""
+
+
+class DrawError(GHNInitError):
+    """A graph that cannot be drawn: unknown format, no graphviz, nowhere to write."""

@@ -1,0 +1,146 @@
+"""`ghn-init predict` and `ghn-init inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ghn_init.cli import _options as opt
+from ghn_init.cli._output import Steps, save, say, summary
+
+if TYPE_CHECKING:
+    from ghn_init._graph import Graph
+    from ghn_init._plan import Plan
+    from ghn_init._spec import FoundModel
+
+DEFAULT_WEIGHTS = "ghn2-cifar10"
+
+
+def predict(
+    spec: opt.Spec,
+    *,
+    settings: opt.Settings = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            dir_okay=False,
+            writable=True,
+            help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists.",
+        ),
+    ] = None,  # fmt: skip
+    weights: opt.Weights = DEFAULT_WEIGHTS,
+    head: opt.Head = "auto",
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    diversify: opt.Diversify = None,
+    seed: opt.Seed = 0,
+    strict: opt.Strict = False,
+    input_shape: opt.InputShape = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Predict a model's weights and write them to NAME.safetensors (the default command)."""
+    request = opt.make_request(
+        spec, settings, input_shape, weights=weights, head=head, include=include, exclude=exclude,
+        diversify=diversify, seed=seed, strict=strict,
+    )  # fmt: skip
+    target = output or Path(f"{request.spec.name}.safetensors")
+    if not target.parent.is_dir():
+        raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
+    with Steps(total=5) as steps:
+        found, plan = _compile(request, steps)
+        with steps("writing the weights"):
+            plan.apply()
+        with steps(f"saving {target}"):
+            size = save(found.model, target, weights)
+    if as_json:
+        report = _report(found, plan, weights, steps)
+        typer.echo(json.dumps({**report, "file": str(target), "bytes": size}))
+    say(summary(found, plan, weights, steps.milliseconds, target, size))
+
+
+def inspect(
+    spec: opt.Spec,
+    *,
+    settings: opt.Settings = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Draw the graph: .svg, .pdf, .png or .dot."),
+    ] = None,
+    weights: opt.Weights = DEFAULT_WEIGHTS,
+    head: opt.Head = "auto",
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    diversify: opt.Diversify = None,
+    seed: opt.Seed = 0,
+    strict: opt.Strict = False,
+    input_shape: opt.InputShape = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show a model's graph and what would be predicted; write nothing but the drawing asked for."""
+    request = opt.make_request(
+        spec, settings, input_shape, weights=weights, head=head, include=include, exclude=exclude,
+        diversify=diversify, seed=seed, strict=strict,
+    )  # fmt: skip
+    with Steps(total=3 + (draw is not None)) as steps:
+        found, plan = _compile(request, steps)
+        if draw is not None:
+            with steps(f"drawing {draw}"):
+                plan.graph.draw(draw)
+    if as_json:
+        typer.echo(json.dumps({**_report(found, plan, weights, steps), "graph": _graph_dict(plan.graph)}))
+        return
+    typer.echo(_graph_text(plan.graph))
+    typer.echo(str(plan))
+    if draw is not None:
+        say(f"drew {draw}")
+
+
+def _compile(request: opt.Request, steps: Steps) -> tuple[FoundModel, Plan]:
+    """Load the GHN, make the model, and compute everything that would be written."""
+    with steps("loading"):
+        import torch
+
+        import ghn_init
+        from ghn_init._spec import load_model
+
+        arguments = {**request.arguments, "weights": ghn_init.load(request.arguments["weights"])}
+    with steps(f"building {request.spec}"):
+        torch.manual_seed(request.seed)  # what is kept starts the same every time, too
+        found = load_model(request.spec, request.settings)
+    with steps("predicting"):
+        return found, ghn_init.plan(found.model, **arguments)
+
+
+def _report(found: FoundModel, plan: Plan, weights: str, steps: Steps) -> dict[str, Any]:
+    """What `--json` prints for both commands."""
+    return {
+        "model": found.name,
+        "spec": str(found.origin),
+        "weights": weights,
+        "milliseconds": steps.milliseconds,
+        **plan.to_dict(),
+    }
+
+
+def _graph_dict(graph: Graph) -> dict[str, Any]:
+    return {
+        "nodes": [{"type": node.type, "param": node.param, "shape": node.shape} for node in graph.nodes],
+        "edges": graph.edges,
+    }
+
+
+def _graph_text(graph: Graph) -> str:
+    counts = Counter(node.type for node in graph.nodes)
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    virtual = int((graph.distances > 1).sum())
+    return (
+        f"{graph.name}: {len(graph)} nodes ({types}), {len(graph.edges)} edges, {virtual} virtual edges, "
+        f"depth {int(graph.depths.max())}"
+    )

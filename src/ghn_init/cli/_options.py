@@ -1,0 +1,103 @@
+"""Arguments and options that the commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ghn_init._errors import ModelSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ghn_init._spec import ModelSpec
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="The model: FILE.py, FILE.py:NAME or MODULE:NAME, NAME being an nn.Module instance, a class "
+        "or a function that builds one.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Keyword argument of the class or function; a Python literal, else a string. Repeatable.",
+    ),
+]
+Weights = Annotated[
+    str, typer.Option(help="Bundled name, file, folder or hf://ORG/REPO[@REVISION] of the hypernetwork.")
+]
+Head = Annotated[
+    Literal["auto", "predict", "keep"],
+    typer.Option(help="The classifier: predict it, keep it, or predict it if its width is known (auto)."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Predict only parameters whose names match. Repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Keep parameters whose names match. Repeatable."),
+]
+Diversify = Annotated[
+    Literal["noise", "orthogonal"] | None,
+    typer.Option(help="Make the copies that tiling leaves differ (arXiv 2207.10049)."),
+]
+Seed = Annotated[int, typer.Option(help="Of --diversify, and of the initialisation of what is kept.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if a parameter cannot be predicted.")]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="N,C,H,W", help="Shape of the example input, e.g. 1,3,224,224; found if left out."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What both commands hand on: where the model is, how to build it, the arguments of `plan`."""
+
+    spec: ModelSpec
+    settings: dict[str, Any]
+    arguments: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The seed, which also holds for the initialisation of what is kept."""
+        return self.arguments["seed"]
+
+
+def make_request(
+    spec: str, settings: Sequence[str] | None, input_shape: str | None, **arguments: Any
+) -> Request:
+    """Parse the texts among the options.
+
+    Raises:
+        typer.BadParameter: Wrong usage (exit status 2).
+    """
+    from ghn_init._spec import parse_settings, parse_spec
+
+    try:
+        parsed, keywords = parse_spec(spec), parse_settings(settings or ())
+    except ModelSpecError as error:
+        raise typer.BadParameter(str(error)) from error
+    return Request(parsed, keywords, {"example_input": parse_shape(input_shape), **arguments})
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`1,3,224,224` as a tuple of positive integers.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a shape; write --input-shape 1,3,224,224")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,98 @@
+"""What the commands print and write: progress, the summary, the state dict."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ghn_init._errors import PredictError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+
+PATIENCE = 1.0
+"""Seconds before a progress bar appears."""
+
+
+def say(text: str) -> None:
+    """Print to stderr: stdout is for results that a program may read."""
+    typer.echo(text, err=True)
+
+
+class Steps:
+    """Times the steps of a command, and shows a bar on a terminal once they take more than a second."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(file=sys.stderr)
+        self.milliseconds: dict[str, float] = {}
+        self._bar = Progress(
+            BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+            console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total)
+        self._timer = threading.Timer(PATIENCE, self._bar.start)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Steps:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        self._bar.stop()
+
+    @contextmanager
+    def __call__(self, label: str) -> Iterator[None]:
+        """Time one step; the first word of `label` names it in `milliseconds`."""
+        self._bar.update(self._task, description=label)
+        started = time.perf_counter()
+        yield
+        self.milliseconds[label.split()[0]] = round(1000 * (time.perf_counter() - started), 1)
+        self._bar.advance(self._task)
+
+
+def save(model: nn.Module, path: Path, weights: str) -> int:
+    """Write the state dict to `path` in one piece and return its size in bytes.
+
+    Tied parameters are written once, as `safetensors.torch.load_model` expects. A file of that name is
+    replaced, and only by a complete one.
+
+    Raises:
+        PredictError: The file cannot be written, or the state dict holds more than tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
+
+    from ghn_init import __version__
+
+    alien = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if alien:
+        raise PredictError(
+            f"{type(model).__name__}: the state dict holds {', '.join(alien)}, which are no tensors and do "
+            "not fit into safetensors; use ghn_init.predict in Python and torch.save"
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_model(model, str(partial), {"format": "pt", "ghn_init": __version__, "weights": weights})
+        size = partial.stat().st_size
+        partial.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PredictError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
