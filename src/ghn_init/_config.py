@@ -1,0 +1,148 @@
+"""The frozen configuration of a graph hypernetwork.
+
+The first eight fields are those of a published checkpoint; the others are extensions whose defaults
+mean "as published", so that a published configuration describes the published model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from ghn_init._errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CIFAR10_SHAPE: Final = (64, 64, 11, 11)
+"""Largest decoded tensor (O, I, K, K) of the models for CIFAR-10 (arXiv 2110.13100, appendix B)."""
+
+IMAGENET_SHAPE: Final = (64, 64, 16, 16)
+"""Largest decoded tensor (O, I, K, K) of the models for ImageNet."""
+
+_INTEGERS: Final = {"num_classes": 1, "hid": 4, "depth_buckets": 0, "rounds": 1}
+_BOOLEANS: Final = ("weight_norm", "ve", "layernorm")
+_CHOICES: Final = {"hypernet": ("gatedgnn", "mlp"), "decoder": ("conv",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GHNConfig:
+    """What a GHN is made of.
+
+    Attributes:
+        max_shape: Largest tensor that the convolutional decoder makes, (O, I, K, K).
+        num_classes: Width of the classifier that the decoder makes.
+        hypernet: "gatedgnn", or "mlp" for the baseline that sees no edges.
+        decoder: "conv", the only published one.
+        weight_norm: Normalise predicted parameters by their fan-in (GHN-2).
+        ve: Virtual edges (GHN-2).
+        layernorm: LayerNorm after the gated network (GHN-2).
+        hid: Width d of the node features, a multiple of 4.
+        depth_buckets: Rows of each of the two embeddings of a node's depth below the input and height
+            above the output; 0: none. Even, because half of them are exact.
+        rounds: Number T of times the gated network goes forth and back over the graph.
+
+    Raises:
+        ConfigError: A value that no GHN can be built from.
+    """
+
+    max_shape: tuple[int, int, int, int] = CIFAR10_SHAPE
+    num_classes: int = 10
+    hypernet: Literal["gatedgnn", "mlp"] = "gatedgnn"
+    decoder: Literal["conv"] = "conv"
+    weight_norm: bool = True
+    ve: bool = True
+    layernorm: bool = True
+    hid: int = 32
+    depth_buckets: int = 0
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ConfigError(f"GHN configuration: {name}={value!r}; expected an integer >= {least}")
+        for name in _BOOLEANS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
+        if self.hid % 4:
+            raise ConfigError(f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)")
+        if self.depth_buckets % 2:
+            raise ConfigError(f"GHN configuration: depth_buckets={self.depth_buckets}; expected an even number")
+
+    @classmethod
+    def ghn2(cls, num_classes: int = 10, **overrides: Any) -> GHNConfig:
+        """GHN-2 of Knyazev et al. 2021 for CIFAR-10 (1,620,764 parameters)."""
+        return cls.from_dict({"num_classes": num_classes, **overrides})
+
+    @classmethod
+    def ghn1(cls, num_classes: int = 10, **overrides: Any) -> GHNConfig:
+        """GHN-1 of Zhang et al. 2019 as Knyazev et al. 2021 trained it: the bare gated network."""
+        plain = {"weight_norm": False, "ve": False, "layernorm": False}
+        return cls.from_dict({"num_classes": num_classes, **plain, **overrides})
+
+    @classmethod
+    def mlp(cls, num_classes: int = 10, **overrides: Any) -> GHNConfig:
+        """The baseline of Knyazev et al. 2021 that maps each node on its own and sees no edges."""
+        return cls.from_dict({"num_classes": num_classes, "hypernet": "mlp", **overrides})
+
+    @classmethod
+    def cifar10(cls, **overrides: Any) -> GHNConfig:
+        """GHN-2 with ten classes and kernels up to 11 x 11."""
+        return cls.ghn2(10, **overrides)
+
+    @classmethod
+    def imagenet(cls, **overrides: Any) -> GHNConfig:
+        """GHN-2 with a thousand classes and kernels up to 16 x 16 (2,319,720 parameters)."""
+        return cls.from_dict({"num_classes": 1000, "max_shape": IMAGENET_SHAPE, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GHNConfig:
+        """The configuration with these fields and the defaults for the others.
+
+        Raises:
+            ConfigError: Names the keys that are no fields.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(map(str, set(values) - known)):
+            raise ConfigError(
+                f"GHN configuration: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
+                f"expected {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_published(cls, values: Mapping[str, Any]) -> GHNConfig:
+        """The configuration in a published `.pt` file: all eight published fields and no other.
+
+        Raises:
+            ConfigError: Names the keys that are missing or unknown.
+        """
+        if missing := [name for name in PUBLISHED_FIELDS if name not in values]:
+            raise ConfigError(f"GHN configuration: published file lacks {', '.join(missing)}")
+        if unknown := sorted(map(str, set(values) - set(PUBLISHED_FIELDS))):
+            raise ConfigError(f"GHN configuration: published file has unknown {', '.join(unknown)}")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return asdict(self) | {"max_shape": list(self.max_shape)}
+
+
+PUBLISHED_FIELDS: Final = tuple(field.name for field in fields(GHNConfig))[:8]
+"""The fields of a published configuration, in its order."""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_shape(shape: object) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
+    if len(sizes) != 4 or not all(_is_int(size) and size > 0 for size in sizes) or sizes[2] != sizes[3]:
+        raise ConfigError(f"GHN configuration: max_shape={shape!r}; expected four sizes (O, I, K, K) > 0")
+    return sizes

@@ -1,0 +1,143 @@
+"""The graph hypernetwork: graphs in, parameter tensors out. It never sees a Module that it predicts for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._batch import GraphBatch, channel_sizes, spatial_sizes
+from ghn_init._config import GHNConfig
+from ghn_init._decoder import ConvDecoder, Decoders
+from ghn_init._errors import ConfigError
+from ghn_init._gated import MLP, GatedGNN
+from ghn_init._graph import NODE_TYPES, Graph
+from ghn_init._tile import Tile, stored_form, tile_to
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class ShapeEncoder(nn.Module):
+    """Embeds the shape of a node's parameter: two channel and two spatial sizes, d/4 features each."""
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        part = config.hid // 4
+        self.embed_channel = nn.Embedding(len(channel_sizes(config.num_classes)) + 1, part)
+        self.embed_spatial = nn.Embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(N, 4) rows of the tables to (N, d)."""
+        channels, spatial = self.embed_channel(index[:, :2]), self.embed_spatial(index[:, 2:])
+        return torch.cat([channels, spatial], dim=1).flatten(1)
+
+
+class PlaceEncoder(nn.Module):
+    """Embeds where a node stands: its bucketed depth below the input and height above the output."""
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        self.embed_depth = nn.Embedding(config.depth_buckets, config.hid)
+        self.embed_height = nn.Embedding(config.depth_buckets, config.hid)
+        for table in (self.embed_depth, self.embed_height):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(N, 2) buckets to (N, d)."""
+        return self.embed_depth(index[:, 0]) + self.embed_height(index[:, 1])
+
+
+class GHN(Decoders):
+    """A graph hypernetwork: GHN-2, GHN-1 or the MLP baseline, as its configuration says.
+
+    Names of parameters are those of the published checkpoints.
+    """
+
+    def __init__(self, config: GHNConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or GHNConfig()
+        d, longest = config.hid, max(config.max_shape[:2])
+        self.embed = nn.Embedding(len(NODE_TYPES), d)
+        self.shape_enc = ShapeEncoder(config)
+        if config.hypernet == "gatedgnn":
+            self.gnn = GatedGNN(d, virtual_edges=config.ve, rounds=config.rounds)
+        else:
+            self.gnn = MLP(d, d, d)
+        if config.layernorm:
+            self.ln = nn.LayerNorm(d)
+        if config.depth_buckets:
+            self.place_enc = PlaceEncoder(config)
+        self.decoder = ConvDecoder(config)
+        self.decoder_1d = MLP(d, 2 * d, 2 * longest, last_relu=False)
+        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(longest, config.num_classes))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def batch(
+        self, graphs: Graph | Sequence[Graph] | GraphBatch, *, names: Iterable[str] | None = None
+    ) -> GraphBatch:
+        """The graphs as a batch on this GHN's device; see `GraphBatch.from_graphs` for `names`.
+
+        Raises:
+            ConfigError: A batch that was made for another configuration.
+        """
+        if isinstance(graphs, Graph):
+            graphs = [graphs]
+        if not isinstance(graphs, GraphBatch):
+            graphs = GraphBatch.from_graphs(graphs, self.config, names=names)
+        elif graphs.config != self.config:
+            raise ConfigError(f"GraphBatch was made for {graphs.config}; expected that of the GHN, {self.config}")
+        return graphs.to(self.device)
+
+    def node_features(self, batch: GraphBatch) -> Tensor:
+        """Features of all nodes before any message, (N, d) in visiting order."""
+        h = self.embed(batch.types) + self.shape_enc(batch.shapes)
+        return h + self.place_enc(batch.places) if self.config.depth_buckets else h
+
+    def encode(self, batch: GraphBatch) -> Tensor:
+        """Final features of all nodes, (N, d) in visiting order."""
+        h = self.node_features(batch)
+        h = self.gnn(h, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(h)
+        return self.ln(h) if self.config.layernorm else h
+
+    def blocks(self, batch: GraphBatch, *, raw: bool = False) -> list[Tensor]:
+        """What the decoders make of every group of `batch.groups`: (n, *block), to be repeated.
+
+        `raw` leaves out the normalisation, as does a configuration without `weight_norm`.
+        """
+        features = self.encode(batch).index_select(0, batch.rows)
+        scales = batch.scales if self.config.weight_norm and not raw else None
+        return self.decode(features, scales, batch.groups)
+
+    def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
+        """Predict all parameters of every graph, differentiably.
+
+        Returns:
+            For every graph a dictionary from the parameter's qualified name to its full tensor in the
+            parameter's own shape.
+        """
+        batch = self.batch(graphs)
+        predicted: list[dict[str, Tensor]] = [{} for _ in range(len(batch))]
+        blocks = self.blocks(batch)
+        for values, group in zip(blocks, batch.groups, strict=True):
+            key = group.key
+            full = stored_form(tile_to(values, key.shape), key.stored, key.transposed)
+            for (graph, name), tensor in zip(group.members, full.unbind(), strict=True):
+                predicted[graph][name] = tensor
+        return predicted
+
+    @torch.no_grad()
+    def predict_tiles(self, graph: Graph, names: Iterable[str] | None = None) -> dict[str, Tile]:
+        """Predict the parameters of a graph (or those in `names`) as blocks, without full tensors."""
+        batch = self.batch(graph, names=names)
+        tiles: dict[str, Tile] = {}
+        blocks = self.blocks(batch)
+        for values, group in zip(blocks, batch.groups, strict=True):
+            key = group.key
+            for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
+                tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
+        return tiles

@@ -1,0 +1,102 @@
+"""Tiling: a small predicted block repeated along every axis and cut to the size of a parameter.
+
+Everything here is plain periodic extension, `full[i, j, ...] = values[i % a, j % b, ...]`, because the
+decoder arranges its blocks so (arXiv 2110.13100, section 4.2 repeats channels in the same way).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A predicted parameter as its smallest repeating block.
+
+    Attributes:
+        values: The block, already normalised; as many dimensions as `shape`.
+        shape: The parameter's shape with the output channels first.
+        stored: The parameter's own shape.
+        transposed: The parameter is stored as (in, out, ...).
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def tiled(self) -> bool:
+        """The parameter is larger than the block, which therefore repeats."""
+        return tuple(self.values.shape) != self.shape
+
+    def expand(self) -> Tensor:
+        """The full parameter in its own shape."""
+        full = tile_to(self.values.unsqueeze(0), self.shape)
+        return stored_form(full, self.stored, self.transposed)[0]
+
+    @torch.no_grad()
+    def copy_into(self, param: Tensor) -> None:
+        """Write the full parameter into `param`, whatever its dtype, device and strides.
+
+        The block is written once; the rest is copied from there, or from the block, through broadcasting
+        views, so that no second full-size tensor is made.
+        """
+        target = param.transpose(0, 1) if self.transposed else param
+        if target.shape != self.shape:
+            if not param.is_contiguous():
+                param.copy_(self.expand())
+                return
+            target = (param.view(self.shape[1], self.shape[0], *self.shape[2:]).transpose(0, 1)
+                      if self.transposed else param.view(self.shape))  # fmt: skip
+        copy_tiled(target, self.values.to(target.device, target.dtype))
+
+
+def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeat (n, a, b, ...) to (n, *shape), contiguous and differentiable; one copy where all divide."""
+    sizes = values.shape[1:]
+    if tuple(sizes) == tuple(shape):
+        return values.contiguous()
+    repeats = [-(-want // have) for want, have in zip(shape, sizes, strict=True)]
+    blocks = values.reshape(-1, *itertools.chain.from_iterable((1, size) for size in sizes))
+    blocks = blocks.expand(-1, *itertools.chain.from_iterable(zip(repeats, sizes, strict=True)))
+    full = blocks.reshape(-1, *(many * size for many, size in zip(repeats, sizes, strict=True)))
+    for axis, want in enumerate(shape, 1):
+        full = full.narrow(axis, 0, want) if full.shape[axis] != want else full
+    return full.contiguous()
+
+
+def stored_form(full: Tensor, stored: Sequence[int], transposed: bool) -> Tensor:
+    """(n, out, in, ...) as the n parameters are stored, (n, *stored)."""
+    if transposed:
+        full = full.transpose(1, 2)
+    return full.reshape(-1, *stored)
+
+
+def copy_tiled(target: Tensor, values: Tensor) -> None:
+    """Fill `target` with repeated `values` of as many dimensions, in place."""
+    spans = [_blocks(have, size) for have, size in zip(target.shape, values.shape, strict=True)]
+    for parts in itertools.product(*spans):
+        view, source = target, values
+        # From the last axis on, so that splitting one does not renumber those still to come.
+        for axis in reversed(range(len(parts))):
+            start, count, size = parts[axis]
+            view = view.narrow(axis, start, count * size).unflatten(axis, (count, size))
+            source = source.narrow(axis, 0, size).unsqueeze(axis)
+        view.copy_(source)
+
+
+def _blocks(length: int, size: int) -> list[tuple[int, int, int]]:
+    """An axis as (start, count, size) of its whole blocks and of what remains."""
+    count, rest = divmod(length, size)
+    whole = [(0, count, size)] if count else []
+    return whole + ([(count * size, 1, rest)] if rest else [])
