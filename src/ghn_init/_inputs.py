@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def given_input(example_input: object) -> ExampleInput:
     )
 
 
-def _is_shape(value: object) -> bool:
+def _is_shape(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
 

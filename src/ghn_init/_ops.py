@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghn_init._graph import Node
-from ghn_init._record import CONSTANT, Call, Carried, Derived, Flow, merged
+from ghn_init._record import Call, Carried, Derived, Flow, merged
 
 Rule = Callable[[Call], Any]
 
@@ -120,7 +120,7 @@ def _layer(
         return call.gives(output, value)
     last = _weight_node(call, weight, of_weight, flow.sources, kind, transposed)
     if isinstance(of_bias, Derived) and of_bias.params and bias is not None:
-        last = _vector_node(call, "bias", bias, of_bias, (last,))
+        last = _vector_node(call, "bias", of_bias, (last,))
     return call.gives(output, Flow((last,)))
 
 
@@ -141,7 +141,7 @@ def _weight_node(
 
 
 def _vector_node(
-    call: Call, kind: str, vector: Tensor, derived: Derived, sources: tuple[int, ...], bias: str | None = None
+    call: Call, kind: str, derived: Derived, sources: tuple[int, ...], bias: str | None = None
 ) -> int:
     param = _main(call, derived)
     stored = call.recorder.shapes[param]
@@ -193,7 +193,7 @@ def _norm(call: Call, kind: str, weight: Tensor | None, bias: Tensor | None) -> 
     output = torch.empty_like(x)
     bias_name = _main(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
     if isinstance(of_weight, Derived) and of_weight.params and weight is not None:
-        node = _vector_node(call, kind, weight, of_weight, flow.sources, bias_name)
+        node = _vector_node(call, kind, of_weight, flow.sources, bias_name)
     else:
         shape = None if bias_name is None else call.recorder.shapes[bias_name]
         node = call.recorder.add_node(Node(kind, None, shape, bias_name), flow.sources)
@@ -258,7 +258,7 @@ def multi_head_attention(call: Call) -> Any:
         "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
     )  # fmt: skip
     arg = {name: call.arg(index, name) for index, name in enumerate(names)}
-    output = call.run()
+    output = _attended_shape(call, arg)
     inputs = [call.carried(arg[name]) for name in ("query", "key", "value")]
     value = merged(inputs)
     if not isinstance(value, Flow):
@@ -279,19 +279,35 @@ def multi_head_attention(call: Call) -> Any:
     return call.gives(output, Flow((last,)))
 
 
+def _attended_shape(call: Call, arg: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Empty outputs of `F.multi_head_attention_forward`: (L, N, E), and the weights where wanted."""
+    query, key = arg["query"], arg["key"]
+    if arg["bias_k"] is not None or arg["add_zero_attn"] or query.ndim != 3:
+        return call.run()  # longer keys, or no batch: rare enough to ask the real function
+    if query.shape[-1] != arg["embed_dim_to_check"]:
+        return call.run()  # raises its own error
+    weights = None
+    if call.arg(15, "need_weights", True):
+        heads = () if call.arg(24, "average_attn_weights", True) else (arg["num_heads"],)
+        weights = query.new_empty(query.shape[1], *heads, query.shape[0], key.shape[0])
+    return torch.empty_like(query), weights
+
+
 def _projection(call: Call, weight: Tensor, bias: Tensor | None, value: Carried) -> int:
     """Nodes of a linear layer inside a fused function; the index of the last."""
     sources = value.sources if isinstance(value, Flow) else ()
     derived = call.carried(weight)
-    assert isinstance(derived, Derived) and derived.params
+    assert isinstance(derived, Derived)
+    assert derived.params
     last = _weight_node(call, weight, derived, sources, "conv", False)
     return last if bias is None else _bias_node(call, bias, (last,))
 
 
 def _bias_node(call: Call, bias: Tensor, sources: tuple[int, ...]) -> int:
     derived = call.carried(bias)
-    assert isinstance(derived, Derived) and derived.params
-    return _vector_node(call, "bias", bias, derived, sources)
+    assert isinstance(derived, Derived)
+    assert derived.params
+    return _vector_node(call, "bias", derived, sources)
 
 
 # -- pooling ------------------------------------------------------------------------------------
@@ -463,6 +479,3 @@ def embedding(call: Call) -> Any:
     if isinstance(value, Flow):
         _note_others(call, inputs, "embedding table")
     return call.gives(call.run(), value)
-
-
-__all__ = ["CONSTANT", "RULES", "Rule", "rule"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,15 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ghn_init._errors import GHNInitError, TraceError
-from ghn_init._graph import Graph
 from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._ops import RULES
 from ghn_init._record import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from ghn_init._graph import Graph
 
 
 def trace(model: nn.Module, example_input: object = None) -> Graph:
@@ -47,7 +51,7 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
     for candidate in candidate_inputs(model):
         try:
             return _recorded(model, candidate)
-        except TraceError as error:
+        except TraceError as error:  # noqa: PERF203
             failures.append((candidate, error))
     raise _no_input_fits(model, failures)
 
@@ -146,17 +150,16 @@ def _differs(now: dict[str, object], before: dict[str, object]) -> bool:
     return len(now) != len(before) or any(now.get(key) is not value for key, value in before.items())
 
 
-
 @contextmanager
 def _random_states() -> Iterator[None]:
     """Restore Python's, numpy's and torch's random states: layer drop and the like draw from them."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         torch.random.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)

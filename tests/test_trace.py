@@ -1,0 +1,394 @@
+"""The tracer: equal to the reference, sees through any code, and leaves no trace of itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from ghn_init import Graph, Node, TraceError, trace
+from ghn_init._graph import graph_from_edges
+from networks import reference_network, without_initialisation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+REFERENCE = (
+    "resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "squeezenet1_0", "densenet121",
+    "shufflenet_v2_x1_0", "mobilenet_v3_small", "convnext_tiny", "resnet50_cifar",
+)  # fmt: skip
+
+WANTED_DIFFERENCES = {"mobilenet_v3_small": "cse", "shufflenet_v2_x1_0": "glob_avg"}
+"""Nodes that the definition asks for and the reference lacks; bridged away, the graphs are equal."""
+
+
+@pytest.fixture(scope="session")
+def reference(shared: Path) -> dict[str, Any]:
+    with gzip.open(shared / "parity" / "torchvision.json.gz") as file:
+        return json.load(file)
+
+
+def bridged(graph: Graph, drop: set[int]) -> Graph:
+    """`graph` without the nodes in `drop`, their predecessors linked to their successors."""
+    sources: list[set[int]] = []
+    for index, preds in enumerate(graph.predecessors):
+        reaching = set().union(*(sources[u] if u in drop else {u} for u in preds))
+        sources.append(reaching)
+        assert index not in drop or reaching
+    kept = [index for index in range(len(graph)) if index not in drop]
+    number = {old: new for new, old in enumerate(kept)}
+    edges = [(number[u], number[v]) for v in kept for u in sources[v]]
+    return graph_from_edges([graph.nodes[index] for index in kept], edges)
+
+
+def signature(graph: Graph) -> Counter[Any]:
+    """The graph up to node numbers: for every node what it is and all that it is computed from."""
+    signatures: list[int] = []
+    for node, preds in zip(graph.nodes, graph.predecessors, strict=True):
+        signatures.append(
+            hash((node.type, node.param, node.shape, tuple(sorted(signatures[u] for u in preds))))
+        )
+    return Counter(signatures)
+
+
+def from_reference(entry: dict[str, Any]) -> Graph:
+    nodes = [Node(n["type"], n["param"], tuple(n["shape"]) if n["shape"] else None) for n in entry["nodes"]]
+    return graph_from_edges(nodes, [tuple(edge) for edge in entry["edges"]])
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_graphs_equal_the_reference(name: str, reference: dict[str, Any]) -> None:
+    entry = reference[name]
+    graph = trace(reference_network(name), (1, *entry["input"]))
+    if name in WANTED_DIFFERENCES:
+        kind = WANTED_DIFFERENCES[name]
+        missing = (
+            Counter(n.type for n in graph.nodes)[kind] - Counter(n["type"] for n in entry["nodes"])[kind]
+        )
+        assert missing == {"cse": 9, "glob_avg": 1}[kind]
+        graph = bridged(graph, {i for i, node in enumerate(graph.nodes) if node.type == kind})
+    assert signature(graph) == signature(from_reference(entry))
+    virtual = graph.distances[graph.distances > 1]
+    assert len(virtual) == entry["n_virtual_edges"]
+    assert int(virtual.sum(dtype=int)) == entry["sum_virtual_distance"]
+
+
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_torchvision_classifier_is_traced(name: str) -> None:
+    slow_to_build = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with without_initialisation():
+        model = torchvision.models.get_model(name, **slow_to_build)
+    graph = trace(model)
+    total = sum(p.numel() for p in model.parameters())
+    left = sum(int(np.prod(u.shape)) for u in graph.unmatched)
+    assert left / total < 0.004, [(u.name, u.role) for u in graph.unmatched]
+    assert not [u for u in graph.unmatched if u.role in ("unused", "does not reach the output")]
+    params = [p for node in graph.nodes for p in (node.param, node.bias) if p]
+    assert sorted({*params, *(u.name for u in graph.unmatched)}) == sorted(
+        n for n, _ in model.named_parameters()
+    )
+
+
+def test_there_are_eighty_torchvision_classifiers() -> None:
+    assert len(TORCHVISION) >= 80
+
+
+def types(model: nn.Module, example: Any = None) -> Counter[str]:
+    return Counter(node.type for node in trace(model, example).nodes)
+
+
+def roles(graph: Graph) -> dict[str, str]:
+    return {parameter.name: parameter.role for parameter in graph.unmatched}
+
+
+def test_attention_is_one_node_between_its_projections() -> None:
+    with torch.device("meta"):
+        graph = trace(torchvision.models.vit_b_16())
+    (first, *_) = (i for i, node in enumerate(graph.nodes) if node.type == "msa")
+    (before,) = graph.predecessors[first]
+    assert graph.nodes[before].param == "encoder.layers.encoder_layer_0.self_attention.in_proj_bias"
+    after = [graph.nodes[v].param for u, v in graph.edges if u == first]
+    assert after == ["encoder.layers.encoder_layer_0.self_attention.out_proj.weight"]
+    assert [node.param for node in graph.nodes if node.type == "pos_enc"] == ["encoder.pos_embedding"]
+    assert roles(graph) == {"class_token": "class token"}
+
+
+class HandWrittenAttention(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.fused = nn.Linear(16, 48), nn.Linear(16, 16), fused
+        self.table = nn.Parameter(torch.zeros(1, 4, 9, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.table.to(x.dtype))
+        else:
+            y = (q @ k.transpose(-2, -1) * 0.5 + self.table).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hand_written_attention(fused: bool) -> None:
+    graph = trace(HandWrittenAttention(fused), (2, 9, 16))
+    assert [node.type for node in graph.nodes] == ["input", "conv", "bias", "msa", "conv", "bias", "sum"]
+    assert graph.edges == ((0, 1), (0, 6), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6))
+    assert roles(graph) == {"table": "relative position table"}
+
+
+def test_separate_projections_of_multihead_attention() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attention(q, k, v)[0]
+
+    shapes = ((3, 2, 8), (5, 2, 4), (5, 2, 6))
+    graph = trace(Cross(), tuple(torch.empty(shape) for shape in shapes))
+    assert Counter(node.type for node in graph.nodes) == Counter(input=1, conv=4, bias=2, msa=1)
+    assert not graph.unmatched
+
+
+class ControlFlow(nn.Module):
+    """Shapes decide the path; `len()` and a Python loop over a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x) if x.shape[-1] > 16 else self.narrow(x)
+        rows = [x[..., i, :] for i in range(x.shape[2])]
+        assert len(rows) == len(x[0, 0])
+        return self.head(torch.stack(rows, 2).mean((2, 3)))
+
+
+def test_control_flow_on_shapes_is_followed() -> None:
+    assert [n.param for n in trace(ControlFlow(), (1, 3, 32, 32)).nodes][1] == "wide.weight"
+    graph = trace(ControlFlow(), (1, 3, 8, 8))
+    assert [n.param for n in graph.nodes][1] == "narrow.weight"
+    assert roles(graph) == {"wide.weight": "unused", "wide.bias": "unused"}
+
+
+class BareParameters(nn.Module):
+    """Layers without modules: functions of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(8, 3, 3, 3))
+        self.shift = nn.Parameter(torch.zeros(8, 1, 1))
+        self.matrix, self.b = nn.Parameter(torch.zeros(8, 5)), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (F.conv2d(x, self.w / 2, padding=1) + self.shift).mean((2, 3))
+        return x @ self.matrix + self.b
+
+
+def test_parameters_used_by_functions_are_layers() -> None:
+    graph = trace(BareParameters())
+    assert [(n.type, n.param) for n in graph.nodes[1:]] == [
+        ("conv", "w"), ("glob_avg", None), ("conv", "matrix"), ("bias", "b"),
+    ]  # fmt: skip
+    matrix = graph.nodes[3]
+    assert matrix.shape == (5, 8)
+    assert matrix.transposed
+    assert roles(graph) == {"shift": "shift"}
+
+
+def test_one_incoming_edge_is_no_sum() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return F.relu(y) + torch.cat([y, y], 1)[:, :3]
+
+    assert types(Residual(), (1, 3, 8, 8)) == Counter(input=1, conv=1)
+
+
+def test_squeeze_and_excitation_is_cse() -> None:
+    block = torchvision.ops.SqueezeExcitation(8, 2)
+    assert types(block, (1, 8, 5, 5)) == Counter(input=1, glob_avg=1, conv=2, bias=2, cse=1)
+
+
+def test_types_of_convolutions() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2, dilation=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.ConvTranspose2d(4, 6, 2, bias=False), nn.Conv2d(6, 2, 3, padding="same", padding_mode="reflect"),
+    )  # fmt: skip
+    nodes = trace(model, (1, 4, 16, 16)).nodes
+    assert [n.type for n in nodes if n.type != "bias"] == [
+        "input",
+        "sep_conv",
+        "dil_conv",
+        "conv",
+        "conv",
+        "conv",
+    ]
+    transposed = next(n for n in nodes if n.transposed)
+    assert transposed.param == "3.weight"
+    assert transposed.shape == (6, 4, 2, 2)
+
+
+def test_shared_modules_have_a_node_for_each_call() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    graph = trace(nn.Sequential(layer, nn.ReLU(), layer))
+    assert [n.param for n in graph.nodes] == [None, "0.weight", "0.weight"]
+
+
+def test_several_inputs_and_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.dead = nn.Linear(3, 4), nn.Linear(5, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *, y: Tensor) -> dict[str, Tensor]:
+            a, b = self.a(x), self.b(y)
+            self.dead(a)
+            return {"sum": a + b, "b": b}
+
+    graph = trace(Two(), {"x": torch.zeros(2, 3), "y": torch.zeros(2, 5)})
+    assert Counter(n.type for n in graph.nodes) == Counter(input=1, conv=2, bias=2, sum=1)
+    assert roles(graph) == dict.fromkeys(("dead.weight", "dead.bias"), "does not reach the output")
+
+
+IMAGES = torch.zeros(2, 3, 40, 40)
+
+
+@pytest.mark.parametrize("example", [IMAGES, tuple(IMAGES.shape), [2, 3, 40, 40], (IMAGES,), {"x": IMAGES}])
+def test_forms_of_the_example_input(example: Any) -> None:
+    assert trace(torchvision.models.resnet18(num_classes=3), example).nodes[1].param == "conv1.weight"
+
+
+class LeNet(nn.Module):
+    """Takes 32 x 32 images only: the flattened size is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 5), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2)
+        )
+        self.head = nn.Linear(16 * 5 * 5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+def test_the_image_size_is_found() -> None:
+    assert types(LeNet()) == Counter(input=1, conv=3, bias=3, max_pool=2)
+
+
+def test_default_cfg_is_believed() -> None:
+    model = LeNet()
+    model.default_cfg = {"input_size": (1, 32, 32)}  # type: ignore[assignment]
+    assert len(trace(model)) == 9
+
+
+def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
+    with pytest.raises(
+        TraceError, match=r"LeNet: the forward pass failed in head \(Linear\).*\(1, 1, 40, 40\)"
+    ):
+        trace(LeNet(), (1, 1, 40, 40))
+
+
+def test_no_input_fits() -> None:
+    class Strange(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + b
+
+    with pytest.raises(TraceError, match=r"Strange: found no example input.*Pass example_input="):
+        trace(Strange())
+
+
+@pytest.mark.parametrize(
+    ("model", "found"), [(nn.Linear, "the class Linear"), ("resnet", "str"), (None, "NoneType")]
+)
+def test_only_modules_are_traced(model: Any, found: str) -> None:
+    with pytest.raises(TraceError, match=f"expected an nn.Module instance, found {found}"):
+        trace(model)
+
+
+def test_lazy_parameters_are_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(TraceError, match=r"2 lazy parameters.*run the model once"):
+        trace(model)
+
+
+def test_data_dependent_code_is_an_error_with_its_place() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError, match=r"in 0 \(Gate\)"):
+        trace(nn.Sequential(Gate(), nn.Linear(3, 3)), (1, 3))
+
+
+class Meddler(nn.Module):
+    """Does in its forward pass what a trace must not let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+        self.cache: Tensor | None = None
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+        random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002
+        self.count += 1
+        self.conv.weight.data.mul_(2)
+        self.cache = self.conv(self.norm(x))
+        self.new_attribute = 1
+        if fail:
+            raise RuntimeError("on purpose")
+        return self.cache
+
+
+def random_states() -> tuple[Any, ...]:
+    numpy = np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    return random.getstate(), numpy, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_and_the_random_states_are_untouched(fail: bool, training: bool) -> None:
+    model = Meddler().train(training)
+    state = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    attributes = dict(vars(model))
+    states = random_states()
+    if fail:
+        with pytest.raises(TraceError, match="on purpose"):
+            trace(model, {"x": torch.zeros(2, 3, 4, 4), "fail": True})
+    else:
+        trace(model, (2, 3, 4, 4))
+    assert states == random_states()
+    assert vars(model) == attributes
+    assert model.training is training
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is state[name][0]
+        assert torch.equal(tensor, state[name][1])
+    assert not model._forward_hooks
+    assert not model.norm._forward_pre_hooks
+
+
+def test_a_model_on_meta_gives_the_same_graph() -> None:
+    with torch.device("meta"):
+        on_meta = torchvision.models.resnet18(num_classes=10)
+    assert trace(on_meta) == trace(torchvision.models.resnet18(num_classes=10))
