@@ -88,7 +88,7 @@ def test_a_failing_dot_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program.write_text("#!/bin/sh\nread -r line\necho 'no layout today' >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DrawError, match="`dot` failed.*status 3"):
+    with pytest.raises(DrawError, match=r"`dot` failed.*status 3"):
         GRAPH.draw(tmp_path / "g.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -66,7 +67,7 @@ def to_dot(graph: Graph) -> str:
 def _node_line(index: int, node: Node) -> str:
     parts = [f"{index}: {node.type}", node.param, node.bias]
     if node.shape is not None:
-        parts.append("×".join(map(str, node.shape)))
+        parts.append("x".join(map(str, node.shape)))
     tooltip = _quote("\n".join(part for part in parts if part))
     return f'  n{index} [fillcolor="{COLOURS[node.type]}", tooltip={tooltip}];'
 
@@ -84,9 +85,7 @@ def _legend(graph: Graph) -> list[str]:
         text = ', fontcolor="#ffffff"' if name in {"input", "conv", "msa", "pos_enc", "max_pool"} else ""
         label = _quote(f"{name} ({counts[name]})")
         lines.append(f'    legend_{name} [fillcolor="{COLOURS[name]}", label={label}{text}];')
-    lines += [
-        f"    legend_{a} -> legend_{b} [style=invis];" for a, b in zip(present, present[1:], strict=False)
-    ]
+    lines += [f"    legend_{a} -> legend_{b} [style=invis];" for a, b in pairwise(present)]
     return [*lines, "  }"]
 
 
@@ -110,7 +109,7 @@ def _render(source: str, suffix: str, path: Path) -> bytes:
         return graphviz.Source(source).pipe(format=suffix[1:])
     except graphviz.ExecutableNotFound as error:
         raise DrawError(
-            f"{path}: the `dot` program is not on the PATH: apt install graphviz, brew install graphviz, {remedy}"
+            f"{path}: the `dot` program is not on the PATH: apt install graphviz (or brew), {remedy}"
         ) from error
     except graphviz.CalledProcessError as error:
         raise DrawError(f"{path}: `dot` failed: {error}") from error

@@ -13,10 +13,11 @@ import typer
 
 from ghn_init import __version__
 from ghn_init.cli._commands import inspect, predict
-from ghn_init.cli._group import CommandGroup
+from ghn_init.cli._group import DEBUG, CommandGroup
 
 app = typer.Typer(
     name="ghn-init", cls=CommandGroup, no_args_is_help=True, add_completion=False,
+    subcommand_metavar="SPEC | COMMAND [ARGS]...",
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command("predict")(predict)
@@ -35,7 +36,7 @@ def _root(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
-    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False,
 ) -> None:
     """Initialise any PyTorch network with weights that a graph hypernetwork predicts.
 

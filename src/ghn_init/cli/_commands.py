@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,17 +25,7 @@ def predict(
     spec: opt.Spec,
     *,
     settings: opt.Settings = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            dir_okay=False,
-            writable=True,
-            help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists.",
-        ),
-    ] = None,  # fmt: skip
+    output: opt.Output = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
     include: opt.Include = None,
@@ -47,8 +38,8 @@ def predict(
 ) -> None:
     """Predict a model's weights and write them to NAME.safetensors (the default command)."""
     request = opt.make_request(
-        spec, settings, input_shape, weights=weights, head=head, include=include, exclude=exclude,
-        diversify=diversify, seed=seed, strict=strict,
+        spec, settings, weights, input_shape,
+        head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
     )  # fmt: skip
     target = output or Path(f"{request.spec.name}.safetensors")
     if not target.parent.is_dir():
@@ -60,19 +51,16 @@ def predict(
         with steps(f"saving {target}"):
             size = save(found.model, target, weights)
     if as_json:
-        report = _report(found, plan, weights, steps)
+        report = _report(found, plan, steps)
         typer.echo(json.dumps({**report, "file": str(target), "bytes": size}))
-    say(summary(found, plan, weights, steps.milliseconds, target, size))
+    say(summary(found, plan, steps.milliseconds, target, size))
 
 
 def inspect(
     spec: opt.Spec,
     *,
     settings: opt.Settings = None,
-    draw: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Draw the graph: .svg, .pdf, .png or .dot."),
-    ] = None,
+    draw: opt.Drawing = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
     include: opt.Include = None,
@@ -85,8 +73,8 @@ def inspect(
 ) -> None:
     """Show a model's graph and what would be predicted; write nothing but the drawing asked for."""
     request = opt.make_request(
-        spec, settings, input_shape, weights=weights, head=head, include=include, exclude=exclude,
-        diversify=diversify, seed=seed, strict=strict,
+        spec, settings, weights, input_shape,
+        head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
     )  # fmt: skip
     with Steps(total=3 + (draw is not None)) as steps:
         found, plan = _compile(request, steps)
@@ -94,7 +82,7 @@ def inspect(
             with steps(f"drawing {draw}"):
                 plan.graph.draw(draw)
     if as_json:
-        typer.echo(json.dumps({**_report(found, plan, weights, steps), "graph": _graph_dict(plan.graph)}))
+        typer.echo(json.dumps({**_report(found, plan, steps), "graph": _graph_dict(plan.graph)}))
         return
     typer.echo(_graph_text(plan.graph))
     typer.echo(str(plan))
@@ -110,23 +98,18 @@ def _compile(request: opt.Request, steps: Steps) -> tuple[FoundModel, Plan]:
         import ghn_init
         from ghn_init._spec import load_model
 
-        arguments = {**request.arguments, "weights": ghn_init.load(request.arguments["weights"])}
+        ghn = ghn_init.load(request.weights)
     with steps(f"building {request.spec}"):
         torch.manual_seed(request.seed)  # what is kept starts the same every time, too
         found = load_model(request.spec, request.settings)
     with steps("predicting"):
-        return found, ghn_init.plan(found.model, **arguments)
+        plan = ghn_init.plan(found.model, ghn, **request.arguments)
+    return found, replace(plan, weights=request.weights)
 
 
-def _report(found: FoundModel, plan: Plan, weights: str, steps: Steps) -> dict[str, Any]:
+def _report(found: FoundModel, plan: Plan, steps: Steps) -> dict[str, Any]:
     """What `--json` prints for both commands."""
-    return {
-        "model": found.name,
-        "spec": str(found.origin),
-        "weights": weights,
-        "milliseconds": steps.milliseconds,
-        **plan.to_dict(),
-    }
+    return {"spec": str(found.origin), **plan.to_dict(), "milliseconds": steps.milliseconds}
 
 
 def _graph_dict(graph: Graph) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from ghn_init._errors import GHNInitError
 
 DEFAULT_COMMAND = "predict"
+DEBUG = "--debug"
 
 LAZY_COMMANDS = {
     "train": "Train a graph hypernetwork on sampled architectures.",
@@ -43,7 +44,12 @@ class CommandGroup(TyperGroup):
             self.add_command(LazyCommand(name=name, help=summary))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the default command before the first argument that is neither command nor group option."""
+        """Insert the default command before the first argument that is neither command nor group option.
+
+        `--debug` may stand anywhere.
+        """
+        if DEBUG in args:
+            args = [DEBUG, *(arg for arg in args if arg != DEBUG)]
         own = {option for param in self.get_params(ctx) for option in param.opts}
         position = next((index for index, arg in enumerate(args) if arg not in own), len(args))
         if position < len(args) and args[position] not in self.commands:

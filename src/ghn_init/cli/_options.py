@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -30,8 +31,22 @@ Settings = Annotated[
         help="Keyword argument of the class or function; a Python literal, else a string. Repeatable.",
     ),
 ]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        dir_okay=False,
+        help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists.",
+    ),
+]
+Drawing = Annotated[
+    Path | None,
+    typer.Option("--draw", metavar="FILE", dir_okay=False, help="Draw the graph: .svg, .pdf, .png or .dot."),
+]
 Weights = Annotated[
-    str, typer.Option(help="Bundled name, file, folder or hf://ORG/REPO[@REVISION] of the hypernetwork.")
+    str, typer.Option(help="Bundled name, file, folder or hf://ORG/REPO\\[@REVISION] of the hypernetwork.")
 ]
 Head = Annotated[
     Literal["auto", "predict", "keep"],
@@ -60,10 +75,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What both commands hand on: where the model is, how to build it, the arguments of `plan`."""
+    """What both commands hand on: the model, how to build it, the GHN, the other arguments of `plan`."""
 
     spec: ModelSpec
     settings: dict[str, Any]
+    weights: str
     arguments: dict[str, Any]
 
     @property
@@ -73,7 +89,7 @@ class Request:
 
 
 def make_request(
-    spec: str, settings: Sequence[str] | None, input_shape: str | None, **arguments: Any
+    spec: str, settings: Sequence[str] | None, weights: str, input_shape: str | None, **arguments: Any
 ) -> Request:
     """Parse the texts among the options.
 
@@ -86,7 +102,7 @@ def make_request(
         parsed, keywords = parse_spec(spec), parse_settings(settings or ())
     except ModelSpecError as error:
         raise typer.BadParameter(str(error)) from error
-    return Request(parsed, keywords, {"example_input": parse_shape(input_shape), **arguments})
+    return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:

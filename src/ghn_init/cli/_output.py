@@ -16,11 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ghn_init._errors import PredictError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
 
+    from ghn_init._plan import Plan
+    from ghn_init._spec import FoundModel
 
 PATIENCE = 1.0
 """Seconds before a progress bar appears."""
@@ -63,6 +65,27 @@ class Steps:
         yield
         self.milliseconds[label.split()[0]] = round(1000 * (time.perf_counter() - started), 1)
         self._bar.advance(self._task)
+
+
+def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], path: Path, size: int) -> str:
+    """What was done, for a person: counts by action, what was kept and why, times, the file."""
+    lines = [f"{found.name} from {found.origin}, weights {plan.weights}"]
+    for action, (parameters, elements) in plan.counts().items():
+        if parameters:
+            lines.append(f"  {action:9} {parameters:5} parameters {elements:14,} elements")
+    reasons: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.action == "kept":
+            reasons.setdefault(row.reason, []).append(row.name)
+    lines += [f"  kept: {_listing(names)} ({reason})" for reason, names in reasons.items()]
+    done = milliseconds["predicting"] + milliseconds["writing"]
+    lines.append(f"{done:.0f} ms to predict and write; saved {path}, {size / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def _listing(names: Sequence[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def save(model: nn.Module, path: Path, weights: str) -> int:
