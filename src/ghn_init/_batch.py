@@ -213,7 +213,9 @@ def canonical_shape(node: Node) -> tuple[int, int, int, int] | None:
     fits = (len(shape) == 1) == vector and len(shape) <= 5 and min(canonical) > 0
     if not fits and node.type not in ("max_pool", "avg_pool"):
         wanted = "one dimension" if vector else "two to five dimensions"
-        raise GraphError(f"{node.type} node of {node.param}: shape {shape}; expected {wanted}, none of them 0")
+        raise GraphError(
+            f"{node.type} node of {node.param}: shape {shape}; expected {wanted}, none of them 0"
+        )
     return canonical
 
 

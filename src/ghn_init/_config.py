@@ -70,9 +70,13 @@ class GHNConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
         if self.hid % 4:
-            raise ConfigError(f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)")
+            raise ConfigError(
+                f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)"
+            )
         if self.depth_buckets % 2:
-            raise ConfigError(f"GHN configuration: depth_buckets={self.depth_buckets}; expected an even number")
+            raise ConfigError(
+                f"GHN configuration: depth_buckets={self.depth_buckets}; expected an even number"
+            )
 
     @classmethod
     def ghn2(cls, num_classes: int = 10, **overrides: Any) -> GHNConfig:

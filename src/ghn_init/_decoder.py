@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghn_init._batch import KINDS
-from ghn_init._gated import MLP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ghn_init._batch import ParamGroup, ParamKey
     from ghn_init._config import GHNConfig
+    from ghn_init._gated import MLP
 
 _WEIGHT, _CLASS_WEIGHT, _NORM, _BIAS, _CLASS_BIAS = range(len(KINDS))
 
@@ -35,8 +35,29 @@ class ConvDecoder(nn.Module):
         width = 4 * config.hid
         self.max_shape = config.max_shape
         self.fc = nn.Sequential(nn.Linear(config.hid, width * kernel * kernel), nn.ReLU())
-        self.conv = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, out * into, 1))
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, out * into, 1)
+        )
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Conv2d(out, config.num_classes, 1))
+
+    def forward(self, x: Tensor, groups: Sequence[ParamGroup]) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
+        """Node features (n, d) of sorted groups to (values, the groups that share them).
+
+        Values are (m, h, w, o, i): the corner that these groups use of what the decoder makes.
+        """
+        hidden: list[Tensor] = []
+        blocks: list[list[ParamGroup]] = []
+        by_kernel = grouped(groups, lambda key: (key.kind, key.kernel))
+        for part, alike in zip(split_rows(x, by_kernel), by_kernel, strict=True):
+            by_block = grouped(alike, lambda key: key.block)
+            hidden += split_rows(self.features(part, alike[0].key.kernel), by_block)
+            blocks += by_block
+        corners = [self._corner(block[0].key) for block in blocks]
+        last, most = self.conv[2], self.max_shape[:2]
+        decoded = _CornerLinear.apply(last.weight.view(*most, -1), last.bias.view(most), corners, *hidden)
+        for values, block in zip(decoded, blocks, strict=True):  # pyright: ignore[reportArgumentType]
+            key = block[0].key
+            yield self.class_weights(values, key.block[0]) if key.kind == _CLASS_WEIGHT else values, block
 
     def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
@@ -50,21 +71,47 @@ class ConvDecoder(nn.Module):
         places = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten())).view(-1, channels)
         return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), height, width, -1)
 
-    def weights(self, hidden: Tensor, block: tuple[int, ...]) -> Tensor:
-        """Hidden features (n, h, w, 8d) to the corner (o, i) = `block` of the weights, (n, h, w, o, i)."""
-        conv = self.conv[2]
-        most = self.max_shape[:2]
-        weight, bias = conv.weight.view(*most, -1), conv.bias.view(most)
-        if block != most:
-            weight, bias = weight[: block[0], : block[1]], bias[: block[0], : block[1]]
-        return F.linear(hidden, weight.flatten(0, 1), bias.flatten()).unflatten(-1, block)
-
-    def class_weights(self, hidden: Tensor, block: tuple[int, ...]) -> Tensor:
-        """Hidden features (n, 1, 1, 8d) to classifiers' weights (n, 1, 1, classes, in)."""
+    def class_weights(self, decoded: Tensor, classes: int) -> Tensor:
+        """Decoded (n, 1, 1, O, i) to the first rows of classifiers' weights, (n, 1, 1, classes, i)."""
         conv = self.class_layer_predictor[1]
-        decoded = F.relu(self.weights(hidden, (self.max_shape[0], block[1])))
-        weight, bias = conv.weight.flatten(1)[: block[0]], conv.bias[: block[0]]
-        return weight @ decoded + bias[:, None]
+        return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + conv.bias[:classes, None]
+
+    def _corner(self, key: ParamKey) -> tuple[int, ...]:
+        """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
+        return (self.max_shape[0], key.block[1]) if key.kind == _CLASS_WEIGHT else key.block
+
+
+class _CornerLinear(torch.autograd.Function):
+    """A linear layer with outputs (O, I), of which each input gets its own corner (o, i).
+
+    In one function, so that the gradients of all corners add up in place in one tensor: autograd would
+    make a weight of zeros around each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, corners: Sequence[tuple[int, int]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """weight (O, I, e), bias (O, I), inputs (..., e) to outputs (..., o, i)."""
+        ctx.corners = corners
+        ctx.save_for_backward(weight, *inputs)
+        return tuple(
+            F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))
+            for x, (o, i) in zip(inputs, corners, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+        dinputs = []
+        for x, (o, i), grad in zip(inputs, ctx.corners, grads, strict=True):
+            rows, outputs = x.flatten(0, -2), grad.reshape(-1, o * i)
+            dinputs.append((outputs @ weight[:o, :i].flatten(0, 1)).view_as(x))
+            dweight[:o, :i] += (outputs.T @ rows).view(o, i, -1)
+            dbias[:o, :i] += outputs.sum(0).view(o, i)
+        return dweight, dbias, None, *dinputs
 
 
 class Decoders(nn.Module):
@@ -83,43 +130,32 @@ class Decoders(nn.Module):
             scales: (P,) normalisation of the weights; None: leave weights and vectors as decoded.
             groups: What to decode.
         """
-        split = next((group.start for group in groups if group.key.kind >= _NORM), len(x))
-        matrices, vectors = x.split([split, len(x) - split])
-        blocks = list(self._decode_weights(matrices, scales, [g for g in groups if g.key.kind < _NORM]))
-        return blocks + list(
-            self._decode_vectors(vectors, [g for g in groups if g.key.kind >= _NORM], scales is not None)
-        )
+        weights = [group for group in groups if group.key.kind < _NORM]
+        vectors = list(groups[len(weights) :])
+        split = vectors[0].start if vectors else len(x)
+        x_weights, x_vectors = x.split([split, len(x) - split])
+        blocks = list(self._decode_weights(x_weights, scales, weights)) if weights else []
+        return blocks + list(self._decode_vectors(x_vectors, vectors, normalise=scales is not None))
 
     def _decode_weights(
         self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]
     ) -> Iterator[Tensor]:
-        by_kernel = _grouped(groups, lambda key: (key.kind, key.kernel))
-        for part, alike in zip(_split(x, by_kernel), by_kernel, strict=True):
-            hidden = self.decoder.features(part, alike[0].key.kernel)
-            by_block = _grouped(alike, lambda key: key.block)
-            for rows, same in zip(_split(hidden, by_block), by_block, strict=True):
-                yield from self._decode_block(rows, scales, same)
+        for values, alike in self.decoder(x, groups):
+            if scales is not None:
+                values = values * scales[alike[0].start : alike[-1].stop, None, None, None, None]
+            values = values.permute(0, 3, 4, 1, 2)
+            for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
+                yield arrange(part, group.key)
 
-    def _decode_block(
-        self, hidden: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]
+    def _decode_vectors(
+        self, x: Tensor, groups: Sequence[ParamGroup], *, normalise: bool
     ) -> Iterator[Tensor]:
-        key = groups[0].key
-        decoder = self.decoder
-        make = decoder.class_weights if key.kind == _CLASS_WEIGHT else decoder.weights
-        values = make(hidden, key.block)
-        if scales is not None:
-            values = values * scales[groups[0].start : groups[-1].stop, None, None, None, None]
-        values = values.permute(0, 3, 4, 1, 2)
-        for part, group in zip(_split(values, [[group] for group in groups]), groups, strict=True):
-            yield arrange(part, group.key)
-
-    def _decode_vectors(self, x: Tensor, groups: Sequence[ParamGroup], normalise: bool) -> Iterator[Tensor]:
         """Vectors: one row of the MLP's two for norm weights, the other for all biases."""
-        by_kind = _grouped(groups, lambda key: key.kind)
+        by_kind = grouped(groups, lambda key: key.kind)
         longest = max(self.config.max_shape[:2])
         first, last = self.decoder_1d.fc[0], self.decoder_1d.fc[2]
         hidden = F.relu(first(x))
-        for rows, alike in zip(_split(hidden, by_kind), by_kind, strict=True):
+        for rows, alike in zip(split_rows(hidden, by_kind), by_kind, strict=True):
             kind = alike[0].key.kind
             half = slice(0, longest) if kind == _NORM else slice(longest, 2 * longest)
             values = F.linear(rows, last.weight[half], last.bias[half])
@@ -127,7 +163,7 @@ class Decoders(nn.Module):
                 values = self.bias_class(values)
             if normalise:
                 values = 2 * torch.sigmoid(values / 2) if kind == _NORM else torch.tanh(values / 5)
-            for part, group in zip(_split(values, [[group] for group in alike]), alike, strict=True):
+            for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
                 yield part[:, : group.key.block[0]]
 
 
@@ -157,10 +193,11 @@ def _position_block(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return block if len(shape) == 3 else block[:, 0]
 
 
-def _grouped(groups: Sequence[ParamGroup], key) -> list[list[ParamGroup]]:
+def grouped(groups: Sequence[ParamGroup], key: Callable[[ParamKey], Any]) -> list[list[ParamGroup]]:
+    """Runs of sorted groups that agree in `key`."""
     return [list(alike) for _, alike in itertools.groupby(groups, lambda group: key(group.key))]
 
 
-def _split(x: Tensor, parts: Sequence[Sequence[ParamGroup]]) -> tuple[Tensor, ...]:
+def split_rows(x: Tensor, parts: Sequence[Sequence[ParamGroup]]) -> tuple[Tensor, ...]:
     """The rows of `x` that belong to each part."""
     return x.split([part[-1].stop - part[0].start for part in parts]) if parts else ()

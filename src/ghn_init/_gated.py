@@ -151,7 +151,9 @@ class _GatedPass(torch.autograd.Function):
         for start, stop, seen in spans:
             gate = gates[start:stop]
             m = received[start:stop]
-            torch.mm(edges[start:stop, k * seen.start : k * seen.stop], flat[k * seen.start : k * seen.stop], out=m)
+            torch.mm(
+                edges[start:stop, k * seen.start : k * seen.stop], flat[k * seen.start : k * seen.stop], out=m
+            )
             gate.addmm_(m, w_ih_t)
             rz = gate[:, : 2 * d].sigmoid_()
             new = gate[:, 2 * d :].addcmul_(rz[:, :d], recurrent_n[start:stop]).tanh_()

@@ -13,7 +13,7 @@ from ghn_init._decoder import ConvDecoder, Decoders
 from ghn_init._errors import ConfigError
 from ghn_init._gated import MLP, GatedGNN
 from ghn_init._graph import NODE_TYPES, Graph
-from ghn_init._tile import Tile, stored_form, tile_to
+from ghn_init._tile import Tile, full_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -90,7 +90,9 @@ class GHN(Decoders):
         if not isinstance(graphs, GraphBatch):
             graphs = GraphBatch.from_graphs(graphs, self.config, names=names)
         elif graphs.config != self.config:
-            raise ConfigError(f"GraphBatch was made for {graphs.config}; expected that of the GHN, {self.config}")
+            raise ConfigError(
+                f"GraphBatch was made for {graphs.config}; expected that of the GHN, {self.config}"
+            )
         return graphs.to(self.device)
 
     def node_features(self, batch: GraphBatch) -> Tensor:
@@ -109,9 +111,11 @@ class GHN(Decoders):
 
         `raw` leaves out the normalisation, as does a configuration without `weight_norm`.
         """
-        features = self.encode(batch).index_select(0, batch.rows)
         scales = batch.scales if self.config.weight_norm and not raw else None
-        return self.decode(features, scales, batch.groups)
+        # In full precision, whatever the caller's autocast: these are small matrices with long chains.
+        with torch.autocast(self.device.type, enabled=False):
+            features = self.encode(batch).index_select(0, batch.rows)
+            return self.decode(features, scales, batch.groups)
 
     def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
         """Predict all parameters of every graph, differentiably.
@@ -125,8 +129,8 @@ class GHN(Decoders):
         blocks = self.blocks(batch)
         for values, group in zip(blocks, batch.groups, strict=True):
             key = group.key
-            full = stored_form(tile_to(values, key.shape), key.stored, key.transposed)
-            for (graph, name), tensor in zip(group.members, full.unbind(), strict=True):
+            tensors = full_size(values, key.shape, key.stored, transposed=key.transposed)
+            for (graph, name), tensor in zip(group.members, tensors, strict=True):
                 predicted[graph][name] = tensor
         return predicted
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -73,6 +73,56 @@ def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, want in enumerate(shape, 1):
         full = full.narrow(axis, 0, want) if full.shape[axis] != want else full
     return full.contiguous()
+
+
+def sum_tiles(full: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The adjoint of `tile_to`: (n, *shape) to (n, *sizes), the sum over all places of the block."""
+    for axis, size in enumerate(sizes, 1):
+        count, rest = divmod(full.shape[axis], size)
+        if count == 1 and not rest:
+            continue
+        whole = full.narrow(axis, 0, count * size).unflatten(axis, (count, size)).sum(axis)
+        if rest:
+            whole.narrow(axis, 0, rest).add_(full.narrow(axis, count * size, rest))
+        full = whole
+    return full
+
+
+class _FullSize(torch.autograd.Function):
+    """Blocks (n, *block) to the n full parameters in their own shape.
+
+    A function of its own because autograd would stack the n gradients and fill zeros around each cut
+    before it sums them, which on a CPU costs more than all other steps of the decoder.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, shape: tuple[int, ...], stored: tuple[int, ...], transposed: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.shape, ctx.transposed = values.shape[1:], shape, transposed
+        return stored_form(tile_to(values, shape), stored, transposed).unbind()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Kernels are dear on a GPU and memory is on a CPU: all at once there, one by one here.
+        parts = [torch.stack(grads)] if grads[0].is_cuda else [grad.unsqueeze(0) for grad in grads]
+        sums = [sum_tiles(_unstored(part, ctx.shape, ctx.transposed), ctx.sizes) for part in parts]
+        return (torch.cat(sums) if len(sums) > 1 else sums[0]), None, None, None
+
+
+def full_size(
+    values: Tensor, shape: tuple[int, ...], stored: tuple[int, ...], *, transposed: bool
+) -> tuple[Tensor, ...]:
+    """Blocks (n, *block) to the n full parameters, each of shape `stored`; differentiable once."""
+    return _FullSize.apply(values, shape, stored, transposed)  # pyright: ignore[reportReturnType]
+
+
+def _unstored(full: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
+    """The inverse of `stored_form`."""
+    if not transposed:
+        return full.reshape(-1, *shape)
+    return full.reshape(-1, shape[1], shape[0], *shape[2:]).transpose(1, 2)
 
 
 def stored_form(full: Tensor, stored: Sequence[int], transposed: bool) -> Tensor:
