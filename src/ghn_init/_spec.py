@@ -178,9 +178,9 @@ def _import(spec: ModelSpec) -> ModuleType:
                 f"no module named {error.name!r}; write MODULE:NAME, e.g. torchvision.models:resnet50, "
                 "or a file: path/to/model.py"
             ) from error
-        raise _user_error(spec, "importing", error) from error
+        raise _user_error(spec, f"importing {spec.source}", error) from error
     except FAILURES as error:
-        raise _user_error(spec, "importing", error) from error
+        raise _user_error(spec, f"importing {spec.source}", error) from error
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -210,7 +210,7 @@ def _user_error(spec: ModelSpec, doing: str, error: BaseException) -> ModelSpecE
     if isinstance(error, SyntaxError):
         return ModelSpecError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}")
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return ModelSpecError(f"{_place(spec, error)}{what} (while {doing} {spec})")
+    return ModelSpecError(f"{_place(spec, error)}{what} (while {doing})")
 
 
 def _place(spec: ModelSpec, error: BaseException) -> str:
@@ -322,7 +322,7 @@ def _build(target: Any, spec: ModelSpec, settings: Mapping[str, Any]) -> nn.Modu
     try:
         model = target(**settings)
     except FAILURES as error:
-        raise _user_error(spec, f"calling {_call_text(spec.attribute or '', settings)} of", error) from error
+        raise _user_error(spec, f"calling {_call_text(str(spec), settings)}", error) from error
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"{spec} returned a {type(model).__name__}; expected an nn.Module")
     return model
