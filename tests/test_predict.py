@@ -1,0 +1,560 @@
+"""plan, predict, diversify and calibrate_batchnorm."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ghn_init import GHN, GHNConfig, PredictError, calibrate_batchnorm, plan, predict
+from ghn_init._diversify import diversify, filter_correlation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ghn_init._graph import Graph
+    from ghn_init._tile import Tile
+
+
+class Net(nn.Module):
+    """A stem, a residual pair, and a classifier; 80 channels do not divide by the decoder's 64."""
+
+    def __init__(self, num_classes: int = 10, width: int = 80) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.grow = nn.Conv2d(16, width, 3, stride=2, padding=1)
+        self.mix = nn.Conv2d(width, width, 1, bias=False)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grow(self.norm(self.stem(x)).relu())
+        x = x + self.depthwise(self.mix(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def ghn() -> GHN:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)
+        return GHN(GHNConfig.ghn2()).requires_grad_(False)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+class Broken(GHN):
+    """A GHN whose prediction of one parameter is spoiled, or that fails."""
+
+    spoil: Callable[[Tile], Tile] | None = None
+    spoiled = "fc.weight"
+
+    def predict_tiles(self, graph: Graph, names: Any = None) -> dict[str, Tile]:
+        tiles = super().predict_tiles(graph, names)
+        if self.spoil is None:
+            raise RuntimeError("out of luck")
+        tiles[self.spoiled] = self.spoil(tiles[self.spoiled])
+        return tiles
+
+
+# Planning ---------------------------------------------------------------------------------------------
+
+
+def test_plan_has_a_row_for_every_parameter_and_changes_nothing(ghn: GHN) -> None:
+    model = Net()
+    model.stem.eval()
+    before, modes = state(model), [m.training for m in model.modules()]
+    random_state = torch.get_rng_state()
+    rows = {row.name: row for row in plan(model, ghn).rows}
+    assert list(rows) == [name for name, _ in model.named_parameters()]
+    assert rows["stem.weight"].action == "predicted"
+    assert rows["stem.weight"].node == "conv"
+    assert rows["depthwise.weight"].node == "sep_conv"
+    assert rows["norm.bias"].node == "bn"
+    assert rows["mix.weight"].action == "tiled"
+    assert rows["fc.weight"].shape == (10, 80)
+    assert_same_state(model, before)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_plan_reads_as_a_table_and_as_json(ghn: GHN) -> None:
+    planned = plan(Net(num_classes=7), ghn)
+    text = str(planned)
+    assert re.search(r"^mix\.weight +80x80x1x1 +conv +tiled$", text, re.M)
+    assert re.search(r"^kept +2 +567 +\d+\.\d%$", text, re.M)
+    assert "classifier of width 7; the GHN was trained for 10" in text
+    assert max(map(len, text.splitlines())) < 160
+    values = json.loads(json.dumps(planned.to_dict()))
+    assert values["model"] == "Net"
+    assert values["summary"]["kept"] == {"parameters": 2, "elements": 567}
+    assert [row["name"] for row in values["rows"]] == [row.name for row in planned.rows]
+    assert repr(planned).startswith("<Plan of Net: predicted=")
+
+
+def test_tensors_are_what_apply_writes(ghn: GHN) -> None:
+    model = Net()
+    planned = plan(model, ghn, diversify="noise")
+    values = dict(planned.tensors())
+    planned.apply()
+    for name, param in model.named_parameters():
+        assert torch.equal(values[name], param), name
+
+
+# Writing ----------------------------------------------------------------------------------------------
+
+
+def test_predict_writes_every_parameter_in_place(ghn: GHN) -> None:
+    model = Net()
+    before = state(model)
+    objects = dict(model.named_parameters())
+    pointers = {name: param.data_ptr() for name, param in objects.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert predict(model, ghn) is model
+    for name, param in model.named_parameters():
+        assert param is objects[name]
+        assert param.data_ptr() == pointers[name]
+        assert param.requires_grad
+        assert param.isfinite().all()
+        assert not torch.equal(param, before[name]), name
+    assert optimizer.param_groups[0]["params"][0] is model.stem.weight
+    expected = ghn(plan(model, ghn).graph)[0]
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.detach(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_same_bits_every_time(ghn: GHN) -> None:
+    torch.manual_seed(0)
+    first = predict(Net(), ghn)
+    torch.manual_seed(1)
+    second = Net()
+    planned = plan(second, ghn)
+    planned.apply()
+    assert_same_state(second, state(first))
+    planned.apply()
+    assert_same_state(second, state(first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_get_the_rounded_values(ghn: GHN, dtype: torch.dtype) -> None:
+    wide, other = predict(Net(), ghn), predict(Net().to(dtype), ghn)
+    for (name, a), b in zip(wide.named_parameters(), other.parameters(), strict=True):
+        assert b.dtype == dtype
+        assert torch.equal(a.to(dtype), b), name
+
+
+def test_channels_last_and_frozen_parameters(ghn: GHN) -> None:
+    plain = predict(Net(), ghn)
+    model = Net().to(memory_format=torch.channels_last).requires_grad_(False)
+    strides = model.grow.weight.stride()
+    predict(model, ghn)
+    assert model.grow.weight.stride() == strides
+    assert not any(param.requires_grad for param in model.parameters())
+    assert_same_state(model, state(plain))
+
+
+def test_tied_parameters_are_written_once(ghn: GHN) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3)
+            self.first, self.second = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(self.stem(x)).relu()
+            return x[..., 1:-1, 1:-1] + self.second(x)
+
+    model = Tied()
+    planned = plan(model, ghn)
+    row = next(row for row in planned.rows if row.also)
+    assert (row.name, row.also) == ("first.weight", ("second.weight",))
+    assert "tied to second.weight" in str(planned)
+    planned.apply()
+    assert model.second.weight is model.first.weight
+    kept = plan(model, ghn, exclude="second.weight")
+    assert {row.name for row in kept.rows if row.action == "kept"} == {"first.weight"}
+
+
+# The choices -------------------------------------------------------------------------------------------
+
+
+def kept(model: nn.Module, ghn: GHN, **options: Any) -> dict[str, str]:
+    return {row.name: row.reason for row in plan(model, ghn, **options).rows if row.action == "kept"}
+
+
+def test_head(ghn: GHN) -> None:
+    assert kept(Net(10), ghn) == {}
+    assert set(kept(Net(7), ghn)) == {"fc.weight", "fc.bias"}
+    assert kept(Net(10), ghn, head="keep")["fc.bias"] == "classifier (head='keep')"
+    assert kept(Net(7), ghn, head="predict") == {}
+    model = predict(Net(25), ghn, head="predict")
+    assert model.fc.weight.isfinite().all()
+    assert torch.equal(model.fc.weight[:5], model.fc.weight[10:15])
+
+
+def test_include_and_exclude(ghn: GHN) -> None:
+    everything = {name for name, _ in Net().named_parameters()}
+    assert set(kept(Net(), ghn, include=["stem.*", "norm.*"])) == {
+        name for name in everything if not name.startswith(("stem", "norm"))
+    }
+    assert kept(Net(), ghn, exclude="*.bias")["norm.bias"] == "excluded by '*.bias'"
+    model = Net()
+    before = state(model)
+    predict(model, ghn, include="stem.*", exclude="*.bias")
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"stem.weight"}
+
+
+def test_included_values_are_those_of_the_whole_prediction(ghn: GHN) -> None:
+    whole, part = (
+        predict(Net(), ghn, diversify="noise"),
+        predict(Net(), ghn, include="mix.*", diversify="noise"),
+    )
+    torch.testing.assert_close(whole.mix.weight, part.mix.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "stemm.weight"}, r"include: the pattern 'stemm.weight' matches none.*stem.weight"),
+        ({"exclude": "fc"}, r"exclude: the pattern 'fc' matches none.*did you mean 'fc\.\*'\?"),
+        ({"exclude": ["fc.*", 3]}, "expected name patterns, found 3"),
+        ({"head": "both"}, "head='both': expected one of 'auto', 'predict', 'keep'"),
+        ({"diversify": "qr"}, "diversify='qr': expected None, 'noise', 'orthogonal'"),
+        ({"seed": 1.5}, "seed=1.5: expected an integer"),
+    ],
+)
+def test_bad_options(ghn: GHN, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PredictError, match=message):
+        plan(Net(), ghn, **options)
+
+
+def test_strict_lists_what_would_be_kept(ghn: GHN) -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__(num_classes=7)
+            self.unused = nn.Parameter(torch.zeros(3))
+
+    with pytest.raises(PredictError, match=r"3 of 12 parameters would be kept:\n  unused: .*\n  fc.weight: "):
+        plan(Scaled(), ghn, strict=True)
+    assert set(kept(Scaled(), ghn, strict=True, exclude=["unused", "fc.*"])) == {
+        "unused",
+        "fc.weight",
+        "fc.bias",
+    }
+    assert kept(Net(), ghn, strict=True) == {}
+
+
+def test_nothing_to_write(ghn: GHN) -> None:
+    planned = plan(Net(), ghn, exclude="*")
+    with pytest.raises(PredictError, match="nothing to write, all 11 parameters are kept"):
+        planned.apply()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Net, r"Net is a class; expected an instance: predict\(Net\(...\)\)"),
+        ("resnet50", "expected a torch.nn.Module, found str 'resnet50'"),
+        (None, "expected a torch.nn.Module, found NoneType"),
+        (nn.ReLU(), "ReLU has no parameters"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyLinear(10)), "1.weight, 1.bias have no shape yet"),
+    ],
+)
+def test_bad_models(ghn: GHN, model: Any, message: str) -> None:
+    with pytest.raises(PredictError, match=message):
+        predict(model, ghn)
+
+
+# Parameters that cannot be written ---------------------------------------------------------------------
+
+
+def test_parametrised_parameters_are_kept(ghn: GHN) -> None:
+    model = Net()
+    parametrize.register_parametrization(model.grow, "weight", nn.Identity())
+    nn.utils.parametrizations.weight_norm(model.mix)
+    before = state(model)
+    reasons = kept(model, ghn)
+    assert set(reasons) == {
+        "grow.parametrizations.weight.original",
+        "mix.parametrizations.weight.original0",
+        "mix.parametrizations.weight.original1",
+    }
+    assert set(reasons.values()) == {"parametrised (torch.nn.utils.parametrize)"}
+    predict(model, ghn)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "stem.weight" in changed
+    assert not any("parametrizations" in name for name in changed)
+
+
+def test_integer_and_expanded_parameters_are_kept(ghn: GHN) -> None:
+    model = Net()
+    model.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    model.mix.weight = nn.Parameter(torch.zeros(80, 1, 1, 1).expand(80, 80, 1, 1))
+    reasons = kept(model, ghn)
+    assert reasons == {
+        "table": "int64 values",
+        "mix.weight": "its elements share memory (expanded tensor)",
+    }
+    predict(model, ghn)
+    assert model.table.tolist() == [0, 1, 2]
+
+
+# Failures ----------------------------------------------------------------------------------------------
+
+
+def _with_nan(tile: Tile) -> Tile:
+    values = tile.values.clone()
+    values.view(-1)[3] = float("nan")
+    return replace(tile, values=values)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, "Net: the GHN failed: RuntimeError: out of luck"),
+        (_with_nan, "fc.weight: not finite"),
+        (
+            lambda tile: replace(tile, values=tile.values.fill_(1e5)),
+            "fc.weight: not finite, or past the largest",
+        ),
+        (lambda tile: replace(tile, stored=(10, 81)), r"fc.weight: shape \(10, 81\), expected \(10, 80\)"),
+    ],
+)
+def test_a_failing_ghn_leaves_the_model_as_it_was(spoil: Any, message: str) -> None:
+    broken = Broken(GHNConfig.ghn2()).requires_grad_(False)
+    broken.spoil = spoil
+    model = Net().half()
+    model.norm.eval()
+    before, random_state = state(model), torch.get_rng_state()
+    with pytest.raises(PredictError, match=message):
+        predict(model, broken)
+    assert_same_state(model, before)
+    assert (model.norm.training, model.training) == (False, True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_model_that_changed_since_the_plan_is_refused(ghn: GHN) -> None:
+    model = Net()
+    planned = plan(model, ghn)
+    model.fc = nn.Linear(80, 11)
+    before = state(model)
+    with pytest.raises(PredictError, match=r"Net changed since it was planned: fc\.weight, fc\.bias"):
+        planned.apply()
+    assert_same_state(model, before)
+
+
+# What the caller has set -------------------------------------------------------------------------------
+
+
+def test_the_callers_contexts_do_not_change_the_values(ghn: GHN) -> None:
+    expected = state(predict(Net(), ghn))
+    model = Net()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        predict(model, ghn)
+    assert_same_state(model, expected)
+    model(torch.zeros(1, 3, 8, 8)).sum().backward()
+    assert model.fc.weight.grad is not None
+
+
+# Meta models -------------------------------------------------------------------------------------------
+
+
+def on_meta(build: Callable[[], nn.Module]) -> Any:
+    with torch.device("meta"):
+        return build()
+
+
+def test_meta_models_are_materialised(ghn: GHN) -> None:
+    model = on_meta(Net)
+    model.grow.weight.requires_grad_(False)
+    model.fc.weight.no_decay = True
+    predict(model, ghn)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert_same_state(model, state(predict(Net(), ghn)))  # running statistics included
+    assert not model.grow.weight.requires_grad
+    assert model.fc.weight.no_decay
+    assert isinstance(model.fc.weight, nn.Parameter)
+
+
+def test_kept_parameters_of_a_meta_model_come_from_reset_parameters(ghn: GHN) -> None:
+    random_state = torch.get_rng_state()
+    model, again = predict(on_meta(lambda: Net(7)), ghn), predict(on_meta(lambda: Net(7)), ghn)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same_state(model, state(again))
+    assert 0 < model.fc.weight.abs().max() <= 80**-0.5 + 1e-6
+    other = predict(on_meta(lambda: Net(7)), ghn, seed=1)
+    assert not torch.equal(other.fc.weight, model.fc.weight)
+    assert torch.equal(other.mix.weight, model.mix.weight)
+
+
+def test_ties_and_mixed_devices_survive_materialisation(ghn: GHN) -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Conv2d(80, 80, 1, bias=False)
+            self.again.weight = self.mix.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.grow(self.norm(self.stem(x)).relu())
+            return self.fc(self.again(self.mix(x)).mean((2, 3)))
+
+    model = on_meta(Mixed)
+    model.depthwise.to_empty(device="cpu")
+    nn.init.ones_(model.depthwise.weight)
+    predict(model, ghn, exclude="depthwise.*")
+    assert model.again.weight is model.mix.weight
+    assert model.depthwise.weight.eq(1).all()
+    assert not model.fc.weight.is_meta
+
+
+def test_a_meta_tensor_that_nobody_fills_is_an_error(ghn: GHN) -> None:
+    class Lost(Net):
+        def __init__(self) -> None:
+            super().__init__(7)
+            self.token = nn.Parameter(torch.zeros(3))
+            self.register_buffer("table", torch.arange(4))
+
+    model = on_meta(Lost)
+    before = dict(model.named_parameters())
+    planned = plan(model, ghn)
+    with pytest.raises(PredictError, match="token, table would have no value"):
+        planned.apply()
+    assert all(param is before[name] for name, param in model.named_parameters())
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    model.token = nn.Parameter(torch.full((3,), 5.0))
+    model.table = torch.arange(4)
+    planned.apply()
+    assert model.token.tolist() == [5.0] * 3
+    assert model.table.tolist() == [0, 1, 2, 3]
+
+
+def test_initialisers_see_only_what_they_must_fill(ghn: GHN) -> None:
+    class Resetting(Net):
+        def __init__(self) -> None:
+            super().__init__(7)
+            self.register_buffer("ones", torch.ones(2))
+
+        def reset_parameters(self) -> None:
+            self.ones.data.fill_(1)
+            for module in self.children():
+                module.reset_parameters()
+
+    model = on_meta(Resetting)
+    model.stem = nn.Conv2d(3, 16, 3, padding=1)
+    before = model.stem.weight.detach().clone()
+    predict(model, ghn, exclude="stem.*")
+    assert torch.equal(model.stem.weight, before)
+    assert model.ones.tolist() == [1, 1]
+    assert model.norm.running_var.eq(1).all()
+
+
+def test_an_initialiser_that_fails_puts_the_meta_model_back(ghn: GHN) -> None:
+    class Failing(nn.Linear):
+        def reset_parameters(self) -> None:
+            if not self.weight.is_meta:
+                raise ValueError("no")
+
+    model = on_meta(lambda: Net(7))
+    model.fc = on_meta(lambda: Failing(80, 7))
+    with pytest.raises(
+        PredictError, match=r"Net: fc.reset_parameters\(\) failed to initialise fc.weight: no"
+    ):
+        predict(model, ghn)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+# Diversity ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["noise", "orthogonal"])
+def test_diversify_separates_copies_and_is_seeded(ghn: GHN, how: Any) -> None:
+    plain = predict(Net(), ghn)
+    assert torch.equal(plain.mix.weight[:16], plain.mix.weight[64:])
+    model, again, other = Net(), Net(), Net()
+    random_state = torch.get_rng_state()
+    for each in (model, again):
+        predict(each, ghn, diversify=how)
+    predict(other, ghn, diversify=how, seed=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same_state(model, state(again))
+    assert not torch.equal(model.mix.weight[:16], model.mix.weight[64:])
+    assert not torch.equal(model.mix.weight, other.mix.weight)
+    assert torch.equal(model.norm.weight, plain.norm.weight)
+    assert torch.equal(model.fc.bias, plain.fc.bias)
+    assert_same_state(plain, state(predict(Net(), ghn)))  # the tiles themselves are not changed
+
+
+def test_noise_follows_the_spread_of_correlations() -> None:
+    alike = torch.randn(1, 20).expand(50, 20).contiguous()
+    apart = torch.randn(50, 20)
+    assert filter_correlation(alike, 50) == pytest.approx(1)
+    assert filter_correlation(apart, 50) == pytest.approx(20**-0.5, rel=0.1)
+    assert filter_correlation(apart[:20], 50) == pytest.approx(
+        filter_correlation(torch.cat([apart[:20], apart[:20], apart[:10]]), 50)
+    )
+    assert filter_correlation(torch.zeros(4, 3), 4) == 0
+    noisy = alike.clone()
+    diversify(noisy, alike, "noise", name="w", seed=0)
+    relative = (noisy - alike).square().mean().sqrt() / alike.square().mean().sqrt()
+    assert relative == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (128, 16, 3, 3), (1, 5, 4, 4)])
+def test_orthogonal_keeps_the_norm(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(4, *shape[1:]).repeat(shape[0] // 4 or 1, *[1] * (len(shape) - 1))[: shape[0]]
+    weight = weight.contiguous()
+    before = weight.norm()
+    diversify(weight, weight.clone(), "orthogonal", name="w", seed=0)
+    matrix = weight.flatten(1) if weight[0].numel() >= len(weight) else weight.flatten(1).T
+    gram = matrix @ matrix.T
+    torch.testing.assert_close(weight.norm(), before, rtol=0.02, atol=0)
+    torch.testing.assert_close(gram, torch.eye(len(gram)) * gram.diagonal().mean(), atol=1e-4, rtol=1e-4)
+
+
+# Running statistics ------------------------------------------------------------------------------------
+
+
+def test_calibration_takes_the_statistics_of_the_data(ghn: GHN) -> None:
+    model = predict(Net(), ghn)
+    model.eval()
+    model.fc.train()
+    modes = [m.training for m in model.modules()]
+    data = [(torch.randn(4, 3, 8, 8), torch.zeros(4)) for _ in range(3)]
+    assert calibrate_batchnorm(model, data) is model
+    features = model.stem(torch.cat([images for images, _ in data]))
+    torch.testing.assert_close(model.norm.running_mean, features.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    assert model.norm.num_batches_tracked == 3
+    assert model.norm.momentum == 0.1
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_failed_calibration_puts_everything_back(ghn: GHN) -> None:
+    model = Net().eval()
+    model.norm.running_mean.fill_(3)
+    before = state(model)
+    with pytest.raises(PredictError, match="the loader gave no batch"):
+        calibrate_batchnorm(model, [])
+    with pytest.raises(RuntimeError, match="expected input"):
+        calibrate_batchnorm(model, [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8)])
+    assert_same_state(model, before)
+    assert (model.training, model.norm.training, model.norm.momentum) == (False, False, 0.1)
+    with pytest.raises(PredictError, match="Linear has no batch norm"):
+        calibrate_batchnorm(nn.Linear(2, 2), [torch.zeros(1, 2)])
