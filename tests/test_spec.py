@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HEADER = "import torch\nfrom torch import nn\n"
-NET = "class Net(nn.Sequential):\n    def __init__(self, width=4):\n        super().__init__(nn.Linear(2, width))\n"
+NET = """class Net(nn.Sequential):
+    def __init__(self, width=4):
+        super().__init__(nn.Linear(2, width))
+"""
 
 
 @pytest.fixture
@@ -61,7 +64,8 @@ def test_parse_spec_refuses(text: str) -> None:
 def test_settings_are_literals_else_strings() -> None:
     pairs = ["a=1", "b=1e-3", "c=None", "d=[1, 2]", "e=hello", "f='1'", "g=", "h=x=y", "i=True", "j=-2"]
     assert parse_settings(pairs) == {
-        "a": 1, "b": 1e-3, "c": None, "d": [1, 2], "e": "hello", "f": "1", "g": "", "h": "x=y", "i": True, "j": -2,
+        "a": 1, "b": 1e-3, "c": None, "d": [1, 2], "e": "hello", "f": "1", "g": "",
+        "h": "x=y", "i": True, "j": -2,
     }  # fmt: skip
 
 
@@ -127,7 +131,8 @@ def test_none_or_several_candidates(write: Callable[..., ModelSpec], body: str, 
 def test_named_instance_class_factory_and_method(write: Callable[..., ModelSpec], attribute: str) -> None:
     body = (
         NET
-        + "    @classmethod\n    def narrow(cls):\n        return cls(1)\nnet = Net()\nmake = lambda: Net(3)\n"
+        + "    @classmethod\n    def narrow(cls):\n        return cls(1)\n"
+        + "net = Net()\nmake = lambda: Net(3)\n"
     )
     found = load_model(write(body, attribute=attribute))
     width = {"make": 3, "Net.narrow": 1}.get(attribute, 4)
@@ -195,7 +200,7 @@ def test_siblings_are_importable_and_the_path_is_put_back(
 ) -> None:
     write("width = 5\n", name="nets/spec_sibling_a.py")
     write("width = 2\n", name="spec_sibling_b.py")  # in the current folder
-    body = "from spec_sibling_a import width\nimport spec_sibling_b\nnet = nn.Linear(spec_sibling_b.width, width)\n"
+    body = "import spec_sibling_a as a, spec_sibling_b as b\nnet = nn.Linear(b.width, a.width)\n"
     spec = write(body, name="nets/model.py")
     for name in ("spec_sibling_a", "spec_sibling_b"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -244,8 +249,8 @@ def test_module_specs_build_with_settings() -> None:
 
 
 def test_errors_in_a_module_name_the_file() -> None:
-    with pytest.raises(
-        ModelSpecError,
-        match=r"resnet\.py:\d+: TypeError: .*'num_class'.*while calling torchvision\.models:resnet18\(num_class=3\)",
-    ):
+    message = (
+        r"resnet\.py:\d+: TypeError: .*'num_class'.*while calling torchvision\.models:resnet18\(num_class=3"
+    )
+    with pytest.raises(ModelSpecError, match=message):
         load_model(ModelSpec("torchvision.models", "resnet18"), {"num_class": 3})
