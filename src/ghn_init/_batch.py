@@ -200,23 +200,20 @@ def canonical_shape(node: Node) -> tuple[int, int, int, int] | None:
     shape = node.shape
     if shape is None:
         return None
-    if node.type == "pos_enc" and len(shape) in (2, 3):
-        side = math.isqrt(shape[-2])
-        canonical = (1, shape[-1], side, side)
-    elif len(shape) == 1:
-        canonical = (shape[0], 1, 1, 1)
-    elif len(shape) == 3:
-        canonical = (shape[0], shape[1], 1, shape[2])
-    else:
-        canonical = (*shape[:2], *shape[-2:]) if len(shape) > 2 else (*shape, 1, 1)
     vector = node.type in NORM_TYPES or node.type == "bias"
-    fits = (len(shape) == 1) == vector and len(shape) <= 5 and min(canonical) > 0
-    if not fits and node.type not in ("max_pool", "avg_pool"):
+    if (len(shape) == 1) != vector or not 1 <= len(shape) <= 5 or min(shape) < 1:
         wanted = "one dimension" if vector else "two to five dimensions"
         raise GraphError(
             f"{node.type} node of {node.param}: shape {shape}; expected {wanted}, none of them 0"
         )
-    return canonical
+    if node.type == "pos_enc" and len(shape) <= 3:
+        side = math.isqrt(shape[-2])
+        return (1, shape[-1], side, side)
+    if len(shape) == 1:
+        return (shape[0], 1, 1, 1)
+    height = shape[-2] if len(shape) > 3 else 1
+    width = shape[-1] if len(shape) > 2 else 1
+    return (shape[0], shape[1], height, width)
 
 
 @lru_cache(maxsize=32)
@@ -304,7 +301,8 @@ def _parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str, Par
 
 def _weight_key(node: Node, classifier: bool, config: GHNConfig) -> ParamKey:
     canonical, shape = canonical_shape(node), node.shape
-    assert canonical is not None and shape is not None
+    assert canonical is not None
+    assert shape is not None
     most_out, most_in, _, most_kernel = config.max_shape
     stored = (shape[1], shape[0], *shape[2:]) if node.transposed else shape
     return ParamKey(

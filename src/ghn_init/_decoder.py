@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class ConvDecoder(nn.Module):
             hidden += split_rows(self.features(part, alike[0].key.kernel), by_block)
             blocks += by_block
         corners = [self._corner(block[0].key) for block in blocks]
-        last, most = self.conv[2], self.max_shape[:2]
-        decoded = _CornerLinear.apply(last.weight.view(*most, -1), last.bias.view(most), corners, *hidden)
+        last, most = cast("nn.Conv2d", self.conv[2]), self.max_shape[:2]
+        decoded = _CornerLinear.apply(last.weight.view(*most, -1), _bias(last).view(most), corners, *hidden)
         for values, block in zip(decoded, blocks, strict=True):  # pyright: ignore[reportArgumentType]
             key = block[0].key
             yield self.class_weights(values, key.block[0]) if key.kind == _CLASS_WEIGHT else values, block
@@ -62,7 +62,7 @@ class ConvDecoder(nn.Module):
     def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
         height, width = kernel
-        layer, conv = self.fc[0], self.conv[0]
+        layer, conv = cast("nn.Linear", self.fc[0]), cast("nn.Conv2d", self.conv[0])
         side = self.max_shape[3]
         channels = layer.weight.shape[0] // side**2
         # Rows of the layer are (4d, K, K); take the corner, channels last.
@@ -73,8 +73,8 @@ class ConvDecoder(nn.Module):
 
     def class_weights(self, decoded: Tensor, classes: int) -> Tensor:
         """Decoded (n, 1, 1, O, i) to the first rows of classifiers' weights, (n, 1, 1, classes, i)."""
-        conv = self.class_layer_predictor[1]
-        return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + conv.bias[:classes, None]
+        conv = cast("nn.Conv2d", self.class_layer_predictor[1])
+        return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + _bias(conv)[:classes, None]
 
     def _corner(self, key: ParamKey) -> tuple[int, ...]:
         """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
@@ -92,7 +92,7 @@ class _CornerLinear(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor, corners: Sequence[tuple[int, int]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """weight (O, I, e), bias (O, I), inputs (..., e) to outputs (..., o, i)."""
+        """Weight (O, I, e), bias (O, I), inputs (..., e) to outputs (..., o, i)."""
         ctx.corners = corners
         ctx.save_for_backward(weight, *inputs)
         return tuple(
@@ -153,7 +153,7 @@ class Decoders(nn.Module):
         """Vectors: one row of the MLP's two for norm weights, the other for all biases."""
         by_kind = grouped(groups, lambda key: key.kind)
         longest = max(self.config.max_shape[:2])
-        first, last = self.decoder_1d.fc[0], self.decoder_1d.fc[2]
+        first, last = self.decoder_1d.linear(0), self.decoder_1d.linear(1)
         hidden = F.relu(first(x))
         for rows, alike in zip(split_rows(hidden, by_kind), by_kind, strict=True):
             kind = alike[0].key.kind
@@ -165,6 +165,11 @@ class Decoders(nn.Module):
                 values = 2 * torch.sigmoid(values / 2) if kind == _NORM else torch.tanh(values / 5)
             for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
                 yield part[:, : group.key.block[0]]
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    """The bias of a layer that has one."""
+    return cast("Tensor", layer.bias)
 
 
 def arrange(values: Tensor, key: ParamKey) -> Tensor:

@@ -13,7 +13,8 @@ opposite order and makes the gradients of the parameters by one product each at 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,16 @@ class MLP(nn.Module):
     def __init__(self, *sizes: int, last_relu: bool = True) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.fc = nn.Sequential(*layers if last_relu else layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x)
+
+    def linear(self, index: int) -> nn.Linear:
+        """The linear layer number `index`."""
+        return cast("nn.Linear", self.fc[2 * index])
 
 
 class GatedGNN(nn.Module):
@@ -62,8 +67,8 @@ class GatedGNN(nn.Module):
     def weights(self) -> PassWeights:
         """The parameters in the form that a pass takes: both MLPs side by side."""
         mlps = [self.mlp] if self.mlp_ve is None else [self.mlp, self.mlp_ve]
-        first = [mlp.fc[0] for mlp in mlps]
-        second = [mlp.fc[2] for mlp in mlps]
+        first = [mlp.linear(0) for mlp in mlps]
+        second = [mlp.linear(1) for mlp in mlps]
         return PassWeights(
             self.gru.weight_ih,
             self.gru.bias_ih,
@@ -216,7 +221,7 @@ class _GatedPass(torch.autograd.Function):
 
 def _spans(levels: Sequence[int], reverse: bool) -> list[tuple[int, int, slice]]:
     """For every level in the order of the pass: its start, its stop, the nodes visited before it."""
-    pairs = list(zip(levels, levels[1:], strict=False))
+    pairs = list(itertools.pairwise(levels))
     if reverse:
         return [(start, stop, slice(stop, levels[-1])) for start, stop in reversed(pairs)]
     return [(start, stop, slice(0, start)) for start, stop in pairs]

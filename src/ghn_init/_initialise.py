@@ -45,7 +45,7 @@ def init_for_training(ghn: GHN, graphs: Sequence[Graph] | GraphBatch, seed: int 
     ghn.load_state_dict(fresh.state_dict())
     batch = ghn.batch(graphs)
     # From the inside out: the classifier's layers read what the ones before them make.
-    last = ghn.decoder_1d.fc[2]
+    last = ghn.decoder_1d.linear(1)
     half = last.weight.shape[0] // 2
     decoder = ghn.decoder
     for kind, layer, rows, target in (

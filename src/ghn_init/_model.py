@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from ghn_init._tile import Tile, full_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from os import PathLike
 
 
 class ShapeEncoder(nn.Module):
@@ -145,3 +148,33 @@ class GHN(Decoders):
             for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
                 tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
         return tiles
+
+    # The hub's methods: huggingface_hub takes longer to import than a prediction takes, so it is loaded here.
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> str | None:
+        """Write `model.safetensors`, `config.json` and a model card into a directory.
+
+        Options are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`, e.g. `push_to_hub`.
+        """
+        from ghn_init._hub import HubGHN
+
+        return HubGHN.of(self).save_pretrained(Path(save_directory), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload to a repository of the hub; see `huggingface_hub.PyTorchModelHubMixin.push_to_hub`."""
+        from ghn_init._hub import HubGHN
+
+        return HubGHN.of(self).push_to_hub(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> GHN:
+        """Load strictly from a directory that `save_pretrained` wrote, or from a repository "org/repo".
+
+        Options are those of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`, e.g. `revision`.
+
+        Raises:
+            CheckpointError: Weights that are missing, damaged, or not those of a GHN.
+        """
+        from ghn_init._hub import HubGHN
+
+        return HubGHN.from_pretrained(os.fspath(pretrained_model_name_or_path), **options)
