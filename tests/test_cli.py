@@ -79,12 +79,11 @@ def test_predict_writes_what_the_library_predicts(run: Callable[..., Result], gh
 
 
 def test_summary_says_what_was_done(run: Callable[..., Result], ghn_dir: Path) -> None:
-    result = run("model.py", "--set", "num_classes=7", "--set", "width=200")
-    text = result.stderr
+    assert re.search(r"predicted +\d+ parameters +[\d,]+ elements", run("model.py").stderr)
+    text = run("model.py", "--set", "num_classes=7", "--set", "width=200").stderr
     assert f"Net from model.py:Net, weights {ghn_dir}" in text
-    assert re.search(r"predicted +\d+ parameters", text)
     assert re.search(r"tiled +\d+ parameters +[\d,]+ elements", text)
-    assert re.search(r"kept: fc\.weight, fc\.bias \(.*7", text)
+    assert re.search(r"kept +2 parameters .*\n    fc\.weight, fc\.bias: .*7", text)
     size = Path("model.safetensors").stat().st_size
     assert re.search(rf"\d+ ms to predict and write; saved model\.safetensors, {size / 1e6:.1f} MB", text)
 
@@ -278,12 +277,18 @@ def test_tied_parameters_are_stored_once_and_load_again(tmp_path: Path) -> None:
             self.register_buffer("slanted", torch.arange(12.0).view(3, 4).t())
 
     model, other = Tied(), Tied()
-    size = save(model, tmp_path / "tied.safetensors", "none")
+    size = save(model, tmp_path / "tied.safetensors")
     assert size == (tmp_path / "tied.safetensors").stat().st_size
     assert len(load_file(tmp_path / "tied.safetensors")) == 3
     load_model(other, tmp_path / "tied.safetensors")
     assert other.b.weight is other.a.weight
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save(nn.Linear(2, 2), tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
@@ -292,7 +297,7 @@ def test_a_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
             return {"a": 1}
 
     with pytest.raises(ghn_init.PredictError, match="Odd: the state dict holds _extra_state, which"):
-        save(Odd(2, 2), tmp_path / "odd.safetensors", "none")
+        save(Odd(2, 2), tmp_path / "odd.safetensors")
     assert not any(tmp_path.iterdir())
 
 

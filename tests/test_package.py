@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -20,11 +21,15 @@ HEAVY = [
 PACKAGE = Path(ghn_init.__file__).parent
 
 LAYERS = [
-    ("_errors", "_draw", "_graph"),
-    ("_ops", "_inputs", "_record", "_trace", "_config", "_batch", "_gated", "_decoder", "_tile", "_model"),
-    ("_checkpoint",),
-    ("_select", "_diversify", "_batchnorm", "_plan", "_predict"),
-]
+    {"_errors"},
+    {"_graph", "_draw"},
+    {"_inputs", "_ops", "_record", "_trace", "_config", "_batch", "_gated", "_decoder", "_tile", "_model",
+     "_initialise"},
+    {"_checkpoint", "_hub"},
+    {"_select", "_diversify", "_materialise", "_tiles", "_plan", "_predict", "_batchnorm"},
+    {"_spec"},
+]  # fmt: skip
+"""The core, from the bottom up: a module imports from its own layer and those below."""
 
 
 def modules_after(statement: str) -> set[str]:
@@ -92,18 +97,54 @@ def test_metadata_version_and_typing_marker() -> None:
 
 def test_the_core_imports_in_one_direction_only() -> None:
     """deepnets, training and the command line use the core; the core knows none of them."""
-    for path in PACKAGE.glob("_*.py"):
-        if path.stem in {"__init__", "__main__"}:
-            continue
-        found = imports_of(path)
-        outer = {name for name in found if name.split(".")[0] in {"cli", "training", "deepnets"}}
-        assert not outer, f"{path.name} imports {outer}"
-    rank = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-    for module, level in rank.items():
-        path = PACKAGE / f"{module}.py"
-        assert path.is_file(), f"{module} is gone: update LAYERS and docs/design.md"
-        above = {name for name in imports_of(path) if rank.get(name, -1) > level}
-        assert not above, f"{module} (layer {level}) imports {above}"
+    level_of = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+    core = {path.stem: path for path in PACKAGE.glob("_*.py") if not path.stem.startswith("__")}
+    assert set(core) == set(level_of), "a module came or went: update LAYERS and docs/design.md"
+    for module, path in core.items():
+        imported = imports_of(path)
+        outer = {name for name in imported if name.split(".")[0] in {"cli", "training", "deepnets"}}
+        assert not outer, f"{module} imports {outer}"
+        above = {name for name in imported if level_of.get(name, 0) > level_of[module]}
+        assert not above, f"{module} imports {above}, which stand above it"
+
+
+@pytest.mark.source
+def test_the_design_page_names_every_module() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page[page.index("## Modules") : page.index("## Import direction")]
+    modules = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
+    assert not {name for name in modules if f"`{name}`" not in table}
+    named = set(re.findall(r"`(_\w+)`", table))
+    assert named == modules
+
+
+@pytest.mark.source
+def test_the_command_line_page_names_every_option() -> None:
+    from typer.main import get_command
+
+    from ghn_init.cli import app
+
+    page = (PACKAGE.parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    group = get_command(app)
+    options = {
+        option
+        for name in ("predict", "inspect")
+        for param in group.commands[name].params  # pyright: ignore[reportAttributeAccessIssue]
+        for option in param.opts
+        if option.startswith("--") and option not in {"--output", "--help"}
+    }
+    assert "--diversify" in options
+    assert not {option for option in options if f"`{option}" not in page}
+
+
+@pytest.mark.source
+def test_the_readme_has_the_two_commands_on_one_line_each() -> None:
+    readme = (PACKAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for name, end in (("predict", "--set num_classes=10"), ("test", "pytest")):
+        found = re.search(rf"<!-- command: {name} -->\n```sh\n([^\n]+)\n```\n", readme)
+        assert found, f"README.md: no one-line command marked {name!r}"
+        assert found[1].startswith("python3 -m venv .venv && ")
+        assert found[1].endswith(end)
 
 
 def imports_of(path: Path) -> set[str]:

@@ -49,7 +49,7 @@ def predict(
         with steps("writing the weights"):
             plan.apply()
         with steps(f"saving {target}"):
-            size = save(found.model, target, weights)
+            size = save(found.model, target)
     if as_json:
         report = _report(found, plan, steps)
         typer.echo(json.dumps({**report, "file": str(target), "bytes": size}))

@@ -77,7 +77,7 @@ def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], pa
     for row in plan.rows:
         if row.action == "kept":
             reasons.setdefault(row.reason, []).append(row.name)
-    lines += [f"  kept: {_listing(names)} ({reason})" for reason, names in reasons.items()]
+    lines += [f"    {_listing(names)}: {reason}" for reason, names in reasons.items()]
     done = milliseconds["predicting"] + milliseconds["writing"]
     lines.append(f"{done:.0f} ms to predict and write; saved {path}, {size / 1e6:.1f} MB")
     return "\n".join(lines)
@@ -88,7 +88,7 @@ def _listing(names: Sequence[str], limit: int = 4) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def save(model: nn.Module, path: Path, weights: str) -> int:
+def save(model: nn.Module, path: Path) -> int:
     """Write the state dict to `path` in one piece and return its size in bytes.
 
     Tied parameters are written once, as `safetensors.torch.load_model` expects. A file of that name is
@@ -101,8 +101,6 @@ def save(model: nn.Module, path: Path, weights: str) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    from ghn_init import __version__
-
     alien = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
     if alien:
         raise PredictError(
@@ -111,7 +109,11 @@ def save(model: nn.Module, path: Path, weights: str) -> int:
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_model(model, str(partial), {"format": "pt", "ghn_init": __version__, "weights": weights})
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask says; safetensors makes files private
+        # One entry of metadata: with more, their order, and so the file's bytes, changes from run to run.
+        save_model(model, str(partial), {"format": "pt"})
+        partial.chmod(mode)
         size = partial.stat().st_size
         partial.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:
