@@ -1,0 +1,115 @@
+"""The splits of DeepNets-1M."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._errors import ArchitectureError
+from ghn_init.deepnets._architecture import LARGE_INPUT, Architecture, Genotype
+from ghn_init.deepnets._published import read_published
+from ghn_init.deepnets._sample import sample
+from ghn_init.deepnets._widths import evaluation_width
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from torch import nn
+
+SPLITS: Final = {
+    "train": 1_000_000, "val": 500, "test": 500, "wide": 100, "deep": 100, "dense": 100, "bnfree": 100,
+    "search": 100_000, "predefined": 2,
+}  # fmt: skip
+"""Published number of architectures of every split."""
+
+_FIXED_WIDTH: Final = frozenset({"val", "test", "deep", "dense", "bnfree"})
+
+VIT: Final = Architecture(
+    Genotype(
+        normal=(("none", 0), ("msa", 1)), normal_concat=(2,),
+        reduce=(("none", 0), ("avg_pool_3x3", 1)), reduce_concat=(2,),
+    ),
+    n_cells=12, preproc=False, C=128,
+)  # fmt: skip
+"""The predefined vision transformer."""
+
+
+@dataclass(frozen=True)
+class ResNet50:
+    """The predefined ResNet-50, torchvision's; for small images with a 3x3 stem and no max pooling."""
+
+    def supports(self, image_size: int) -> bool:
+        """Whether `build` takes images of this side: all."""
+        return image_size >= 1
+
+    def build(
+        self,
+        num_classes: int = 10,
+        image_size: int = 32,
+        C: int | None = None,  # noqa: N803
+        fc_dim: int | None = None,
+    ) -> nn.Module:
+        """Make the network.
+
+        Raises:
+            ArchitectureError: A width is asked for; this network has its own.
+        """
+        from torch import nn
+        from torchvision.models import resnet50
+
+        if C is not None or fc_dim is not None:
+            raise ArchitectureError("ResNet50 has fixed widths; leave C and fc_dim out")
+        model = resnet50(num_classes=num_classes)
+        if image_size < LARGE_INPUT:
+            model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            model.maxpool = nn.Identity()  # type: ignore[assignment]
+        return model
+
+
+class DeepNets1M(Sequence["Architecture | ResNet50"]):
+    """A split of DeepNets-1M; `DeepNets1M(split)[i]` makes architecture i by itself, without files.
+
+    Widths: `train` and `search` have C = 32 and fc_dim = 256 (training draws them for every use,
+    `training_width`); in the evaluation splits C gives 2.5 million parameters on CIFAR-10
+    (`evaluation_width`); `wide` is four times as wide as `test`, twice for large images.
+
+    Args:
+        split: One of `SPLITS`.
+        seed: Another seed gives another million.
+        image_size: Matters for `wide` only.
+
+    Raises:
+        ArchitectureError: There is no such split.
+    """
+
+    def __init__(self, split: str, seed: int = 0, *, image_size: int = 32) -> None:
+        if split not in SPLITS:
+            raise ArchitectureError(f"no split {split!r} in DeepNets-1M; expected one of {tuple(SPLITS)}")
+        self.split = split
+        self.seed = seed
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return SPLITS[self.split]
+
+    def __repr__(self) -> str:
+        return f"DeepNets1M({self.split!r}, seed={self.seed}): {len(self):,} architectures"
+
+    def __getitem__(self, index: int) -> Architecture | ResNet50:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self!r} has no index {index}")
+        index %= len(self)
+        if self.split == "predefined":
+            return (ResNet50(), VIT)[index]
+        arch = sample("test" if self.split == "wide" else self.split, index, self.seed)
+        if self.split == "wide":
+            factor = 2 if self.image_size >= LARGE_INPUT else 4
+            return dataclasses.replace(arch, C=evaluation_width(arch) * factor)
+        return dataclasses.replace(arch, C=evaluation_width(arch)) if self.split in _FIXED_WIDTH else arch
+
+    @staticmethod
+    def from_published(path: str | PathLike[str], split: str) -> tuple[Architecture, ...]:
+        """The architectures of a published meta file; see `read_published`."""
+        return read_published(path, split)
