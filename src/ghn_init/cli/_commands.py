@@ -37,14 +37,15 @@ def predict(
     as_json: opt.Json = False,
 ) -> None:
     """Predict a model's weights and write them to NAME.safetensors (the default command)."""
-    request = opt.make_request(
-        spec, settings, weights, input_shape,
-        head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
-    )  # fmt: skip
-    target = output or Path(f"{request.spec.name}.safetensors")
-    if not target.parent.is_dir():
-        raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
-    with Steps(total=5) as steps:
+    with Steps(total=6) as steps:
+        with steps("starting"):
+            request = opt.make_request(
+                spec, settings, weights, input_shape,
+                head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
+            )  # fmt: skip
+            target = output or Path(f"{request.spec.name}.safetensors")
+            if not target.parent.is_dir():
+                raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
         found, plan = _compile(request, steps)
         with steps("writing the weights"):
             plan.apply()
@@ -72,11 +73,12 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show a model's graph and what would be predicted; write nothing but the drawing asked for."""
-    request = opt.make_request(
-        spec, settings, weights, input_shape,
-        head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
-    )  # fmt: skip
-    with Steps(total=3 + (draw is not None)) as steps:
+    with Steps(total=4 + (draw is not None)) as steps:
+        with steps("starting"):
+            request = opt.make_request(
+                spec, settings, weights, input_shape,
+                head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
+            )  # fmt: skip
         found, plan = _compile(request, steps)
         if draw is not None:
             with steps(f"drawing {draw}"):

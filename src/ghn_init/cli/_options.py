@@ -96,7 +96,7 @@ def make_request(
     Raises:
         typer.BadParameter: Wrong usage (exit status 2).
     """
-    from ghn_init._spec import parse_settings, parse_spec
+    from ghn_init._spec import parse_settings, parse_spec  # loads torch
 
     try:
         parsed, keywords = parse_spec(spec), parse_settings(settings or ())

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ghn_init._errors import PredictError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -69,6 +69,8 @@ class Steps:
 
 def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], path: Path, size: int) -> str:
     """What was done, for a person: counts by action, what was kept and why, times, the file."""
+    from ghn_init._select import listing
+
     lines = [f"{found.name} from {found.origin}, weights {plan.weights}"]
     for action, (parameters, elements) in plan.counts().items():
         if parameters:
@@ -77,15 +79,10 @@ def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], pa
     for row in plan.rows:
         if row.action == "kept":
             reasons.setdefault(row.reason, []).append(row.name)
-    lines += [f"    {_listing(names)}: {reason}" for reason, names in reasons.items()]
+    lines += [f"    {listing(names, limit=4)}: {reason}" for reason, names in reasons.items()]
     done = milliseconds["predicting"] + milliseconds["writing"]
     lines.append(f"{done:.0f} ms to predict and write; saved {path}, {size / 1e6:.1f} MB")
     return "\n".join(lines)
-
-
-def _listing(names: Sequence[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def save(model: nn.Module, path: Path) -> int:
