@@ -23,9 +23,9 @@ PACKAGE = Path(ghn_init.__file__).parent
 LAYERS = [
     {"_errors"},
     {"_graph", "_draw"},
-    {"_inputs", "_ops", "_record", "_trace", "_config", "_batch", "_gated", "_decoder", "_tile", "_model",
-     "_initialise"},
-    {"_checkpoint", "_hub"},
+    {"_inputs", "_ops", "_record", "_trace"},
+    {"_config", "_batch", "_gated", "_gated_numpy", "_decoder", "_tile", "_model", "_initialise",
+     "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
     {"_select", "_diversify", "_materialise", "_tiles", "_plan", "_predict", "_batchnorm"},
     {"_spec"},
 ]  # fmt: skip
