@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ghn_init import GHN, GHNConfig, PredictError, calibrate_batchnorm, plan, predict
+from ghn_init import (
+    GHN,
+    CheckpointError,
+    GHNConfig,
+    PredictError,
+    _checkpoint,
+    _tiles,
+    calibrate_batchnorm,
+    load,
+    plan,
+    predict,
+)
 from ghn_init._diversify import diversify, filter_correlation
 
 if TYPE_CHECKING:
@@ -359,6 +372,63 @@ def test_a_model_that_changed_since_the_plan_is_refused(ghn: GHN) -> None:
     with pytest.raises(PredictError, match=r"Net changed since it was planned: fc\.weight, fc\.bias"):
         planned.apply()
     assert_same_state(model, before)
+
+
+def test_bundled_weights_are_read_once_and_files_every_time(
+    ghn_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(_tiles, "load", lambda weights: read.append(weights) or load(weights))
+    monkeypatch.setattr(_checkpoint, "_bundled_folder", lambda: ghn_dir.parent)
+    for cache in (_tiles._names, _tiles._bundled):
+        cache.cache_clear()
+    try:
+        with torch.device("meta"):
+            model = predict(Net(), ghn_dir.name)
+        assert_same_state(predict(Net(), ghn_dir.name), state(model))
+        assert read == [ghn_dir.name]
+        assert_same_state(predict(Net(), ghn_dir), state(model))
+        assert_same_state(predict(Net(), str(ghn_dir)), state(model))
+        assert read == [ghn_dir.name, ghn_dir, str(ghn_dir)]
+        assert plan(Net(), ghn_dir.name).weights == ghn_dir.name
+    finally:
+        for cache in (_tiles._names, _tiles._bundled):
+            cache.cache_clear()
+
+
+@pytest.mark.parametrize("weights", ["ghn9-nowhere", None, 3])
+def test_bad_weights(weights: Any) -> None:
+    model = Net()
+    before = state(model)
+    with pytest.raises(CheckpointError, match=r"ghn9-nowhere|weights of type"):
+        predict(model, weights)
+    assert_same_state(model, before)
+
+
+def test_threads_get_the_serial_results(ghn: GHN) -> None:
+    expected = state(predict(Net(), ghn))
+    models = [Net() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda model: predict(model, ghn), models))
+    for model in models:
+        assert_same_state(model, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_extra_memory_is_small(ghn: GHN) -> None:
+    with torch.no_grad():
+        model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8)))  # 134 MB
+        model.requires_grad_(False)
+    predict(model, ghn, example_input=(1, 2048))
+
+    def megabytes(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = megabytes("VmRSS")
+    predict(model, ghn, example_input=(1, 2048))
+    assert megabytes("VmHWM") - before < 30
 
 
 # What the caller has set -------------------------------------------------------------------------------

@@ -137,11 +137,18 @@ def copy_tiled(target: Tensor, values: Tensor) -> None:
     spans = [_blocks(have, size) for have, size in zip(target.shape, values.shape, strict=True)]
     for parts in itertools.product(*spans):
         view, source = target, values
-        # From the last axis on, so that splitting one does not renumber those still to come.
-        for axis in reversed(range(len(parts))):
-            start, count, size = parts[axis]
-            view = view.narrow(axis, start, count * size).unflatten(axis, (count, size))
-            source = source.narrow(axis, 0, size).unsqueeze(axis)
+        outer: list[int] = []  # the shape of `view` with repeated axes split in (count, size), ...
+        inner: list[int] = []  # ... and that of `source`, which broadcasts along the counts
+        # Every call costs about as much as copying a vector does, so axes that need nothing get nothing.
+        for axis, (start, count, size) in enumerate(parts):
+            if count * size != view.shape[axis]:
+                view = view.narrow(axis, start, count * size)
+            if size != source.shape[axis]:
+                source = source.narrow(axis, 0, size)
+            outer += (count, size) if count > 1 else (size,)
+            inner += (1, size) if count > 1 else (size,)
+        if len(outer) > len(parts):
+            view, source = view.view(outer), source.view(inner)
         view.copy_(source)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from os import PathLike
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from ghn_init._checkpoint import bundled_names, load
 from ghn_init._errors import GHNInitError, PredictError
 from ghn_init._select import PREDICT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from os import PathLike
+
     from torch import Tensor
 
     from ghn_init._graph import Graph
@@ -31,22 +33,19 @@ def ghn_of(weights: str | PathLike[str] | GHN) -> GHN:
     they never change, and predicting does not change them, so threads may share them. Files,
     directories and repositories are read anew every time.
     """
-    if not isinstance(weights, str | PathLike):
-        return weights
-    from ghn_init._checkpoint import BUNDLED, load  # reading files is for those who name one
-
-    if isinstance(weights, str) and weights in BUNDLED:
-        return _bundled(weights)
-    return load(weights)
+    return _bundled(weights) if isinstance(weights, str) and weights in _names() else load(weights)
 
 
 # Two threads that come first at the same time may both load; they get equal weights. A lock would not
 # survive a fork in the other thread.
 @lru_cache(maxsize=4)
 def _bundled(name: str) -> GHN:
-    from ghn_init._checkpoint import load
-
     return load(name).requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    return frozenset(bundled_names())
 
 
 @contextmanager
