@@ -1,0 +1,23 @@
+"""Training a GHN on images and DeepNets-1M, and measuring what it predicts.
+
+Not loaded by `import ghn_init`; reading images needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+from ghn_init.training._config import TrainConfig
+from ghn_init.training.data import Images, Normalisation, hold_out, load_images
+from ghn_init.training.evaluate import Score, evaluate
+from ghn_init.training.trainer import RunOptions, Trainer
+
+__all__ = [
+    "Images",
+    "Normalisation",
+    "RunOptions",
+    "Score",
+    "TrainConfig",
+    "Trainer",
+    "evaluate",
+    "hold_out",
+    "load_images",
+]

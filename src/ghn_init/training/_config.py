@@ -1,0 +1,119 @@
+"""The frozen configuration of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from ghn_init._config import GHNConfig
+from ghn_init._errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_AT_LEAST: Final = {
+    "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
+    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "workers": 1, "prefetch": 0,
+}  # fmt: skip
+_FRACTIONS: Final = ("small_images", "label_smoothing", "ema", "skip_limit")
+_CHOICES: Final = {
+    "optimizer": ("adam", "adamw"),
+    "schedule": ("constant", "step", "cosine", "linear"),
+    "precision": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What a training run does; with the images it determines the result of a run of `steps`.
+
+    Attributes:
+        ghn: What is trained.
+        seed: Seed of the GHN's first weights, the architectures, the images' order and augmentation.
+        steps: Length of the run in optimizer steps; None: `duration` rules.
+        duration: Length of the run in seconds of training, over all its parts; None: `steps` rules.
+        optimizer: "adam" (L2 penalty, as published) or "adamw".
+        lr: Largest learning rate.
+        weight_decay: L2 penalty or decoupled decay.
+        clip: Largest norm of the GHN's gradient.
+        warmup: Steps over which the learning rate rises linearly.
+        schedule: Learning rate over the run: "constant", "step" (divided by 10 after 2/3 and 5/6 of it,
+            as published), "cosine" or "linear" to zero.
+        meta_batch: Networks of one step.
+        batch_size: Images of one step; every network sees the same.
+        small_images: First part of the run, a fraction, in which images are halved to 16 x 16.
+        label_smoothing: As in `torch.nn.functional.cross_entropy`.
+        ema: Decay of the moving average of the GHN's weights; 0: none.
+        precision: Type of the networks' activations and weights. The GHN itself stays in float32.
+        max_nodes: Meta-batches of more nodes are skipped.
+        max_params: Networks of more parameters, in millions at the width drawn, are skipped; 0: none.
+        curriculum: Over this many first architectures the largest size allowed grows from
+            `curriculum_nodes` to no limit; 0: no curriculum.
+        curriculum_nodes: Nodes of the largest network that a curriculum begins with.
+        skip_limit: Largest fraction of steps whose loss may be not finite.
+        workers: Threads that run networks side by side, one core each.
+        prefetch: Meta-batches that a second process prepares ahead; 0: in the training process.
+
+    Raises:
+        ConfigError: A value that no run can have.
+    """
+
+    ghn: GHNConfig = field(default_factory=GHNConfig)
+    seed: int = 0
+    steps: int | None = None
+    duration: float | None = None
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    clip: float = 5.0
+    warmup: int = 100
+    schedule: Literal["constant", "step", "cosine", "linear"] = "cosine"
+    meta_batch: int = 8
+    batch_size: int = 64
+    small_images: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    max_nodes: int = 2200
+    max_params: float = 0.0
+    curriculum: int = 0
+    curriculum_nodes: int = 60
+    skip_limit: float = 0.02
+    workers: int = 2
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected at least {least}")
+        for name in _FRACTIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected 0 to 1")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"training: {name}={value!r}; expected one of {choices}")
+        if (self.steps is None) == (self.duration is None):
+            raise ConfigError(
+                f"training: steps={self.steps}, duration={self.duration}; give exactly one of them"
+            )
+        if (self.steps or self.duration or 0) <= 0:
+            raise ConfigError("training: a run of no length; expected steps or duration above 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration with these fields and defaults for the others; `ghn` may be a dictionary.
+
+        Raises:
+            ConfigError: Names the keys that are no fields.
+        """
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"training: unknown {', '.join(unknown)}; expected {', '.join(sorted(known))}")
+        values = dict(values)
+        if not isinstance(values.get("ghn", None), GHNConfig | None):
+            values["ghn"] = GHNConfig.from_dict(values["ghn"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return asdict(self) | {"ghn": self.ghn.to_dict()}

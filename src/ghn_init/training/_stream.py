@@ -1,0 +1,175 @@
+"""The stream of meta-batches: networks drawn, built, traced and batched, ahead of the compute.
+
+Entry i of the stream of networks is a function of the seed and i. A meta-batch is made of the next
+networks that pass the filters; where it ends in the stream is all that a checkpoint has to keep.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ghn_init._batch import GraphBatch
+from ghn_init._errors import TrainingError
+from ghn_init._trace import trace
+from ghn_init.deepnets import Architecture, DeepNets1M, training_width
+from ghn_init.deepnets import Stream as RandomStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from ghn_init.training._config import TrainConfig
+
+_WIDTHS = 1_000
+"""The family of random streams that draws widths; the splits use small numbers."""
+
+_GROWTH = 20
+"""A curriculum's largest network at its end, as a multiple of that at its beginning: no limit in effect."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network of a meta-batch.
+
+    Attributes:
+        index: Its place in the stream.
+        architecture: What to build, with the width that was drawn.
+        num_params: Its parameters, used or not.
+    """
+
+    index: int
+    architecture: Architecture
+    num_params: int
+
+    @property
+    def any_size(self) -> bool:
+        """The network takes images of any size: global pooling, no positional encoding."""
+        return self.architecture.glob_avg and not self.architecture.transformer
+
+    def build(self, num_classes: int, image_size: int) -> nn.Module:
+        """The network on the meta device, without running statistics."""
+        with torch.device("meta"):
+            return self.architecture.build(num_classes, image_size, running_stats=False)
+
+
+@dataclass(frozen=True)
+class MetaBatch:
+    """The networks of one step, their graphs as arrays, and where the stream goes on after them."""
+
+    tasks: tuple[Task, ...]
+    graphs: GraphBatch
+    stop: int
+
+
+class Stream:
+    """Meta-batches from place `start` of the stream on, for networks on images of `image_size`."""
+
+    def __init__(self, config: TrainConfig, image_size: int, start: int = 0) -> None:
+        self.config, self.image_size, self.position = config, image_size, start
+        self.networks = DeepNets1M("train", seed=config.seed)
+
+    def __iter__(self) -> Iterator[MetaBatch]:
+        config = self.config
+        while True:
+            tasks: list[Task] = []
+            while len(tasks) < config.meta_batch:
+                if (task := self._task(self.position)) is not None:
+                    tasks.append(task)
+                self.position += 1
+            if sum(task.architecture.num_nodes() for task in tasks) <= config.max_nodes:
+                graphs = [trace(t.build(config.ghn.num_classes, self.image_size)) for t in tasks]
+                yield MetaBatch(tuple(tasks), GraphBatch.from_graphs(graphs, config.ghn), self.position)
+
+    def _task(self, index: int) -> Task | None:
+        """Network `index` of the stream, or None if a filter leaves it out."""
+        config, architecture = self.config, self.networks[index]
+        assert isinstance(architecture, Architecture)  # the training split has nothing else
+        width, fc_dim = training_width(architecture, RandomStream(config.seed, _WIDTHS, index), self.image_size)
+        architecture = replace(architecture, C=width, fc_dim=fc_dim)
+        num_params = architecture.num_params(config.ghn.num_classes, self.image_size)
+        if config.max_params and num_params > config.max_params * 1e6:
+            return None
+        if architecture.num_nodes() > min(self._largest(index), config.max_nodes):
+            return None
+        return Task(index, architecture, num_params)
+
+    def _largest(self, index: int) -> float:
+        """Nodes of the largest network allowed at this place: grows geometrically over the curriculum."""
+        if index >= self.config.curriculum:
+            return float("inf")
+        return self.config.curriculum_nodes * _GROWTH ** (index / self.config.curriculum)
+
+
+class Prefetcher:
+    """Runs a `Stream` in a second process, `config.prefetch` meta-batches ahead; or in this one.
+
+    A context manager and an iterator. Order and content do not depend on the process.
+    """
+
+    def __init__(self, config: TrainConfig, image_size: int, start: int = 0) -> None:
+        self._stream = Stream(config, image_size, start)
+        self._process: Any = None
+        if config.prefetch:
+            context = multiprocessing.get_context("spawn")
+            self._queue: Any = context.Queue(config.prefetch)
+            arguments = (config, image_size, start, self._queue, os.getpid())
+            self._process = context.Process(target=_produce, args=arguments, daemon=True)
+
+    def __enter__(self) -> Prefetcher:
+        if self._process is not None:
+            self._process.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._queue.cancel_join_thread()
+            self._queue.close()
+
+    def __iter__(self) -> Iterator[MetaBatch]:
+        if self._process is None:
+            yield from self._stream
+        while True:
+            yield self._next()
+
+    def _next(self) -> MetaBatch:
+        while True:
+            try:
+                item = pickle.loads(self._queue.get(timeout=2.0))
+            except queue.Empty:
+                if self._process.is_alive():
+                    continue
+                code = self._process.exitcode
+                raise TrainingError(
+                    f"the process that prepares networks ended with code {code}; resume from the last checkpoint"
+                ) from None
+            if isinstance(item, BaseException):
+                raise TrainingError(f"preparing networks failed: {item!r}") from item
+            return item
+
+
+def _produce(config: TrainConfig, image_size: int, start: int, out: Any, parent: int) -> None:
+    """The second process: bytes of meta-batches into `out`, or the exception that ended it."""
+    torch.set_num_threads(1)
+    try:
+        for batch in Stream(config, image_size, start):
+            # As bytes: tensors through a multiprocessing queue would each take a file descriptor.
+            data = pickle.dumps(batch)
+            while True:
+                try:
+                    out.put(data, timeout=5.0)
+                    break
+                except queue.Full:
+                    if os.getppid() != parent:  # killed: do not outlive it
+                        return
+    except Exception as error:  # noqa: BLE001 (handed over and raised in the training process)
+        out.put(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))

@@ -1,0 +1,278 @@
+"""Images in memory: reading, splitting, shuffling and augmenting them as whole batches.
+
+Images are uint8 tensors (N, 3, H, W) throughout; a batch becomes float when it is normalised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import tempfile
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghn_init._errors import TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from os import PathLike
+
+SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"})
+VALIDATION_IMAGES: Final = 5_000
+"""Training images held out for validation (arXiv 2110.13100, section 5)."""
+
+_SPLIT_SEED: Final = 20211025
+"""Seed of the shuffle before the hold-out; fixed, so that every run holds out the same images."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64, names of the classes."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4 or self.pixels.shape[1] != 3 or self.pixels.dtype != torch.uint8:
+            raise TrainingError(
+                f"images of shape {tuple(self.pixels.shape)} and type {self.pixels.dtype}; "
+                "expected (N, 3, H, W) uint8"
+            )
+        if self.labels.shape != self.pixels.shape[:1]:
+            raise TrainingError(
+                f"{len(self.pixels)} images and labels of shape {tuple(self.labels.shape)}; "
+                "expected one label for every image"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.pixels.shape[-1]
+
+    def take(self, index: Tensor | slice) -> Images:
+        """The images at these places."""
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of every channel, of pixels between 0 and 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, images: Images) -> Normalisation:
+        """Those of all pixels of `images`."""
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(1)])
+        values = torch.arange(256, dtype=torch.float64) / 255
+        weights = counts.double() / counts.sum(1, keepdim=True)
+        mean = weights @ values
+        std = (weights @ values.square() - mean.square()).sqrt()
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))  # pyright: ignore[reportArgumentType]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1, channels last in memory."""
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        return pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+CIFAR10: Final = Normalisation((0.491, 0.482, 0.447), (0.245, 0.243, 0.261))
+"""The training images of CIFAR-10, as JPEG of quality 75."""
+
+
+def hold_out(images: Images, count: int = VALIDATION_IMAGES) -> tuple[Images, Images]:
+    """Training and validation images: the last `count` of a fixed shuffle are held out.
+
+    Raises:
+        TrainingError: Fewer images than that.
+    """
+    if not 0 < count < len(images):
+        raise TrainingError(f"cannot hold out {count} of {len(images)} images; expected 1 to {len(images)-1}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    return images.take(order[:-count]), images.take(order[-count:])
+
+
+def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """Places of the images of step `step`, (batch,): every epoch is a permutation of its own.
+
+    An epoch has `count // batch` steps; the images left over differ from epoch to epoch. It depends on
+    nothing but the arguments, so a run can be taken up at any step.
+    """
+    epoch, place = divmod(step, max(count // batch, 1))
+    return _epoch_order(count, seed, epoch)[place * batch : (place + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "images", epoch))
+
+
+def generator(seed: int, stream: str, counter: int) -> torch.Generator:
+    """A random generator for entry `counter` of a named stream: no state to save between entries."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{counter}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def augment(pixels: Tensor, rng: torch.Generator, padding: int = 4) -> Tensor:
+    """Random crop after zero padding and horizontal flip, one draw per image; (N, 3, H, W) uint8."""
+    n, channels, height, width = pixels.shape
+    padded = F.pad(pixels, (padding,) * 4).permute(0, 2, 3, 1).reshape(-1, channels)
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=rng)
+    flip = torch.rand((n, 1), generator=rng) < 0.5
+    rows = top + torch.arange(height) + torch.arange(n)[:, None] * (height + 2 * padding)
+    columns = left + torch.where(flip, torch.arange(width - 1, -1, -1), torch.arange(width))
+    places = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    return padded.index_select(0, places.flatten()).view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Images of half the side by averages over 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2).contiguous(memory_format=torch.channels_last)
+
+
+# Reading
+
+
+def load_images(source: str | PathLike[str], split: str, *, cache: str | PathLike[str] | None = None) -> Images:
+    """Read all images of a split ("train" or "test").
+
+    Args:
+        source: One of
+            - an .npz file with `train_images` (N, H, W, 3) uint8, `train_labels`, `test_...`;
+            - a folder with one folder per class (an ImageFolder), or with such a folder as `train/`;
+            - a .tar, .tar.gz or .tar.xz of that; a folder that holds `*train*.tar.xz` and so on;
+            - the folder of torchvision's CIFAR10 or CIFAR100 (`cifar-10-batches-py`).
+        split: "train" or "test".
+        cache: Folder for decoded images, so that a second run starts at once; default: the system's
+            temporary folder.
+
+    Raises:
+        TrainingError: Nothing readable there, or images of several sizes.
+    """
+    if split not in ("train", "test"):
+        raise TrainingError(f"split {split!r}; expected 'train' or 'test'")
+    path = _find(Path(source).expanduser(), split)
+    if path.suffix == ".npz":
+        return _read_npz(path, split)
+    if (found := _torchvision_cifar(path, split)) is not None:
+        return found
+    stored = _cache_file(path, split, cache)
+    if stored.exists():
+        return _read_npz(stored, split)
+    images = _decode(_files(path, split), path)
+    _write_npz(stored, images, split)
+    return images
+
+
+def _find(path: Path, split: str) -> Path:
+    if not path.exists():
+        raise TrainingError(f"{path}: no such file or folder; expected images (a folder, .tar.xz or .npz)")
+    if path.is_dir():
+        archives = sorted(p for p in path.glob(f"*{split}*") if ".tar" in p.suffixes)
+        if archives and not (path / split).is_dir():
+            return archives[0]
+    return path
+
+
+def _cache_file(path: Path, split: str, cache: str | PathLike[str] | None) -> Path:
+    stat = path.stat()
+    key = f"{path.resolve()}/{split}/{stat.st_size}/{stat.st_mtime_ns}"
+    folder = Path(cache).expanduser() if cache else Path(tempfile.gettempdir()) / "ghn-init-images"
+    return folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
+
+
+def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
+    """(class name, encoded image) of all image files, sorted by name."""
+    if path.is_dir():
+        root = path / split if (path / split).is_dir() else path
+        for file in sorted(p for p in root.glob("*/*") if p.suffix.lower() in SUFFIXES):
+            yield file.parent.name, file.read_bytes()
+        return
+    found: list[tuple[str, bytes]] = []
+    try:
+        with tarfile.open(path) as archive:
+            # In the archive's own order: seeking back in a compressed archive starts it again.
+            for member in archive:
+                name = Path(member.name)
+                if name.suffix.lower() in SUFFIXES and (content := archive.extractfile(member)):
+                    found.append((member.name, content.read()))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise TrainingError(f"{path}: not a readable archive of images ({error})") from error
+    nested = [entry for entry in found if split in Path(entry[0]).parts[:-2]]
+    for name, content in sorted(nested or found):
+        yield Path(name).parent.name, content
+
+
+def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
+    from PIL import Image, UnidentifiedImageError
+
+    names: list[str] = []
+    pixels: list[np.ndarray] = []
+    for name, content in files:
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                pixels.append(np.asarray(image.convert("RGB")))
+        except (UnidentifiedImageError, OSError) as error:
+            raise TrainingError(f"{path}: image {len(names)} of class {name} is damaged ({error})") from error
+        names.append(name)
+        if pixels[-1].shape != pixels[0].shape:
+            raise TrainingError(
+                f"{path}: an image of shape {pixels[-1].shape} in class {name}; expected {pixels[0].shape} "
+                "as the first one (resize them, or give an .npz)"
+            )
+    if not names:
+        raise TrainingError(f"{path}: no images; expected one folder per class with {sorted(SUFFIXES)} files")
+    classes = tuple(sorted(set(names)))
+    labels = torch.tensor([classes.index(name) for name in names])
+    return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), labels, classes)
+
+
+def _write_npz(path: Path, images: Images, split: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{split}_images": images.pixels.permute(0, 2, 3, 1).numpy(),
+        f"{split}_labels": images.labels.numpy(),
+        "classes": np.array(images.classes),
+    }
+    # Under a name of its own first: another process may be reading or writing the same cache.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        np.savez(file, **arrays)
+    Path(file.name).replace(path)
+
+
+def _read_npz(path: Path, split: str) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
+            classes = file["classes"].tolist() if "classes" in file else range(int(labels.max()) + 1)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise TrainingError(f"{path}: {split}_images is {pixels.dtype} {pixels.shape}; expected uint8 (N, H, W, 3)")
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes)))
+
+
+def _torchvision_cifar(path: Path, split: str) -> Images | None:
+    """The images of torchvision's CIFAR10 or CIFAR100 if `path` holds them, else None."""
+    from torchvision import datasets
+
+    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+        if (path / kind.base_folder).is_dir():
+            data = kind(str(path), train=split == "train")
+            pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+            return Images(pixels, torch.tensor(data.targets), tuple(data.classes))
+    return None
