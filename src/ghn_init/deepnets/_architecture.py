@@ -111,7 +111,7 @@ class Architecture:
     def __post_init__(self) -> None:
         problems = [*_genotype_problems(self.genotype), *_problems(self)]
         if not problems and not self.plan.connected:
-            problems.append("no path leads from the input to the output, or one starts from nothing")
+            problems.append("no path leads from the input to the output")
         if problems:
             raise ArchitectureError(f"not an architecture of DeepNets-1M: {'; '.join(problems)}")
 

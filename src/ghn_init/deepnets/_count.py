@@ -36,7 +36,6 @@ def num_params(arch: Architecture, num_classes: int, image_size: int) -> int:
     side, last_side = arch.sides(image_size)
     stem, older, newer = _stem_params(arch, norm, side, image_size)
     total, width = stem, arch.C
-    halved = arch.stem_type == 1  # whether the newer input is half as large as the older one
     for index in range(arch.n_cells):
         reduction = index in arch.plan.reductions
         width *= arch.C_mult if reduction else 1
@@ -47,7 +46,6 @@ def num_params(arch: Architecture, num_classes: int, image_size: int) -> int:
         for name, state in arch.genotype.edges(reduction=reduction):
             total += operation_params(name, width, stride if state < 2 else 1, norm)
         older, newer = newer, width * len(arch.genotype.concat(reduction=reduction))
-    del halved
     features = newer * (1 if arch.glob_avg else last_side**2)
     if arch.fc_layers == 2:
         total += (features + 1) * arch.fc_dim
@@ -116,7 +114,7 @@ class _NodeCounter:
         halved = arch.stem_type == 1 and not arch.transformer
         for index in range(arch.n_cells):
             reduction = index in plan.reductions
-            out = self.cell(older, newer, reduction, halved) if plan.used[index] else -1
+            out = self.cell(index, older, newer, halved) if plan.used[index] else -1
             older, newer, halved = newer, out, reduction and not arch.transformer
         return self.nodes + arch.glob_avg + 2 * arch.fc_layers
 
@@ -130,9 +128,9 @@ class _NodeCounter:
         older = self.add(2 + 2 * self.norm)
         return older, self.add(1 + self.norm) if self.arch.plan.uses_stem[1] else -1
 
-    def cell(self, older: int, newer: int, reduction: bool, halved: bool) -> int:
+    def cell(self, index: int, older: int, newer: int, halved: bool) -> int:
         arch = self.arch
-        plan = arch.plan.reduction if reduction else arch.plan.normal
+        plan, reduction = arch.plan.cells[index], index in arch.plan.reductions
         edges = arch.genotype.edges(reduction=reduction)
         states = [older, newer]
         if arch.preproc:

@@ -15,6 +15,8 @@ from ghn_init.deepnets._ops import RECTIFIED, FactorizedReduction, Layers, _Conv
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ghn_init.deepnets._plan import CellPlan
+
 
 class State:
     """A feature map (N, C, H, W) and, computed once when it is first wanted, its ReLU."""
@@ -38,12 +40,14 @@ class CellShape:
     """Where a cell stands in its network.
 
     Attributes:
+        plan: Which parts of it are used.
         widths: Channels of the older and the newer input.
         width: Channels of the cell's states.
         reduction: Whether it is a reduction cell.
         halved: Whether the newer input is half as large as the older one, so that that is halved too.
     """
 
+    plan: CellPlan
     widths: tuple[int, int]
     width: int
     reduction: bool
@@ -55,7 +59,7 @@ class Cell(nn.Module):
 
     def __init__(self, arch: Architecture, shape: CellShape, layers: Layers) -> None:
         super().__init__()
-        self.plan = arch.plan.reduction if shape.reduction else arch.plan.normal
+        self.plan = shape.plan
         self.halved = shape.halved
         self.preprocess = self._preprocessing(shape, layers) if arch.preproc else None
         self.edges = arch.genotype.edges(reduction=shape.reduction)
@@ -80,10 +84,10 @@ class Cell(nn.Module):
         )
         return nn.ModuleList([first, layers.conv(newer, shape.width, 1)])
 
-    def forward(self, older: State, newer: State) -> State:
+    def forward(self, older: State | None, newer: State | None) -> State:
         """The output of the cell; layers that it does not depend on are not run."""
         states: list[State | None] = [
-            self._input(position, state) if used else None
+            self._input(position, state) if state is not None and used else None
             for position, (state, used) in enumerate(zip((older, newer), self.plan.uses, strict=True))
         ]
         for terms in self.plan.terms:
@@ -141,10 +145,10 @@ class DeepStem(nn.Module):
         self.conv2 = layers.conv(arch.C, arch.C, 3, 2)
         self.newer = arch.plan.uses_stem[1]
 
-    def forward(self, x: Tensor) -> tuple[State, State]:
-        """Images (N, 3, H, W) -> the older and the newer input of the first cell."""
+    def forward(self, x: Tensor) -> tuple[State, State | None]:
+        """Images (N, 3, H, W) -> the older and, if it is used, the newer input of the first cell."""
         older = State(self.conv1(F.relu(self.conv0(x), inplace=True)))
-        return older, State(self.conv2(older.rectified)) if self.newer else older
+        return older, State(self.conv2(older.rectified)) if self.newer else None
 
 
 class TokenStem(nn.Module):
@@ -201,9 +205,12 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, 3, H, W)."""
+        older: State | None
+        newer: State | None
         older, newer = self.stem(x)
         for cell, used in zip(self.cells, self.arch.plan.used, strict=True):
-            older, newer = newer, cell(older, newer) if used else newer
+            older, newer = newer, cell(older, newer) if used else None
+        assert newer is not None  # noqa: S101  # an `Architecture` is connected
         out = F.adaptive_avg_pool2d(newer.x, 1) if self.arch.glob_avg else newer.x
         return self.head(out.flatten(1))
 
@@ -216,7 +223,7 @@ def cell_shapes(arch: Architecture, stem_width: int) -> tuple[list[CellShape], i
     for index in range(arch.n_cells):
         reduction = index in arch.plan.reductions
         width *= arch.C_mult if reduction else 1
-        shapes.append(CellShape((older, newer), width, reduction, halved and not arch.transformer))
+        shapes.append(CellShape(arch.plan.cells[index], (older, newer), width, reduction, halved and not arch.transformer))
         older, newer = newer, width * len(arch.genotype.concat(reduction=reduction))
         halved = reduction
     return shapes, newer

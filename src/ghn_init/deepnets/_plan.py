@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CellPlan:
-    """Which parts of a cell are used, given that both its inputs exist.
+    """Which parts of a cell are used.
 
     Attributes:
         terms: For every state from 2 on, the indices of the edges that it sums; () where the state is
@@ -36,29 +36,31 @@ class NetworkPlan:
     """Which cells are used.
 
     Attributes:
-        normal: Plan of the normal cells.
-        reduction: Plan of the reduction cells.
+        cells: The plan of every cell.
         reductions: Indices of the reduction cells.
-        used: For every cell whether the output depends on it.
-        uses_stem: Whether the older and the newer of the first cell's inputs are used by any cell.
-        connected: Whether a used cell always has an output, so that every path begins at the input.
+        used: For every cell whether it is there and the output depends on it.
+        uses_stem: Whether the output depends on the older and on the newer of the stem's two outputs.
+        connected: Whether a path leads from the input to the output.
     """
 
-    normal: CellPlan
-    reduction: CellPlan
+    cells: tuple[CellPlan, ...]
     reductions: frozenset[int]
     used: tuple[bool, ...]
     uses_stem: tuple[bool, bool]
     connected: bool
 
-    def cell(self, index: int) -> CellPlan:
-        """The plan of cell `index`."""
-        return self.reduction if index in self.reductions else self.normal
 
+def plan_cell(
+    edges: tuple[tuple[str, int], ...], concat: tuple[int, ...], inputs: tuple[bool, bool] = (True, True)
+) -> CellPlan:
+    """Follow a cell forwards for what is present, backwards for what is used.
 
-def plan_cell(edges: tuple[tuple[str, int], ...], concat: tuple[int, ...]) -> CellPlan:
-    """Follow a cell forwards for what is present, backwards for what is used."""
-    present = [True, True]
+    Args:
+        edges: The cell's operations, two for every state.
+        concat: The states that it concatenates.
+        inputs: Whether the older and the newer input are there.
+    """
+    present = list(inputs)
     terms: list[tuple[int, ...]] = []
     for first in range(0, len(edges), 2):
         there = tuple(e for e in (first, first + 1) if edges[e][0] != "none" and present[edges[e][1]])
@@ -74,18 +76,24 @@ def plan_cell(edges: tuple[tuple[str, int], ...], concat: tuple[int, ...]) -> Ce
 
 
 def plan_network(genotype: Genotype, n_cells: int, stem_type: int) -> NetworkPlan:
-    """Follow the cells backwards from the last one, which makes the output."""
-    normal = plan_cell(genotype.normal, genotype.normal_concat)
-    reduction = plan_cell(genotype.reduce, genotype.reduce_concat)
+    """Follow the cells forwards for what is present, backwards from the last for what is used."""
     reductions = frozenset({n_cells // 3, 2 * n_cells // 3} - {0})
+    variants: dict[tuple[bool, tuple[bool, bool]], CellPlan] = {}
+    cells: list[CellPlan] = []
+    inputs = (True, True)
+    for index in range(n_cells):
+        reduction = index in reductions
+        plan = variants.get((reduction, inputs))
+        if plan is None:
+            edges, concat = genotype.edges(reduction=reduction), genotype.concat(reduction=reduction)
+            plan = variants[reduction, inputs] = plan_cell(edges, concat, inputs)
+        cells.append(plan)
+        inputs = (inputs[1], plan.present)
     # Entries 0 and 1 are the stem's two outputs, entry i + 2 is cell i.
-    used = [False] * (n_cells + 1) + [True]
-    connected = True
+    used = [False] * (n_cells + 1) + [cells[-1].present if cells else False]
     for index in range(n_cells - 1, -1, -1):
         if used[index + 2]:
-            plan = reduction if index in reductions else normal
-            connected &= plan.present
-            used[index] |= plan.uses[0]
-            used[index + 1] |= plan.uses[1]
-    older = used[0] or (stem_type == 1 and used[1])  # stem1 is computed from stem0
-    return NetworkPlan(normal, reduction, reductions, tuple(used[2:]), (older, used[1]), connected)
+            used[index] |= cells[index].uses[0]
+            used[index + 1] |= cells[index].uses[1]
+    older = used[0] or (stem_type == 1 and used[1])  # the newer output is computed from the older
+    return NetworkPlan(tuple(cells), reductions, tuple(used[2:]), (older, used[1]), used[-1])
