@@ -37,8 +37,9 @@ def main() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    ghn_init.predict(model, exclude="norm.*", diversify="noise", seed=0)
-    print(ghn_init.plan(model, exclude="norm.*", diversify="noise"))
+    plan = ghn_init.plan(model, exclude="norm.*", diversify="noise", seed=0)
+    print(plan)
+    plan.apply()
 
     images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
     ghn_init.calibrate_batchnorm(model, [images])
