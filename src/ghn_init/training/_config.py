@@ -110,7 +110,7 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"training: unknown {', '.join(unknown)}; expected {', '.join(sorted(known))}")
         values = dict(values)
-        if not isinstance(values.get("ghn", None), GHNConfig | None):
+        if not isinstance(values.get("ghn"), GHNConfig | None):
             values["ghn"] = GHNConfig.from_dict(values["ghn"])
         return cls(**values)
 

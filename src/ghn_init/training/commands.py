@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,24 +33,24 @@ def train(
         Path, typer.Option("--output", "-o", help="Folder for checkpoint, log and weights.")
     ] = Path("runs/ghn2"),
     config: Annotated[
-        Optional[Path], typer.Option(help="JSON file of TrainConfig fields; options below override it.")
+        Path | None, typer.Option(help="JSON file of TrainConfig fields; options below override it.")
     ] = None,
     steps: Annotated[
-        Optional[int], typer.Option(help="Length of the run in steps.", rich_help_panel=_TRAIN)
+        int | None, typer.Option(help="Length of the run in steps.", rich_help_panel=_TRAIN)
     ] = None,
     duration: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Length of the run in training time: 90s, 30m, 2h.", rich_help_panel=_TRAIN),
     ] = None,
     set_: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", rich_help_panel=_MODEL,
             help="Any field of TrainConfig (lr=3e-4), or of GHNConfig with ghn. before it (ghn.hid=64).",
         ),
     ] = None,
     time_limit: Annotated[
-        Optional[str], typer.Option(help="Stop cleanly after this long; run again to go on.", rich_help_panel=_KEEP)
+        str | None, typer.Option(help="Stop cleanly after this long; run again to go on.", rich_help_panel=_KEEP)
     ] = None,
     save_every: Annotated[str, typer.Option(help="Between checkpoints.", rich_help_panel=_KEEP)] = "60s",
     validate_every: Annotated[
@@ -98,13 +98,13 @@ def evaluate(
     weights: Annotated[str, typer.Argument(help="Bundled name, directory, published .pt, hf://org/repo.")],
     data: Annotated[Path, typer.Option("--data", help="Images, as for `train`; the test split is used.")],
     split: Annotated[
-        Optional[list[str]], typer.Option("--split", help="Splits; default: all. Also resnet50 and vit.")
+        list[str] | None, typer.Option("--split", help="Splits; default: all. Also resnet50 and vit.")
     ] = None,
-    sample: Annotated[Optional[int], typer.Option(help="Only the first N architectures of a split.")] = None,
-    images: Annotated[Optional[int], typer.Option(help="Only N test images.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Only the first N architectures of a split.")] = None,
+    images: Annotated[int | None, typer.Option(help="Only N test images.")] = None,
     noise: Annotated[bool, typer.Option("--noise", help="Also under Gaussian noise of std 0.08.")] = False,
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="JSON file; written after every split.")
+        Path | None, typer.Option("--output", "-o", help="JSON file; written after every split.")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run networks in bfloat16 (faster, rounded).")] = False,
 ) -> None:

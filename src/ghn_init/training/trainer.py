@@ -225,7 +225,7 @@ class Trainer:
         taken = self.state.step - self.state.skipped
         decay = min(self.config.ema, (1 + taken) / (10 + taken))
         values = [self.average[name] for name, _ in self.ghn.named_parameters()]
-        torch._foreach_lerp_(values, [p.detach() for p in self.ghn.parameters()], 1 - decay)  # noqa: SLF001
+        torch._foreach_lerp_(values, [p.detach() for p in self.ghn.parameters()], 1 - decay)
 
     def _check_skipped(self) -> None:
         state, limit = self.state, self.config.skip_limit
