@@ -200,19 +200,20 @@ def canonical_shape(node: Node) -> tuple[int, int, int, int] | None:
     shape = node.shape
     if shape is None:
         return None
+    dims = len(shape)
     vector = node.type in NORM_TYPES or node.type == "bias"
-    if (len(shape) == 1) != vector or not 1 <= len(shape) <= 5 or min(shape) < 1:
+    if (dims == 1) != vector or not 1 <= dims <= 5 or min(shape) < 1:
         wanted = "one dimension" if vector else "two to five dimensions"
         raise GraphError(
             f"{node.type} node of {node.param}: shape {shape}; expected {wanted}, none of them 0"
         )
-    if node.type == "pos_enc" and len(shape) <= 3:
+    if node.type == "pos_enc" and dims <= 3:
         side = math.isqrt(shape[-2])
         return (1, shape[-1], side, side)
-    if len(shape) == 1:
+    if dims == 1:
         return (shape[0], 1, 1, 1)
-    height = shape[-2] if len(shape) > 3 else 1
-    width = shape[-1] if len(shape) > 2 else 1
+    height = shape[-2] if dims > 3 else 1
+    width = shape[-1] if dims > 2 else 1
     return (shape[0], shape[1], height, width)
 
 

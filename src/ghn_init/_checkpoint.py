@@ -121,7 +121,7 @@ def read_published(path: Path) -> GHN:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint of plain tensors, found a file that is damaged or that needs "
-            f"code to be run to read it, which is refused ({_first_line(error)}); save only state_dict and "
+            f"code to be run to read it, which is refused ({_refused(error)}); save only state_dict and "
             "config with torch.save, or fetch the file again"
         ) from error
     except _TORCH_ERRORS as error:
@@ -162,7 +162,7 @@ def build(config: GHNConfig, state: Mapping[str, Tensor], source: str) -> GHN:
             problems.append(f"{name} is no tensor of floats")
         elif found.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted[name].shape)}")
-        elif not found.isfinite().all():
+        elif not found.sum().isfinite():
             problems.append(f"{name} has values that are not finite")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -170,8 +170,7 @@ def build(config: GHNConfig, state: Mapping[str, Tensor], source: str) -> GHN:
             f"{source}: not the weights of a GHN with its configuration: {'; '.join(problems[:8])}{more}; "
             f"use the configuration that they were trained with ({config})"
         )
-    # Assigning keeps the file's tensors; cloned and in float32, so that they share memory with nothing.
-    ghn.load_state_dict({name: values.float().clone() for name, values in state.items()}, assign=True)
+    ghn.load_state_dict({name: values.float().contiguous() for name, values in state.items()}, assign=True)
     return ghn.eval()
 
 
@@ -226,6 +225,11 @@ def _bundled_folder() -> Traversable:
 
 def _get(found: Any, key: str) -> Any:
     return found.get(key) if isinstance(found, dict) else None
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What the safe unpickler objected to, without torch's advice to read the file unsafely."""
+    return str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition(" Please use")[0]
 
 
 def _first_line(error: BaseException) -> str:

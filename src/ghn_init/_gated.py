@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ghn_init._gated_numpy import propagate
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -57,8 +59,13 @@ class GatedGNN(nn.Module):
 
     def forward(self, h: Tensor, batch: GraphBatch) -> Tensor:
         """Node features (N, d) in visiting order to their new values (N, d)."""
+        weights, gru = self.weights(), self.gru
+        if not torch.is_grad_enabled() and h.dtype == torch.float32:
+            new = propagate(
+                h, batch.distances, batch.levels, weights, gru.weight_hh, gru.bias_hh, self.rounds
+            )
+            return torch.from_numpy(new).to(h.device)
         onward, backward = edge_weights(batch.distances, self.mlp_ve is not None, h.dtype)
-        weights = self.weights()
         for _ in range(self.rounds):
             h = self._pass(h, onward, weights, batch.levels, reverse=False)
             h = self._pass(h, backward, weights, batch.levels, reverse=True)

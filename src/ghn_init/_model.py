@@ -22,14 +22,20 @@ if TYPE_CHECKING:
     from os import PathLike
 
 
+def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
+    """An embedding with normal entries; on the meta device none, whose kernel takes a second to import."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(std=std), freeze=False)
+
+
 class ShapeEncoder(nn.Module):
     """Embeds the shape of a node's parameter: two channel and two spatial sizes, d/4 features each."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
         part = config.hid // 4
-        self.embed_channel = nn.Embedding(len(channel_sizes(config.num_classes)) + 1, part)
-        self.embed_spatial = nn.Embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
+        self.embed_channel = _embedding(len(channel_sizes(config.num_classes)) + 1, part)
+        self.embed_spatial = _embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
 
     def forward(self, index: Tensor) -> Tensor:
         """(N, 4) rows of the tables to (N, d)."""
@@ -42,10 +48,8 @@ class PlaceEncoder(nn.Module):
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
-        self.embed_depth = nn.Embedding(config.depth_buckets, config.hid)
-        self.embed_height = nn.Embedding(config.depth_buckets, config.hid)
-        for table in (self.embed_depth, self.embed_height):
-            nn.init.normal_(table.weight, std=0.02)
+        self.embed_depth = _embedding(config.depth_buckets, config.hid, std=0.02)
+        self.embed_height = _embedding(config.depth_buckets, config.hid, std=0.02)
 
     def forward(self, index: Tensor) -> Tensor:
         """(N, 2) buckets to (N, d)."""
@@ -62,7 +66,7 @@ class GHN(Decoders):
         super().__init__()
         self.config = config = config or GHNConfig()
         d, longest = config.hid, max(config.max_shape[:2])
-        self.embed = nn.Embedding(len(NODE_TYPES), d)
+        self.embed = _embedding(len(NODE_TYPES), d)
         self.shape_enc = ShapeEncoder(config)
         if config.hypernet == "gatedgnn":
             self.gnn = GatedGNN(d, virtual_edges=config.ve, rounds=config.rounds)
