@@ -333,9 +333,12 @@ def test_progress_appears_only_after_a_while(
     assert steps.milliseconds["thinking"] >= 1000 * pause
 
 
-def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_silent_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghn_init.cli._output.PATIENCE", 0.0)
     with Steps(total=1) as steps, steps("thinking"):
-        steps._timer.function()
+        time.sleep(0.05)
     assert capsys.readouterr().err == ""
 
 

@@ -42,20 +42,22 @@ class Steps:
         self._bar = Progress(
             BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
             console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
-            disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total)
         self._timer = threading.Timer(PATIENCE, self._bar.start)
         self._timer.daemon = True
 
     def __enter__(self) -> Steps:
-        self._timer.start()
+        if self._bar.console.is_terminal:
+            self._timer.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._timer.cancel()
-        self._timer.join()
-        self._bar.stop()
+        if self._timer.ident is not None:
+            self._timer.join()  # it may be starting the bar just now
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     @contextmanager
     def __call__(self, label: str) -> Iterator[None]:
