@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ def measure(name: str, ghn: ghn_init.GHN, repeats: int) -> Result:
         parameters=sum(param.numel() for param in model.parameters()),
         nodes=len(graph),
         trace_ms=_median_ms(lambda: ghn_init.trace(model), repeats),
-        ghn_ms=_median_ms(lambda: ghn.predict_tiles(graph), repeats),
+        ghn_ms=_median_ms(lambda: ghn.predict_tiles(replace(graph)), repeats),  # a graph caches its distances
         write_ms=_median_ms(plan.apply, repeats),
         total_ms=_median_ms(lambda: ghn_init.predict(model, ghn, head="predict"), repeats),
         kaiming_ms=kaiming_ms,

@@ -317,17 +317,43 @@ def test_parametrised_parameters_are_kept(ghn: GHN) -> None:
     assert not any("parametrizations" in name for name in changed)
 
 
-def test_integer_and_expanded_parameters_are_kept(ghn: GHN) -> None:
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_hooks_compute_are_kept(ghn: GHN) -> None:
+    model = Net()
+    nn.utils.weight_norm(model.mix)
+    reasons = kept(model, ghn)
+    assert reasons == dict.fromkeys(("mix.weight_g", "mix.weight_v"), "parametrised (WeightNorm hook)")
+
+
+def test_parameters_that_cannot_take_floats_are_kept(ghn: GHN) -> None:
     model = Net()
     model.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    model.spectrum = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    model.rare = nn.Parameter(torch.eye(3).to_sparse())
+    model.none = nn.Parameter(torch.zeros(0, 3))
     model.mix.weight = nn.Parameter(torch.zeros(80, 1, 1, 1).expand(80, 80, 1, 1))
-    reasons = kept(model, ghn)
-    assert reasons == {
+    with torch.inference_mode():
+        model.grow.bias = nn.Parameter(torch.zeros(80))
+    assert kept(model, ghn) == {
         "table": "int64 values",
+        "spectrum": "complex64 values",
+        "rare": "sparse_coo layout",
+        "none": "no elements",
         "mix.weight": "its elements share memory (expanded tensor)",
+        "grow.bias": "made under torch.inference_mode()",
     }
     predict(model, ghn)
     assert model.table.tolist() == [0, 1, 2]
+    assert model.stem.weight.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [None, "noise", "orthogonal"])
+def test_a_gpu_gets_the_same_bits(ghn: GHN, how: Any) -> None:
+    expected = state(predict(Net(), ghn, diversify=how))
+    model = predict(Net().cuda(), ghn, diversify=how)
+    assert model.fc.weight.is_cuda
+    assert_same_state(model.cpu(), expected)
 
 
 # Failures ----------------------------------------------------------------------------------------------

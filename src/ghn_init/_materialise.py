@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -57,17 +58,20 @@ def materialised(model: nn.Module, predicted: Collection[str], seed: int) -> Ite
     Raises:
         PredictError: Tensors that are neither predicted nor initialised by their module.
     """
+    if not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        yield
+        return
     slots = list(_slots(model))
     meta = [slot for slot in slots if slot.get().is_meta]
     before = [(slot, slot.get()) for slot in meta]
+    names = set(predicted)
+    filled = {id(slot.get()) for slot in meta if slot.name in names}
+    lost = [slot for slot in meta if id(slot.get()) not in filled]
+    others = [slot for slot in slots if not slot.get().is_meta or id(slot.get()) in filled]
     try:
-        if meta:
-            names = set(predicted)
-            filled = {id(slot.get()) for slot in meta if slot.name in names}
-            lost = [slot for slot in meta if id(slot.get()) not in filled]
-            _install(lost)
-            _initialise(model, lost, [slot for slot in slots if slot not in lost], seed)
-            _install([slot for slot in meta if slot.get().is_meta])
+        _install(lost)
+        _initialise(model, lost, others, seed)
+        _install([slot for slot in meta if slot.get().is_meta])
         yield
     except BaseException:
         for slot, tensor in before:

@@ -222,7 +222,9 @@ def _unwritable(param: nn.Parameter) -> str:
         return "no elements"
     if param.is_inference():
         return "made under torch.inference_mode()"
-    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+    if 0 in (strides := param.stride()) and any(
+        stride == 0 and size > 1 for stride, size in zip(strides, param.shape, strict=True)
+    ):
         return "its elements share memory (expanded tensor)"
     return ""
 

@@ -1,0 +1,37 @@
+"""The benchmarks are commands that run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.source
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "predict.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_predict_measures_a_model(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    chosen = ("--models", "squeezenet1_1", "--weights", "random", "--repeats", "1", "--threads", "1")
+    done = run(*chosen, "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert "geometric mean" in done.stdout
+    (result,) = json.loads(report.read_text())["results"]
+    assert result["model"] == "squeezenet1_1"
+    assert result["parameters"] == 1_235_496
+    assert all(result[key] > 0 for key in ("trace_ms", "ghn_ms", "write_ms", "total_ms", "kaiming_ms"))
+
+
+def test_predict_refuses_unknown_models() -> None:
+    done = run("--models", "resnet9000")
+    assert done.returncode == 1
+    assert "no torchvision classification model matches resnet9000" in done.stderr
