@@ -277,7 +277,9 @@ def test_strict_lists_what_would_be_kept(ghn: GHN) -> None:
 
 def test_nothing_to_write(ghn: GHN) -> None:
     planned = plan(Net(), ghn, exclude="*")
-    with pytest.raises(PredictError, match="nothing to write, all 11 parameters are kept"):
+    with pytest.raises(
+        PredictError, match=r"nothing to write, all 11 parameters are kept \(excluded by '\*'\)"
+    ):
         planned.apply()
 
 

@@ -8,6 +8,10 @@ that depends on how alike a layer's filters are, or with orthogonal matrices; th
 Both apply to weights of two or more dimensions; norms and biases stay as they were predicted. Both are
 seeded per parameter, by the caller's seed and the parameter's name, so that a value depends neither on
 which other parameters are predicted nor on the order, and the global random state is never touched.
+
+Both are made on the CPU, one full weight at a time. "noise" costs as much as random initialisation;
+"orthogonal" costs a QR decomposition of every layer's matrix in time and in memory: half a second for
+ResNet-18, but 20 s for the 4096 x 25088 matrix of VGG on one core.
 """
 
 from __future__ import annotations

@@ -93,7 +93,10 @@ class Plan(Generic[ModelT]):
         """
         kind = type(self.model).__name__
         if not self._tiles:
-            raise PredictError(f"{kind}: nothing to write, all {len(self.rows)} parameters are kept\n{self}")
+            reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
+            raise PredictError(
+                f"{kind}: nothing to write, all {len(self.rows)} parameters are kept ({reasons})"
+            )
         with plain_torch(), materialised(self.model, self._tiles, self.options.seed):
             self._write(self._targets())
         return self.model
