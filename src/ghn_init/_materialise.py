@@ -119,8 +119,8 @@ def _initialise(model: nn.Module, lost: list[_Slot], others: list[_Slot], seed: 
     missing = [slot.name for slot, tensor, version in marked if not _written(slot, tensor, version)]
     if missing:
         raise PredictError(
-            f"{type(model).__name__} is on the meta device, and {listing(missing, 40)} would have no value: not "
-            "predicted, and no reset_parameters of its module sets it. Give it one first (e.g. "
+            f"{type(model).__name__} is on the meta device, and {listing(missing, 40)} would have no value: "
+            "neither predicted nor set by a reset_parameters of its module. Give it one first (e.g. "
             "`module.name = nn.Parameter(torch.zeros(...))`), or build the model on the CPU"
         )
 
