@@ -27,8 +27,9 @@ class Space:
         n_cells: Cells.
         deep: The threshold in cells past which networks have fewer steps and always global pooling.
         steps: Sum nodes a cell, at most, up to the threshold and past it.
+        min_steps: Sum nodes a cell, at least.
         max_params: More parameters than this, at C = 32 and 10 classes, are rejected.
-        norms: What `norm` may be; None first means never a norm.
+        bn_free: Never a norm.
         search: The rules of the SEARCH split for norm and preprocessing.
     """
 
@@ -66,37 +67,53 @@ def sample(split: str, index: int, seed: int = 0) -> Architecture:
         raise ArchitectureError(f"split {split!r} is not sampled; expected one of {tuple(SPACES)}")
     space = SPACES[split]
     stream = Stream(seed, space.stream, index)
+    size = _Size.draw(space, stream)
     while True:
-        arch = _draw(space, stream)
+        arch = _draw(space, size, stream)
         if arch is not None:
             return arch
 
 
-def _draw(space: Space, stream: Stream) -> Architecture | None:
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What is drawn once; only the rest is drawn again when a network is rejected.
+
+    Drawn again as well, it would favour cells of few steps, which are rejected less often, and the
+    networks would have 6 to 8 % fewer nodes than the published ones.
+    """
+
+    n_cells: int
+    deep: int
+    steps: int
+
+    @staticmethod
+    def draw(space: Space, stream: Stream) -> _Size:
+        n_cells = stream.between(*space.n_cells)
+        deep = stream.between(*space.deep)
+        return _Size(n_cells, deep, stream.between(space.min_steps, space.steps[n_cells > deep]))
+
+
+def _draw(space: Space, size: _Size, stream: Stream) -> Architecture | None:
     """One draw, or None if it is rejected."""
-    n_cells = stream.between(*space.n_cells)
-    deep = stream.between(*space.deep)
-    max_steps = space.steps[n_cells > deep]
-    steps = stream.between(space.min_steps, max_steps)
-    genotype = _genotype(steps, stream)
+    genotype = _genotype(size.steps, stream)
     if _is_rejected(genotype):
         return None
     ks = stream.choice((3, 5, 7))
     c_mult = stream.choice((1, 2))
-    preproc = _preproc(space, steps, c_mult, genotype.transformer, stream)
-    glob_avg = genotype.transformer or n_cells > deep or stream.chance(9, 10)
-    norm = _norm(space, n_cells, steps, stream)
+    preproc = _preproc(space, size.steps, c_mult, genotype.transformer, stream)
+    glob_avg = genotype.transformer or size.n_cells > size.deep or stream.chance(9, 10)
+    norm = _norm(space, size, stream)
     stem_type = stream.choice((0, 1))
     stem_pool = stem_type == 0 and stream.chance(1, 2)
     fc_layers = stream.choice((1, 2))
-    if not plan_network(genotype, n_cells, stem_type).connected:
+    if not plan_network(genotype, size.n_cells, stem_type).connected:
         return None
     arch = Architecture(
-        genotype, n_cells, norm, ks, preproc, glob_avg, stem_pool, stem_type, c_mult, fc_layers
+        genotype, size.n_cells, norm, ks, preproc, glob_avg, stem_pool, stem_type, c_mult, fc_layers
     )
     # Either input size may be the larger network: the stem is wider for small images, the kernel of
     # the patches and the flattened feature map for large ones.
-    return arch if all(arch.num_params(10, size) <= space.max_params for size in (32, 224)) else None
+    return arch if all(arch.num_params(10, side) <= space.max_params for side in (32, 224)) else None
 
 
 def _preproc(space: Space, steps: int, c_mult: int, transformer: bool, stream: Stream) -> bool:
@@ -108,11 +125,11 @@ def _preproc(space: Space, steps: int, c_mult: int, transformer: bool, stream: S
     return stream.chance(4, 5) if space.search else True
 
 
-def _norm(space: Space, n_cells: int, steps: int, stream: Stream) -> str | None:
+def _norm(space: Space, size: _Size, stream: Stream) -> str | None:
     """Only small networks train without normalisation, so only those are drawn without."""
     if space.bn_free:
         return None
-    small = n_cells <= space.n_cells[0] + 1 and steps <= space.steps[1]
+    small = size.n_cells <= space.n_cells[0] + 1 and size.steps <= space.steps[1]
     return None if small and not space.search and stream.chance(1, 2) else "bnorm"
 
 
