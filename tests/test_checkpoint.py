@@ -1,0 +1,382 @@
+"""Loading and saving: every source of weights, every kind of damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ghn_init
+from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, load
+from ghn_init import _checkpoint as checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TINY = GHNConfig.ghn2(5, hid=4, max_shape=(3, 4, 3, 3), depth_buckets=4)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def equal(one: GHN, two: GHN) -> bool:
+    states = one.state_dict(), two.state_dict()
+    same = states[0].keys() == states[1].keys()
+    return (
+        one.config == two.config and same and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    )
+
+
+@pytest.fixture
+def ghn() -> GHN:
+    return GHN(TINY)
+
+
+@pytest.fixture
+def folder(ghn: GHN, tmp_path: Path) -> Path:
+    ghn.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A small checkpoint in the published format."""
+    config = GHNConfig.ghn2(5, hid=4, max_shape=(3, 4, 3, 3))
+    values = {name: value for name, value in config.to_dict().items() if name in list(config.to_dict())[:8]}
+    torch.save(
+        {"state_dict": GHN(config).state_dict(), "config": values, "epoch": 3, "optimzer": {}},
+        tmp_path / "published.pt",
+    )
+    return tmp_path / "published.pt"
+
+
+# Where weights come from
+
+
+def test_saved_weights_come_back(ghn: GHN, folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for source in (folder, str(folder), folder / "model.safetensors"):
+        loaded = load(source)
+        assert equal(loaded, ghn)
+        assert not loaded.training
+        assert all(values.requires_grad for values in loaded.parameters())
+    assert equal(GHN.from_pretrained(folder), ghn)
+    assert load(ghn) is ghn
+
+
+def test_saving_over_weights_leaves_no_trace_of_them(ghn: GHN, folder: Path) -> None:
+    other = GHN(GHNConfig.mlp(3, hid=8))
+    other.save_pretrained(folder)
+    assert equal(load(folder), other)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert not equal(load(folder), ghn)
+
+
+def test_model_card_says_what_was_saved(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "library_name: ghn-init" in card
+    assert "for 5 classes" in card
+
+
+def test_loaded_model_saves_and_loads_again(ghn: GHN, folder: Path, tmp_path: Path) -> None:
+    GHN.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert equal(load(tmp_path / "again"), ghn)
+
+
+def test_published_file(published: Path) -> None:
+    loaded = load(published)
+    state = torch.load(published, weights_only=True)["state_dict"]
+    assert loaded.config == GHNConfig.ghn2(5, hid=4, max_shape=(3, 4, 3, 3))
+    assert all(torch.equal(values, state[name]) for name, values in loaded.state_dict().items())
+
+
+def test_reference_file(shared: Path) -> None:
+    assert load(shared / "parity" / "ghn2_cifar10_random.pt").config == GHNConfig.cifar10()
+
+
+def test_bundled_weights(ghn: GHN, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path / "weights" / "mine")
+    monkeypatch.setattr(checkpoint, "_bundled_folder", lambda: tmp_path / "weights")
+    assert checkpoint.bundled_names() == ["mine"]
+    assert equal(load("mine"), ghn)
+    with pytest.raises(CheckpointError, match=r"'yours': no such weights; expected a bundled name \(mine\)"):
+        load("yours")
+
+
+def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+    state = torch.get_rng_state()
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_half_precision_weights_become_float32(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({name: values.half() for name, values in state.items()}, folder / "model.safetensors")
+    loaded = load(folder)
+    assert {values.dtype for values in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.embed.weight, state["embed.weight"].half().float())
+
+
+def test_device(folder: Path) -> None:
+    assert load(folder, device="meta").device.type == "meta"
+
+
+# Damage
+
+
+def test_missing_files_are_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; expected model\.safetensors and"):
+        load(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        GHN.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: expected a whole safetensors file, found"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("{", CheckpointError, r"config\.json: expected JSON, found"),
+        ("[1]", CheckpointError, r"config\.json: expected a JSON object, found list"),
+        ('{"hidden": 3}', ConfigError, r"config\.json: GHN configuration: unknown key hidden; expected"),
+        ('{"hid": "x"}', ConfigError, r"config\.json: GHN configuration: hid='x'; expected an integer"),
+    ],
+)
+def test_bad_configuration(folder: Path, text: str, error: type[Exception], message: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(error, match=message):
+        load(folder)
+
+
+def test_all_wrong_tensors_are_listed(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["embed.weight"] = torch.zeros(3, 4)
+    state["ln.bias"][1] = torch.nan
+    state["ln.weight"] = torch.zeros(4, dtype=torch.int64)
+    state["surplus"] = state.pop("gnn.gru.bias_hh")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    for part in (
+        "model.safetensors", "gnn.gru.bias_hh is missing", "surplus is unknown",
+        "ln.weight is no tensor of floats", "embed.weight is (3, 4), expected (15, 4)",
+        "ln.bias has values that are not finite",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_weights_of_another_configuration(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"ve": False, "depth_buckets": 0}))
+    with pytest.raises(CheckpointError, match=r"use the configuration that they were trained with"):
+        load(folder)
+
+
+class Payload:
+    """Unpickling this would call a function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("unpickled",))
+
+
+def test_files_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload(), "config": {}}, "evil.pt")
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pt: .* needs code to be run to read it, which is refused"
+    ):
+        load("evil.pt")
+    assert not Path("unpickled").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
+def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "thing.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"thing\.pt: expected a checkpoint"):
+        load(tmp_path / "thing.pt")
+
+
+@pytest.mark.parametrize("keep", [100, -100])
+def test_truncated_published_file(published: Path, keep: int) -> None:
+    published.write_bytes(published.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"published\.pt: expected a checkpoint .* damaged"):
+        load(published)
+
+
+def test_published_file_without_configuration(published: Path) -> None:
+    found = torch.load(published, weights_only=True)
+    torch.save(found["state_dict"], published)
+    with pytest.raises(CheckpointError, match="expected a dictionary with state_dict and config, found"):
+        load(published)
+    torch.save(torch.zeros(3), published)
+    with pytest.raises(CheckpointError, match="found Tensor"):
+        load(published)
+    torch.save({**found, "config": {**found["config"], "ve": 3}}, published)
+    with pytest.raises(ConfigError, match=r"published\.pt: GHN configuration: ve=3"):
+        load(published)
+    del found["config"]["hid"]
+    torch.save(found, published)
+    with pytest.raises(ConfigError, match=r"published\.pt: .* lacks hid"):
+        load(published)
+
+
+def test_things_that_are_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="weights of type int; expected a name, a path or a GHN"):
+        load(3)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no such weights"):
+        load(tmp_path / "nothing")
+    for address in ("hf://", "hf://org", "hf://org/repo/more", "hf://org/repo@"):
+        with pytest.raises(CheckpointError, match="expected hf://org/repo or hf://org/repo@revision"):
+            load(address)
+
+
+# The hub, served from this machine
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that downloads files: one repository, two revisions."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+        self.folder = folder
+        super().__init__(*args, **kwargs)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        self.asked.append(self.path)
+        file = self.folder / self.path.rpartition("/")[2]
+        known = any(
+            self.path.startswith(f"/org/repo/resolve/{revision}/") for revision in ("main", "v1", COMMIT)
+        )
+        content = file.read_bytes() if known and file.is_file() else b""
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{len(content)}-{file.name}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if not content:
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[str]:
+    Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder=folder))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def in_new_process(code: str, home: Path, endpoint: str, **environment: str) -> str:
+    """Run code in a process whose hub is `endpoint`, which huggingface_hub reads when it is imported."""
+    source = Path(ghn_init.__file__).parent.parent
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    variables = kept | {
+        "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.stdout + done.stderr
+
+
+LOAD = """
+import ghn_init
+for address in {addresses!r}:
+    try:
+        ghn = ghn_init.load(address)
+        print(address, "gives", float(ghn.embed.weight.detach().double().sum()))
+    except ghn_init.CheckpointError as error:
+        print(address, "fails:", error)
+"""
+
+
+def test_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:
+    total = float(ghn.embed.weight.detach().double().sum())
+    addresses = ["hf://org/repo", "hf://org/repo@v1", "hf://org/other"]
+    found = in_new_process(LOAD.format(addresses=addresses), tmp_path / "home", hub)
+    assert f"hf://org/repo gives {total}" in found
+    assert f"hf://org/repo@v1 gives {total}" in found
+    assert "hf://org/other fails: hf://org/other: expected a repository with model.safetensors and" in found
+    assert "/org/repo/resolve/v1/model.safetensors" in Hub.asked
+    # Once more without a connection: what was fetched is found in the cache.
+    nowhere = "http://127.0.0.1:9"
+    offline = in_new_process(LOAD.format(addresses=addresses), tmp_path / "home", nowhere, HF_HUB_OFFLINE="1")
+    assert f"hf://org/repo gives {total}" in offline
+    assert "hf://org/other fails: hf://org/other: expected" in offline
+    assert "HF_HUB_OFFLINE" in offline
+
+
+def test_hub_repository_without_weights(hub: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    found = in_new_process(LOAD.format(addresses=["hf://org/repo"]), tmp_path / "home", hub)
+    assert "hf://org/repo fails: hf://org/repo: expected a repository with model.safetensors" in found
+
+
+def test_loose_loading_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="only loaded strictly"):
+        GHN.from_pretrained(folder, strict=False)
+
+
+def test_pushing_uploads_the_saved_files(ghn: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import hub_mixin
+
+    uploaded: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> huggingface_hub.RepoUrl:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str, **_: Any) -> str:
+            uploaded[repo_id] = load(folder_path), sorted(path.name for path in Path(folder_path).iterdir())
+            return "commit"
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
+    assert ghn.push_to_hub("org/repo") == "commit"
+    loaded, names = uploaded["org/repo"]
+    assert equal(loaded, ghn)
+    assert names == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_local_weights_need_no_hub(folder: Path) -> None:
+    code = (
+        f"import sys, ghn_init; ghn_init.load({str(folder)!r}); "
+        "print('loaded', [name for name in ('huggingface_hub', 'torchvision') if name in sys.modules])"
+    )
+    assert "loaded []" in in_new_process(code, folder, "http://127.0.0.1:9")
