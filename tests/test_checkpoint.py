@@ -331,13 +331,30 @@ def test_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:
     assert f"hf://org/repo gives {total}" in found
     assert f"hf://org/repo@v1 gives {total}" in found
     assert "hf://org/other fails: hf://org/other: expected a repository with model.safetensors and" in found
-    assert "/org/repo/resolve/v1/model.safetensors" in Hub.asked
+    assert "/org/repo/resolve/v1/config.json" in Hub.asked
     # Once more without a connection: what was fetched is found in the cache.
     nowhere = "http://127.0.0.1:9"
     offline = in_new_process(LOAD.format(addresses=addresses), tmp_path / "home", nowhere, HF_HUB_OFFLINE="1")
     assert f"hf://org/repo gives {total}" in offline
     assert "hf://org/other fails: hf://org/other: expected" in offline
     assert "HF_HUB_OFFLINE" in offline
+
+
+def test_from_pretrained_reads_the_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:
+    code = """
+import ghn_init
+for options in ({}, {"revision": "v1"}, {"local_files_only": True}, {"force_download": True}):
+    ghn = ghn_init.GHN.from_pretrained("org/repo", **options)
+    print(options, float(ghn.embed.weight.detach().double().sum()))
+try:
+    ghn_init.GHN.from_pretrained("org/other")
+except ghn_init.CheckpointError as error:
+    print(error)
+"""
+    found = in_new_process(code, tmp_path / "home", hub)
+    total = float(ghn.embed.weight.detach().double().sum())
+    assert found.count(str(total)) == 4, found
+    assert "hf://org/other: expected a repository with" in found
 
 
 def test_hub_repository_without_weights(hub: str, folder: Path, tmp_path: Path) -> None:

@@ -201,9 +201,9 @@ def _read_hub(address: str) -> GHN:
     match = _HUB.fullmatch(address)
     if match is None:
         raise CheckpointError(f"{address!r}: expected hf://org/repo or hf://org/repo@revision")
-    from ghn_init._hub import HubGHN
+    from ghn_init._hub import read_hub
 
-    return HubGHN.from_pretrained(match["repo"], revision=match["revision"])
+    return read_hub(match["repo"], match["revision"])
 
 
 def _read_config(path: Path | Traversable) -> GHNConfig:

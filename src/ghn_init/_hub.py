@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from ghn_init._checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_directory, save
 from ghn_init._errors import CheckpointError
@@ -91,24 +91,40 @@ class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
             raise CheckpointError(f"{model_id}: strict=False; a GHN is only loaded strictly, leave that out")
         directory = Path(model_id)
         if not directory.is_dir():
-            weights, config = (
-                Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-                for name in (WEIGHTS_FILE, CONFIG_FILE)
+            directory = _fetch(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
             )
-            directory = weights.parent
-            if config.parent != directory:
-                raise CheckpointError(f"{model_id}: the repository changed while it was read; load it again")
         return cls.of(read_directory(directory).to(map_location))
+
+
+def read_hub(repo: str, revision: str | None = None) -> GHN:
+    """Read the weights in a repository of the hub, or in the cache where the hub cannot be reached.
+
+    Raises:
+        CheckpointError: A repository that cannot be reached and is not in the cache, or bad weights.
+    """
+    with _hub_errors(repo):
+        return read_directory(_fetch(repo, revision=revision))
+
+
+def _fetch(repo: str, **options: Any) -> Path:
+    """Download the two files of a repository, unless they are in the cache, into one directory."""
+    config = Path(hf_hub_download(repo, CONFIG_FILE, **options))
+    try:
+        # The line above asked for the newest commit; without a connection, asking again takes half a minute.
+        offline: dict[str, Any] = options | {"local_files_only": True, "force_download": False}
+        weights = None if options.get("force_download") else hf_hub_download(repo, WEIGHTS_FILE, **offline)
+    except LocalEntryNotFoundError:
+        weights = None
+    directory = Path(weights or hf_hub_download(repo, WEIGHTS_FILE, **options)).parent
+    if directory != config.parent:
+        raise CheckpointError(f"hf://{repo}: the repository changed while it was read; load it again")
+    return directory
 
 
 @contextmanager
