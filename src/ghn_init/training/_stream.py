@@ -20,6 +20,7 @@ from ghn_init._errors import TrainingError
 from ghn_init._trace import trace
 from ghn_init.deepnets import Architecture, DeepNets1M, training_width
 from ghn_init.deepnets import Stream as RandomStream
+from ghn_init.training._ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 _WIDTHS = 1_000
 """The family of random streams that draws widths; the splits use small numbers."""
+
+_WINDOW = 8
+"""Meta-batches that are sorted by cost together."""
+
+_TOKENS, _PIXELS = 121, 112
+"""Positions of a transformer's feature map, and the mean over a network's thirds behind a 16 x 16 stem."""
 
 _GROWTH = 20
 """A curriculum's largest network at its end, as a multiple of that at its beginning: no limit in effect."""
@@ -54,6 +61,15 @@ class Task:
         """The network takes images of any size: global pooling, no positional encoding."""
         return self.architecture.glob_avg and not self.architecture.transformer
 
+    @property
+    def cost(self) -> float:
+        """Activations of the network, roughly: what its time goes by. No unit."""
+        arch = self.architecture
+        if arch.transformer:
+            return arch.num_nodes() * arch.C * arch.C_mult * _TOKENS
+        pixels = _PIXELS if arch.stem_type == 1 or arch.stem_pool else 4 * _PIXELS
+        return arch.num_nodes() * arch.C * pixels
+
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """The network on the meta device, without running statistics."""
         with torch.device("meta"):
@@ -70,23 +86,47 @@ class MetaBatch:
 
 
 class Stream:
-    """Meta-batches from place `start` of the stream on, for networks on images of `image_size`."""
+    """Meta-batches from place `start` of the stream on, for networks on images of `image_size`.
 
-    def __init__(self, config: TrainConfig, image_size: int, start: int = 0) -> None:
+    Of every meta-batch a process builds only its share.
+    """
+
+    def __init__(self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None) -> None:
         self.config, self.image_size, self.position = config, image_size, start
+        self.ranks = ranks or Ranks()
         self.networks = DeepNets1M("train", seed=config.seed)
 
     def __iter__(self) -> Iterator[MetaBatch]:
-        config = self.config
+        """Meta-batches, window by window.
+
+        Networks that are run side by side should take equally long, so each window of the stream is
+        sorted by cost and cut into meta-batches, which then come in an order of their own. Position
+        `window * size + n` stands for the n-th meta-batch of a window.
+        """
+        size = _WINDOW * self.config.meta_batch
         while True:
-            tasks: list[Task] = []
-            while len(tasks) < config.meta_batch:
-                if (task := self._task(self.position)) is not None:
-                    tasks.append(task)
-                self.position += 1
-            if sum(task.architecture.num_nodes() for task in tasks) <= config.max_nodes:
-                graphs = [trace(t.build(config.ghn.num_classes, self.image_size)) for t in tasks]
-                yield MetaBatch(tuple(tasks), GraphBatch.from_graphs(graphs, config.ghn), self.position)
+            window, done = divmod(self.position, size)
+            groups = self._groups(range(window * size, (window + 1) * size))
+            for turn in range(done, len(groups)):
+                last = turn == len(groups) - 1
+                self.position = (window + 1) * size if last else window * size + turn + 1
+                if sum(task.architecture.num_nodes() for task in groups[turn]) <= self.config.max_nodes:
+                    yield self._meta_batch(self.ranks.share(groups[turn]))
+            self.position = (window + 1) * size
+
+    def _groups(self, indices: range) -> list[list[Task]]:
+        """The networks of a window that pass the filters, in meta-batches of similar cost."""
+        many = self.config.meta_batch
+        tasks = [task for index in indices if (task := self._task(index)) is not None]
+        tasks = sorted(tasks[: len(tasks) // many * many], key=lambda task: task.cost)
+        groups = [tasks[start : start + many] for start in range(0, len(tasks), many)]
+        # By the place of one member in the stream, which has nothing to do with its cost.
+        return sorted(groups, key=lambda group: group[0].index)
+
+    def _meta_batch(self, tasks: list[Task]) -> MetaBatch:
+        shape = (1, 3, self.image_size, self.image_size)
+        graphs = [trace(task.build(self.config.ghn.num_classes, self.image_size), shape) for task in tasks]
+        return MetaBatch(tuple(tasks), GraphBatch.from_graphs(graphs, self.config.ghn), self.position)
 
     def _task(self, index: int) -> Task | None:
         """Network `index` of the stream, or None if a filter leaves it out."""
@@ -114,13 +154,13 @@ class Prefetcher:
     A context manager and an iterator. Order and content do not depend on the process.
     """
 
-    def __init__(self, config: TrainConfig, image_size: int, start: int = 0) -> None:
-        self._stream = Stream(config, image_size, start)
+    def __init__(self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None) -> None:
+        self._stream = Stream(config, image_size, start, ranks)
         self._process: Any = None
         if config.prefetch:
             context = multiprocessing.get_context("spawn")
             self._queue: Any = context.Queue(config.prefetch)
-            arguments = (config, image_size, start, self._queue, os.getpid())
+            arguments = (self._stream, self._queue, os.getpid())
             self._process = context.Process(target=_produce, args=arguments, daemon=True)
 
     def __enter__(self) -> Prefetcher:
@@ -157,11 +197,11 @@ class Prefetcher:
             return item
 
 
-def _produce(config: TrainConfig, image_size: int, start: int, out: Any, parent: int) -> None:
+def _produce(stream: Stream, out: Any, parent: int) -> None:
     """The second process: bytes of meta-batches into `out`, or the exception that ended it."""
     torch.set_num_threads(1)
     try:
-        for batch in Stream(config, image_size, start):
+        for batch in stream:
             # As bytes: tensors through a multiprocessing queue would each take a file descriptor.
             data = pickle.dumps(batch)
             while True:

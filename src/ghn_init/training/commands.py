@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +74,10 @@ def train(
     if duration is not None:
         values["duration"] = seconds(duration)
     settings = TrainConfig.from_dict(values)
-    torch.set_num_threads(settings.workers)
+    if settings.workers > 1 or "WORLD_SIZE" in os.environ:
+        torch.set_num_threads(1)  # workers or processes are the parallelism; more threads only fight them
+    if "WORLD_SIZE" in os.environ:  # torchrun, accelerate launch
+        torch.distributed.init_process_group("gloo")
     images, validation = hold_out(load_images(data, "train"))
     options = RunOptions(
         output=output,

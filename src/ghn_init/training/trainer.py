@@ -15,6 +15,7 @@ from ghn_init._model import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._engine import Engine, Job
+from ghn_init.training._ranks import Ranks
 from ghn_init.training._log import Log, Record
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._stream import MetaBatch, Prefetcher
@@ -92,6 +93,11 @@ class Trainer:
                 f"{len(images.classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
             )
         self.config, self.images, self.options = config, images, options
+        self.ranks = Ranks.current()
+        if config.meta_batch % self.ranks.world:
+            raise TrainingError(
+                f"meta_batch={config.meta_batch} networks cannot be shared evenly by {self.ranks.world} processes"
+            )
         self.normalise = Normalisation.of(images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -131,31 +137,36 @@ class Trainer:
         started, before = time.monotonic(), self.state.seconds
         saved = validated = started
         engine = Engine(config.workers, getattr(torch, config.precision), config.label_smoothing)
-        prefetcher = Prefetcher(config, self.images.size, self.state.position)
-        with Log(options.output, options.log_every, resume_at=self.state.step) as log, engine, prefetcher:
+        prefetcher = Prefetcher(config, self.images.size, self.state.position, self.ranks)
+        lead = self.ranks.rank == 0  # the one process that validates and writes
+        folder = options.output if lead else options.output / f"rank{self.ranks.rank}"
+        with Log(folder, options.log_every, resume_at=self.state.step) as log, engine, prefetcher:
             batches = iter(prefetcher)
             while self.done < 1:
-                now = time.monotonic()
-                if options.time_limit is not None and now - started >= options.time_limit:
+                # All processes go by the first one's clock, or they would not stop at the same step.
+                (elapsed,) = self.ranks.agree([time.monotonic() - started])
+                self.state.seconds = before + elapsed
+                if options.time_limit is not None and elapsed >= options.time_limit:
                     break
                 record = self.step(engine, next(batches))
-                self.state.seconds = before + time.monotonic() - started
                 log.step(record)
                 if on_step is not None:
                     on_step(record)
-                if now - saved >= options.save_every:
+                now = time.monotonic()
+                if lead and now - saved >= options.save_every:
                     self.save()
                     saved = now
-                if options.validate_every and now - validated >= options.validate_every:
+                if lead and options.validate_every and now - validated >= options.validate_every:
                     log.write(self._validate(engine))
                     validated = time.monotonic()
-            if self.done >= 1:
+            if lead and self.done >= 1:
                 log.write(self._validate(engine))
-        self.save()
-        if self.done < 1:
-            return False
-        self.export(options.output / "ghn")
-        return True
+        over = self.done >= 1
+        if lead:
+            self.save()
+            if over:
+                self.export(options.output / "ghn")
+        return over
 
     def step(self, engine: Engine, batch: MetaBatch) -> Record:
         """One meta-batch of networks on one batch of images, one update of the GHN."""
@@ -167,15 +178,18 @@ class Trainer:
         results = engine.run(jobs, labels)
         loss = sum(result.loss for result in results) / len(results)
         correct = sum(result.correct for result in results) / (len(results) * len(labels))
-        norm = self._update(predicted, [result.gradients for result in results], lr)
+        figures = torch.tensor([loss, correct])
+        norm = self._update(predicted, [result.gradients for result in results], lr, figures)
+        loss, correct = figures.tolist()
         state.step, state.position = state.step + 1, batch.stop
-        state.networks += len(results)
+        state.networks += len(results) * self.ranks.world
         if norm is None:
             state.skipped += 1
             self._check_skipped()
         return Record(
             step=state.step, loss=loss, accuracy=correct, lr=lr, grad_norm=norm, skipped=state.skipped,
-            seconds=state.seconds, step_seconds=time.monotonic() - started, networks=len(results),
+            seconds=state.seconds, step_seconds=time.monotonic() - started,
+            networks=len(results) * self.ranks.world,
             done=self.done,
         )  # fmt: skip
 
@@ -194,15 +208,16 @@ class Trainer:
                 return task.build(self.config.ghn.num_classes, self.images.size)
 
             pixels = small if task.any_size else images
-            arch = task.architecture
-            cost = arch.num_nodes() * arch.C * pixels.shape[-1] ** 2
-            jobs.append(Job(build, params, pixels, task.index, cost))
+            jobs.append(Job(build, params, pixels, task.index, task.cost * pixels.shape[-1] ** 2))
         return jobs
 
     def _update(
-        self, predicted: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]], lr: float
+        self, predicted: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]], lr: float, figures: Tensor
     ) -> float | None:
-        """Backward through the GHN and an optimizer step; the gradient's norm, or None if not finite."""
+        """Backward through the GHN and an optimizer step; the gradient's norm, or None if not finite.
+
+        Gradients, and `figures` with them, are averaged over the processes of the run.
+        """
         pairs = [
             (params[name], grad.to(params[name].dtype) / len(predicted))
             for params, grads in zip(predicted, gradients, strict=True)
@@ -210,6 +225,10 @@ class Trainer:
         ]
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        for parameter in self.ghn.parameters():
+            if parameter.grad is None:  # no network of this step used it
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.average([figures, *(p.grad for p in self.ghn.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.config.clip or float("inf"))
         if not torch.isfinite(norm):
             return None

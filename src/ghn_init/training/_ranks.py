@@ -1,0 +1,53 @@
+"""Several processes that train one GHN: each runs its share of the networks, gradients are averaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among those of a run; `Ranks()` is a run in one process."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """The place in torch.distributed's default group, if there is one."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a meta-batch."""
+        return list(items[self.rank :: self.world])
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over all processes, in place, in one exchange."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """The first process's values, for decisions (its clock, say) that all must take alike."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, 0)
+        return tensor.tolist()
