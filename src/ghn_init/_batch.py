@@ -1,9 +1,11 @@
 """Several graphs as arrays: all that depends on the graphs and the configuration but not on weights.
 
 A `GraphBatch` is made once per batch in numpy, can be pickled (workers of a data loader make it) and
-moved to a device. The nodes of all graphs stand in one *visiting order*, sorted by topological level
-(the longest path from a source): nodes of one level, whichever graph they belong to, do not reach each
-other, so that the gated network updates them together, in this order and in its reverse.
+moved to a device. Every node stands in a *slot* of its graph, and all B graphs share the S slots: those
+of the first topological level (the longest path from a source), of the second, and so on, as many for
+each as its widest graph needs. Nodes of one level, whichever graph they belong to, do not reach each
+other, so that the gated network updates a level at once, in this order and in its reverse. Arrays over
+nodes have R = S B rows, `slot * B + graph`; slots that a graph does not need hold nodes without edges.
 """
 
 from __future__ import annotations
@@ -74,17 +76,18 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class GraphBatch:
-    """Graphs as arrays over their N nodes in visiting order and their P decodable parameters.
+    """B graphs as arrays over R = S B rows for their nodes and over their P decodable parameters.
 
     Attributes:
         config: The configuration that the arrays were made for.
-        num_nodes: Number of nodes of every graph; they sum up to N.
-        levels: Boundaries of the topological levels in the visiting order, from 0 to N.
-        types: (N,) int64, rows of the type embedding.
-        shapes: (N, 4) int64, rows of the two channel and the two spatial embeddings.
-        places: (N, 2) int64, buckets of depth and height; (N, 0) without depth embeddings.
-        distances: (N, N) uint8, lengths of shortest paths u -> v, 0 where there is none.
-        rows: (P,) int64, the node from which each parameter is decoded.
+        num_nodes: Number of nodes of every graph.
+        levels: First slot of every topological level, and S.
+        types: (R,) int64, rows of the type embedding.
+        shapes: (R, 4) int64, rows of the two channel and the two spatial embeddings.
+        places: (R, 2) int64, buckets of depth and height; (R, 0) without depth embeddings.
+        distances: (B, S, S) uint8, lengths of shortest paths u -> v, 0 where there is none.
+        nodes: For every graph the rows of its nodes, in the graph's order.
+        rows: (P,) int64, the row from which each parameter is decoded.
         scales: (P,) float32, the normalisation sqrt(beta / fan_in) of each weight, 1 for vectors.
         groups: The parameters that are decoded together, in the order of `rows`.
     """
@@ -96,6 +99,7 @@ class GraphBatch:
     shapes: Tensor
     places: Tensor
     distances: Tensor
+    nodes: tuple[tuple[int, ...], ...]
     rows: Tensor
     scales: Tensor
     groups: tuple[ParamGroup, ...]
@@ -111,25 +115,34 @@ class GraphBatch:
         """
         if not graphs or not all(len(graph) for graph in graphs):
             raise GraphError(f"a batch of {len(graphs)} graphs, one of them empty; expected one node or more")
-        depths = np.concatenate([graph.depths for graph in graphs])
-        order = np.argsort(depths, kind="stable")
-        positions = np.empty_like(order)
-        positions[order] = np.arange(len(order))
-        ends = np.cumsum([len(graph) for graph in graphs])
-        per_graph = np.split(positions, ends[:-1])
+        depths = [graph.depths for graph in graphs]
+        levels = _levels(depths)
+        slots = [_slots(depth, levels) for depth in depths]
+        total, count = int(levels[-1]), len(graphs)
+        where = np.concatenate([slot * count + index for index, slot in enumerate(slots)])
 
         nodes = [node for graph in graphs for node in graph.nodes]
-        shapes = np.array([_shape_indices(node, config) for node in nodes], dtype=np.int64)
-        types = np.array([TYPE_INDEX[node.type] for node in nodes], dtype=np.int64)
-        rows, scales, groups = _decodable(graphs, per_graph, config, names)
+        types = np.zeros(total * count, dtype=np.int64)
+        types[where] = [TYPE_INDEX[node.type] for node in nodes]
+        shapes = np.zeros((total * count, 4), dtype=np.int64)
+        shapes[where] = [_shape_indices(node, config) for node in nodes]
+        places = np.zeros((total * count, 2 if config.depth_buckets else 0), dtype=np.int64)
+        if config.depth_buckets:
+            places[where] = _places(graphs, config.depth_buckets)
+        distances = np.zeros((count, total, total), dtype=np.uint8)
+        for matrix, graph, slot in zip(distances, graphs, slots, strict=True):
+            matrix[np.ix_(slot, slot)] = graph.distances
+        rows_of = tuple(tuple((slot * count + index).tolist()) for index, slot in enumerate(slots))
+        rows, scales, groups = _decodable(graphs, rows_of, config, names)
         return cls(
             config=config,
             num_nodes=tuple(len(graph) for graph in graphs),
-            levels=(*np.flatnonzero(np.diff(depths[order], prepend=-1)).tolist(), len(order)),
-            types=torch.from_numpy(types[order]),
-            shapes=torch.from_numpy(shapes[order]),
-            places=torch.from_numpy(_places(graphs, depths, config.depth_buckets)[order]),
-            distances=torch.from_numpy(_distances(graphs, per_graph)),
+            levels=tuple(levels.tolist()),
+            types=torch.from_numpy(types),
+            shapes=torch.from_numpy(shapes),
+            places=torch.from_numpy(places),
+            distances=torch.from_numpy(distances),
+            nodes=rows_of,
             rows=torch.from_numpy(rows),
             scales=torch.from_numpy(scales),
             groups=groups,
@@ -154,21 +167,27 @@ class GraphBatch:
         return replace(self, **arrays)
 
 
-def _distances(graphs: Sequence[Graph], positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.uint8]:
-    """Distances of all graphs as one matrix in visiting order, (N, N); none between graphs."""
-    total = sum(map(len, graphs))
-    distances = np.zeros((total, total), dtype=np.uint8)
-    for graph, at in zip(graphs, positions, strict=True):
-        distances[np.ix_(at, at)] = graph.distances
-    return distances
+def _levels(depths: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """First slot of every level, and the number of slots: each level as wide as in its widest graph."""
+    deepest = max(int(depth.max()) for depth in depths) + 1
+    widths = np.stack([np.bincount(depth, minlength=deepest) for depth in depths]).max(axis=0)
+    return np.concatenate([[0], np.cumsum(widths)])
 
 
-def _places(graphs: Sequence[Graph], depths: npt.NDArray[np.int64], buckets: int) -> npt.NDArray[np.int64]:
-    """Buckets of depth and height of all nodes in the graphs' order, (N, 2), or (N, 0) for none."""
-    if not buckets:
-        return np.zeros((len(depths), 0), dtype=np.int64)
-    heights = np.concatenate([graph.heights for graph in graphs])
-    return _bucket_table(buckets)[np.minimum(np.stack([depths, heights], axis=1), FARTHEST)]
+def _slots(depth: npt.NDArray[np.int64], levels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The slot of every node of a graph: the first free one of its level."""
+    order = np.argsort(depth, kind="stable")
+    sorted_depth = depth[order]
+    rank = np.arange(len(depth)) - np.searchsorted(sorted_depth, sorted_depth)
+    slots = np.empty_like(depth)
+    slots[order] = levels[sorted_depth] + rank
+    return slots
+
+
+def _places(graphs: Sequence[Graph], buckets: int) -> npt.NDArray[np.int64]:
+    """Buckets of depth and height of all nodes in the graphs' order, (N, 2)."""
+    lengths = [np.concatenate([g.depths for g in graphs]), np.concatenate([g.heights for g in graphs])]
+    return _bucket_table(buckets)[np.minimum(np.stack(lengths, axis=1), FARTHEST)]
 
 
 @lru_cache(maxsize=8)
@@ -259,18 +278,17 @@ def _shape_indices(node: Node, config: GHNConfig) -> tuple[int, ...]:
 
 def _decodable(
     graphs: Sequence[Graph],
-    positions: Sequence[npt.NDArray[np.int64]],
+    rows_of: Sequence[Sequence[int]],
     config: GHNConfig,
     names: Iterable[str] | None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], tuple[ParamGroup, ...]]:
-    """The parameters of all graphs, grouped: their nodes (P,), their scales (P,), the groups."""
+    """The parameters of all graphs, grouped: their rows (P,), their scales (P,), the groups."""
     wanted = None if names is None else frozenset(names)
     found: dict[ParamKey, list[tuple[int, int, str]]] = {}
-    for index, (graph, at) in enumerate(zip(graphs, positions, strict=True)):
-        rows = at.tolist()
+    for index, (graph, at) in enumerate(zip(graphs, rows_of, strict=True)):
         for place, name, key in _parameters(graph, config):
             if wanted is None or name in wanted:
-                found.setdefault(key, []).append((rows[place], index, name))
+                found.setdefault(key, []).append((at[place], index, name))
     groups: list[ParamGroup] = []
     rows, scales = [], []
     for key in sorted(found):

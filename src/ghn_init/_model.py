@@ -38,7 +38,7 @@ class ShapeEncoder(nn.Module):
         self.embed_spatial = _embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
 
     def forward(self, index: Tensor) -> Tensor:
-        """(N, 4) rows of the tables to (N, d)."""
+        """(R, 4) rows of the tables to (R, d)."""
         channels, spatial = self.embed_channel(index[:, :2]), self.embed_spatial(index[:, 2:])
         return torch.cat([channels, spatial], dim=1).flatten(1)
 
@@ -52,7 +52,7 @@ class PlaceEncoder(nn.Module):
         self.embed_height = _embedding(config.depth_buckets, config.hid, std=0.02)
 
     def forward(self, index: Tensor) -> Tensor:
-        """(N, 2) buckets to (N, d)."""
+        """(R, 2) buckets to (R, d)."""
         return self.embed_depth(index[:, 0]) + self.embed_height(index[:, 1])
 
 
@@ -103,12 +103,12 @@ class GHN(Decoders):
         return graphs.to(self.device)
 
     def node_features(self, batch: GraphBatch) -> Tensor:
-        """Features of all nodes before any message, (N, d) in visiting order."""
+        """Features of all nodes before any message, (R, d)."""
         h = self.embed(batch.types) + self.shape_enc(batch.shapes)
         return h + self.place_enc(batch.places) if self.config.depth_buckets else h
 
     def encode(self, batch: GraphBatch) -> Tensor:
-        """Final features of all nodes, (N, d) in visiting order."""
+        """Final features of all nodes, (R, d)."""
         h = self.node_features(batch)
         h = self.gnn(h, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(h)
         return self.ln(h) if self.config.layernorm else h
