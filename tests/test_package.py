@@ -24,7 +24,7 @@ LAYERS = [
     {"_errors"},
     {"_graph", "_draw"},
     {"_inputs", "_ops", "_record", "_trace"},
-    {"_config", "_batch", "_gated", "_gated_numpy", "_decoder", "_tile", "_model", "_initialise",
+    {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_initialise",
      "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
     {"_select", "_diversify", "_materialise", "_tiles", "_plan", "_predict", "_batchnorm"},
     {"_spec"},
