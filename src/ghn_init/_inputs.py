@@ -56,7 +56,7 @@ def _argument(value: object) -> object:
     if isinstance(value, Tensor):
         return _on_meta(value)
     if _is_shape(value) and isinstance(value, tuple):
-        return torch.empty(value, device="meta")
+        return torch.empty(tuple(value), device="meta")
     if isinstance(value, (tuple, list)):
         return type(value)(_argument(item) for item in value)
     if isinstance(value, dict):

@@ -375,7 +375,8 @@ def _glob_avg(call: Call, output: Any) -> Any:
 @rule("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
       "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
       "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
-      "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_")  # fmt: skip
+      "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_",
+      "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_")  # fmt: skip
 def elementwise(call: Call) -> Any:
     """No node; the output's shape is the input's, known without asking the (often slow) meta kernel."""
     x = call.arg(0, "input")
@@ -394,7 +395,7 @@ def add(call: Call) -> Any:
     """A `sum` of two branches; of a branch and a positional encoding; of a layer and its own bias."""
     a, b = call.arg(0, "input"), call.arg(1, "other")
     of_a, of_b = call.carried(a), call.carried(b)
-    output = call.run()
+    output = _combined(call, a, b)
     value = merged((of_a, of_b))
     if isinstance(value, Flow) and value.role != "scores":
         if isinstance(of_a, Flow) and isinstance(of_b, Flow):
@@ -404,6 +405,19 @@ def add(call: Call) -> Any:
     elif isinstance(value, Flow):
         _note_others(call, [of_a, of_b], "relative position table")
     return call.gives(output, value)
+
+
+def _combined(call: Call, a: Any, b: Any) -> Any:
+    """The output of a sum or product: known from the operands' shapes, but for constants and scalars."""
+    if (
+        not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta)
+        or a.dtype != b.dtype
+        or "out" in call.kwargs
+    ):
+        return call.run()
+    if call.name.startswith("__i") or (call.name.endswith("_") and not call.name.startswith("__")):
+        return a  # in place
+    return a.new_empty(a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
 
 
 def _joined(call: Call, kind: str, sources: tuple[int, ...]) -> Flow:
@@ -440,11 +454,37 @@ def concat(call: Call) -> Any:
     """A `concat` of several branches; parameters that are joined to a branch are tokens."""
     inputs = call.inputs()
     value = merged(inputs)
-    output = call.run()
+    output = _concatenated(call)
     if isinstance(value, Flow):
         _note_others(call, inputs, "class token")
         value = _joined(call, "concat", value.sources)
     return call.gives(output, value)
+
+
+def _concatenated(call: Call) -> Any:
+    """An empty tensor of a concatenation's shape where its parts agree; else what torch says."""
+    parts, dim = list(call.arg(0, "tensors")), call.arg(1, "dim", call.kwargs.get("axis", 0))
+    first = parts[0]
+    alike = all(
+        part.is_meta
+        and part.dtype == first.dtype
+        and part.ndim == first.ndim
+        and _but(part, dim) == _but(first, dim)
+        for part in parts
+    )
+    if not alike or "out" in call.kwargs:
+        return call.run()
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return first.new_empty(shape)
+
+
+def _but(tensor: Tensor, dim: int) -> list[int]:
+    """The sizes of `tensor` without that of `dim`."""
+    sizes = list(tensor.shape)
+    if -len(sizes) <= dim < len(sizes):
+        del sizes[dim]
+    return sizes
 
 
 @rule("mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply")
@@ -452,7 +492,7 @@ def mul(call: Call) -> Any:
     """A `cse` where a feature map meets a gate of its channels; products with parameters scale."""
     a, b = call.arg(0, "input"), call.arg(1, "other")
     of_a, of_b = call.carried(a), call.carried(b)
-    output = call.run()
+    output = _combined(call, a, b)
     value = merged((of_a, of_b))
     if isinstance(value, Flow):
         role = "scale of the attention" if value.role == "scores" else "layer scale"
