@@ -133,19 +133,18 @@ class Architecture:
         """
         large = image_size >= LARGE_INPUT
         if self.transformer:
-            side = image_size // 16 if large else (image_size - 1) // 3 + 1
-            fits, sides = image_size >= 3, (side, side)
+            first = last = image_size // 16 if large else (image_size + 2) // 3
+            factor = 1
         else:
-            first = image_size // (4 if large else 1) // (2 if self.stem_pool else 1)
-            halvings = len(self.plan.reductions) + self.stem_type
-            factor = 2**halvings * (4 if large else 1) * (2 if self.stem_pool else 1)
-            fits, sides = image_size >= factor and image_size % factor == 0, (first, first // 2**halvings)
-        if not fits:
+            stem = (4 if large else 1) * (2 if self.stem_pool else 1)
+            factor = stem * 2 ** (self.stem_type + len(self.plan.reductions))
+            first, last = image_size // stem, image_size // factor
+        if image_size < 1 or image_size % factor:
             raise ArchitectureError(
-                f"{self} halves its images to fractions of a pixel: image_size {image_size} must be a "
-                "positive multiple of 32 (8 for images below 128)"
+                f"image_size {image_size} must be a positive multiple of {factor} for this network, so that "
+                f"it is halved without a remainder: {self}"
             )
-        return sides
+        return first, last
 
     def supports(self, image_size: int) -> bool:
         """Whether `build` takes `image_size`: every halving on the way must come out even."""
@@ -222,14 +221,21 @@ def _listed(value: Sequence[Any]) -> list[Any]:
 
 def _genotype(value: Mapping[str, Any]) -> Genotype:
     try:
-        edges = {k: tuple((str(name), int(state)) for name, state in value[k]) for k in ("normal", "reduce")}
-        concats = {f"{k}_concat": tuple(int(state) for state in value[f"{k}_concat"]) for k in edges}
+        return Genotype(
+            normal=_edges(value["normal"]),
+            normal_concat=tuple(map(int, value["normal_concat"])),
+            reduce=_edges(value["reduce"]),
+            reduce_concat=tuple(map(int, value["reduce_concat"])),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ArchitectureError(
             "genotype: expected normal, normal_concat, reduce, reduce_concat, with [operation, state] "
             f"pairs and state numbers; {type(error).__name__}: {error}"
         ) from error
-    return Genotype(**edges, **concats)
+
+
+def _edges(value: Sequence[Any]) -> tuple[Edge, ...]:
+    return tuple((str(name), int(state)) for name, state in value)
 
 
 def _genotype_problems(genotype: Genotype) -> list[str]:

@@ -104,7 +104,7 @@ class Cell(nn.Module):
 
     def _apply(self, edge: int, states: Sequence[State | None]) -> Tensor:
         state = states[self.edges[edge][1]]
-        assert state is not None  # noqa: S101  # the plan has only edges from states that exist
+        assert state is not None  # the plan has only edges from states that exist
         return self.operations[str(edge)](state.rectified if self.rectified[edge] else state.x)
 
 
@@ -156,11 +156,9 @@ class TokenStem(nn.Module):
 
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()
-        large = image_size >= LARGE_INPUT
+        patch, padding = (16, 0) if image_size >= LARGE_INPUT else (3, 1)
         self.width = arch.C
-        self.conv = (
-            _Conv2d(3, arch.C, 16, stride=16) if large else _Conv2d(3, arch.C, 3, stride=3, padding=1)
-        )
+        self.conv = _Conv2d(3, arch.C, patch, stride=patch, padding=padding)
         side, _ = arch.sides(image_size)
         self.pos_enc = nn.Parameter(torch.empty(1, arch.C, side, side))
         if not self.pos_enc.is_meta:
@@ -210,7 +208,7 @@ class Network(nn.Module):
         older, newer = self.stem(x)
         for cell, used in zip(self.cells, self.arch.plan.used, strict=True):
             older, newer = newer, cell(older, newer) if used else None
-        assert newer is not None  # noqa: S101  # an `Architecture` is connected
+        assert newer is not None  # an `Architecture` is connected
         out = F.adaptive_avg_pool2d(newer.x, 1) if self.arch.glob_avg else newer.x
         return self.head(out.flatten(1))
 
@@ -219,11 +217,11 @@ def cell_shapes(arch: Architecture, stem_width: int) -> tuple[list[CellShape], i
     """The shape of every cell, and the channels of the last one's output."""
     shapes: list[CellShape] = []
     older = newer = stem_width
-    width, halved = arch.C, arch.stem_type == 1
-    for index in range(arch.n_cells):
+    width, halved = arch.C, arch.stem_type == 1 and not arch.transformer
+    for index, plan in enumerate(arch.plan.cells):
         reduction = index in arch.plan.reductions
         width *= arch.C_mult if reduction else 1
-        shapes.append(CellShape(arch.plan.cells[index], (older, newer), width, reduction, halved and not arch.transformer))
-        older, newer = newer, width * len(arch.genotype.concat(reduction=reduction))
-        halved = reduction
+        shapes.append(CellShape(plan, (older, newer), width, reduction, halved))
+        older, newer = newer, width * len(plan.concat)
+        halved = reduction and not arch.transformer
     return shapes, newer

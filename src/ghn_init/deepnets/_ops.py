@@ -6,16 +6,13 @@ for all the operations that read it: `RECTIFIED` names them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghn_init.deepnets._architecture import HEADS, OPERATIONS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 RECTIFIED: Final = frozenset(name for name in OPERATIONS if "conv" in name)
 """Operations whose argument has passed a ReLU already (`skip_connect` too, where it has a stride)."""
@@ -88,24 +85,27 @@ class Layers:
         """The operation `name`, width -> width channels; None for `none`."""
         if name == "none":
             return None
-        if name == "skip_connect":
-            return FactorizedReduction(self, width, width) if stride == 2 else nn.Identity()
+        kind, _, size = name.rpartition("_")
+        if kind in ("conv", "sep_conv", "dil_conv"):
+            return self._convolution(kind, int(size[0]), width, stride)
         if name == "conv_7x1_1x7":
             row = _Conv2d(width, width, (1, 7), stride=(1, stride), padding=(0, 3))
             return self.normed(width, row, _Conv2d(width, width, (7, 1), stride=(stride, 1), padding=(3, 0)))
-        kernel = int(name[-1]) if name[-1].isdigit() else 0
-        make: dict[str, Callable[[], nn.Module]] = {
-            "max_pool": lambda: nn.MaxPool2d(3, stride, padding=1),
-            "avg_pool": lambda: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
-            "conv": lambda: self.conv(width, width, kernel, stride),
-            "sep_conv": lambda: nn.Sequential(
-                self.depthwise(width, kernel, stride), nn.ReLU(inplace=True), self.depthwise(width, kernel, 1)
-            ),
-            "dil_conv": lambda: self.depthwise(width, kernel, stride, dilation=2),
-            "msa": lambda: Attention(width, stride),
-            "cse": lambda: ChannelGate(width, stride),
-        }
-        return make[name.removesuffix(f"_{kernel}x{kernel}")]()
+        if name == "skip_connect":
+            return FactorizedReduction(self, width, width) if stride == 2 else nn.Identity()
+        if name == "max_pool_3x3":
+            return nn.MaxPool2d(3, stride, padding=1)
+        if name == "avg_pool_3x3":
+            return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+        return Attention(width, stride) if name == "msa" else ChannelGate(width, stride)
+
+    def _convolution(self, kind: str, kernel: int, width: int, stride: int) -> nn.Module:
+        if kind == "conv":
+            return self.conv(width, width, kernel, stride)
+        if kind == "dil_conv":
+            return self.depthwise(width, kernel, stride, dilation=2)
+        first, second = self.depthwise(width, kernel, stride), self.depthwise(width, kernel, 1)
+        return nn.Sequential(first, nn.ReLU(inplace=True), second)
 
 
 class FactorizedReduction(nn.Module):
