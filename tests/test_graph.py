@@ -81,7 +81,7 @@ def test_distances_of_a_thousand_nodes_take_milliseconds() -> None:
     graph = chain(1000)
     start = time.perf_counter()
     assert graph.distances.shape == (1000, 1000)
-    # The claim is 10 ms (benchmarks/trace.py measures it); this only catches another complexity class.
+    # The claim is 10 ms (benchmarks/virtual_edges.py measures it); this only catches another complexity class.
     assert time.perf_counter() - start < 0.5
 
 
