@@ -630,3 +630,19 @@ def test_initial_predictions_have_the_wanted_spread(config: GHNConfig) -> None:
     rms = {kind: torch.cat(parts).mean().sqrt().item() for kind, parts in squares.items()}
     wanted = dict.fromkeys(KINDS, VECTOR_RMS) | {"weight": 1.0, "class_weight": 1.0}
     assert rms == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_shared_module_is_decoded_from_its_first_call() -> None:
+    nodes = [Node("input"), Node("conv", "a.weight", (4, 4)), Node("conv", "b.weight", (4, 4))]
+    edges = [(0, 1), (1, 2), (2, 3), (3, 4)]
+    tail = Node("glob_avg")
+    once = graph_from_edges([*nodes, Node("sum"), tail], edges)
+    twice = graph_from_edges([*nodes, nodes[1], tail], edges)
+    ghn = GHN(GHNConfig(hypernet="mlp"))
+    assert set(ghn(twice)[0]) == {"a.weight", "b.weight"}
+    torch.testing.assert_close(ghn(twice)[0]["a.weight"], ghn(once)[0]["a.weight"])
+
+
+def test_a_norm_layer_with_a_bias_alone() -> None:
+    graph = graph_from_edges([Node("input"), Node("ln", None, (6,), bias="norm.bias")], [(0, 1)])
+    assert {name: tuple(t.shape) for name, t in GHN(GHNConfig())(graph)[0].items()} == {"norm.bias": (6,)}

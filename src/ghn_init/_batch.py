@@ -301,19 +301,34 @@ def _decodable(
 
 
 def _parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str, ParamKey]]:
-    """Yield (node, parameter's name, key) for every parameter that a node stands for."""
+    """Yield (node, parameter's name, key) for every parameter that a node stands for.
+
+    A parameter of several nodes (a module that is called several times) is decoded from the first.
+    """
+    seen: set[str] = set()
+    for index, name, key in _node_parameters(graph, config):
+        if name not in seen:
+            seen.add(name)
+            yield index, name, key
+
+
+def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str, ParamKey]]:
+    """Yield (node, parameter's name, key) node by node."""
     weight, bias = graph.classifier
     if weight is not None and (canonical_shape(graph.nodes[weight]) or ())[2:] != (1, 1):
         weight = bias = None
     for index, node in enumerate(graph.nodes):
-        if node.param is None or node.shape is None:
+        if node.shape is None:
             continue
-        if node.type in WEIGHT_TYPES:
-            yield index, node.param, _weight_key(node, index == weight, config)
-        elif node.type in NORM_TYPES:
-            yield index, node.param, _vector_key(node, "norm", config)
+        if node.type in NORM_TYPES:
+            if node.param is not None:
+                yield index, node.param, _vector_key(node, "norm", config)
             if node.bias is not None:
                 yield index, node.bias, _vector_key(node, "bias", config)
+        elif node.param is None:
+            continue
+        elif node.type in WEIGHT_TYPES:
+            yield index, node.param, _weight_key(node, index == weight, config)
         elif node.type == "bias":
             yield index, node.param, _vector_key(node, "class_bias" if index == bias else "bias", config)
 
