@@ -257,7 +257,7 @@ def test_invalid_net_args() -> None:
     net_args = SIMPLE.to_net_args()
     with pytest.raises(ArchitectureError, match=r"unknown keys \['depth'\], missing keys \['n_cells'\]"):
         Architecture.from_net_args({"genotype": net_args["genotype"], "depth": 3})
-    with pytest.raises(ArchitectureError, match=r"genotype: expected normal.*KeyError: 'reduce'"):
+    with pytest.raises(ArchitectureError, match=r"genotype: expected normal.*KeyError: 'normal_concat'"):
         Architecture.from_net_args({**net_args, "genotype": {"normal": [["msa", 0]]}})
 
 
