@@ -11,6 +11,7 @@ weight gradient in blocks of 3 x 3.
 from __future__ import annotations
 
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def prepare(network: nn.Module, *, seed: int = 0, fast: bool = True) -> nn.Modul
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 module.register_buffer(name, None)
         elif isinstance(module, nn.Dropout):
-            module.generator = torch.Generator().manual_seed(seed * 1009 + index)
-            module.forward = types.MethodType(_seeded_dropout, module)
+            generator = torch.Generator().manual_seed(seed * 1009 + index)
+            module.forward = partial(_seeded_dropout, module, generator)  # pyright: ignore
         elif fast and isinstance(module, nn.Conv2d) and _is_slow_depthwise(module):
             module.forward = types.MethodType(_depthwise_forward, module)
         elif fast and isinstance(module, nn.AvgPool2d) and _is_plain_average(module):
@@ -41,11 +42,11 @@ def prepare(network: nn.Module, *, seed: int = 0, fast: bool = True) -> nn.Modul
     return network
 
 
-def _seeded_dropout(self: Any, x: Tensor) -> Tensor:
-    if not self.training:
+def _seeded_dropout(module: nn.Dropout, generator: torch.Generator, x: Tensor) -> Tensor:
+    if not module.training:
         return x
-    kept = torch.rand(x.shape, generator=self.generator) >= self.p
-    return x * (kept.to(x.device, x.dtype) / (1 - self.p))
+    kept = torch.rand(x.shape, generator=generator) >= module.p
+    return x * (kept.to(x.device, x.dtype) / (1 - module.p))
 
 
 def _is_slow_depthwise(module: nn.Conv2d) -> bool:

@@ -14,7 +14,7 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Figures of one step: `loss` and `accuracy` are means over its networks, `seconds` is since the start."""
+    """Figures of one step: `loss` and `accuracy` are means over its networks, `seconds` since the start."""
 
     step: int
     loss: float
@@ -70,7 +70,9 @@ class Log:
             "networks_per_second": sum(r.networks for r in records) / spent,
             "step_seconds": spent / count,
         }
-        self._file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        self._file.write(
+            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
+        )
         self._pending = []
 
 

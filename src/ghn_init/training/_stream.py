@@ -91,7 +91,9 @@ class Stream:
     Of every meta-batch a process builds only its share.
     """
 
-    def __init__(self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None
+    ) -> None:
         self.config, self.image_size, self.position = config, image_size, start
         self.ranks = ranks or Ranks()
         self.networks = DeepNets1M("train", seed=config.seed)
@@ -132,7 +134,9 @@ class Stream:
         """Network `index` of the stream, or None if a filter leaves it out."""
         config, architecture = self.config, self.networks[index]
         assert isinstance(architecture, Architecture)  # the training split has nothing else
-        width, fc_dim = training_width(architecture, RandomStream(config.seed, _WIDTHS, index), self.image_size)
+        width, fc_dim = training_width(
+            architecture, RandomStream(config.seed, _WIDTHS, index), self.image_size
+        )
         architecture = replace(architecture, C=width, fc_dim=fc_dim)
         num_params = architecture.num_params(config.ghn.num_classes, self.image_size)
         if config.max_params and num_params > config.max_params * 1e6:
@@ -154,7 +158,9 @@ class Prefetcher:
     A context manager and an iterator. Order and content do not depend on the process.
     """
 
-    def __init__(self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None
+    ) -> None:
         self._stream = Stream(config, image_size, start, ranks)
         self._process: Any = None
         if config.prefetch:
@@ -190,7 +196,8 @@ class Prefetcher:
                     continue
                 code = self._process.exitcode
                 raise TrainingError(
-                    f"the process that prepares networks ended with code {code}; resume from the last checkpoint"
+                    f"the process that prepares networks ended with code {code}; "
+                    "resume from the last checkpoint"
                 ) from None
             if isinstance(item, BaseException):
                 raise TrainingError(f"preparing networks failed: {item!r}") from item

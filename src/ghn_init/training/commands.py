@@ -46,12 +46,15 @@ def train(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", rich_help_panel=_MODEL,
+            "--set",
+            metavar="KEY=VALUE",
+            rich_help_panel=_MODEL,
             help="Any field of TrainConfig (lr=3e-4), or of GHNConfig with ghn. before it (ghn.hid=64).",
         ),
     ] = None,
     time_limit: Annotated[
-        str | None, typer.Option(help="Stop cleanly after this long; run again to go on.", rich_help_panel=_KEEP)
+        str | None,
+        typer.Option(help="Stop cleanly after this long; run again to go on.", rich_help_panel=_KEEP),
     ] = None,
     save_every: Annotated[str, typer.Option(help="Between checkpoints.", rich_help_panel=_KEEP)] = "60s",
     validate_every: Annotated[
@@ -134,7 +137,11 @@ def evaluate(
                     )
                 )  # fmt: skip
             if output:
-                result = {"weights": weights, "torch": torch.__version__, "scores": [s.to_dict() for s in scores]}
+                result = {
+                    "weights": weights,
+                    "torch": torch.__version__,
+                    "scores": [s.to_dict() for s in scores],
+                }
                 output.write_text(json.dumps(result, indent=2) + "\n")
     typer.echo(table(scores))
 
@@ -193,7 +200,8 @@ class _Progress:
 
         console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("step {task.fields[step]}"), BarColumn(), "[progress.percentage]{task.percentage:>4.1f}%",
+            TextColumn("step {task.fields[step]}"), BarColumn(),
+            "[progress.percentage]{task.percentage:>4.1f}%",
             TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip

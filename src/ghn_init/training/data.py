@@ -100,7 +100,9 @@ def hold_out(images: Images, count: int = VALIDATION_IMAGES) -> tuple[Images, Im
         TrainingError: Fewer images than that.
     """
     if not 0 < count < len(images):
-        raise TrainingError(f"cannot hold out {count} of {len(images)} images; expected 1 to {len(images)-1}")
+        raise TrainingError(
+            f"cannot hold out {count} of {len(images)} images; expected 1 to {len(images) - 1}"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     return images.take(order[:-count]), images.take(order[-count:])
 
@@ -146,7 +148,9 @@ def halve(x: Tensor) -> Tensor:
 # Reading
 
 
-def load_images(source: str | PathLike[str], split: str, *, cache: str | PathLike[str] | None = None) -> Images:
+def load_images(
+    source: str | PathLike[str], split: str, *, cache: str | PathLike[str] | None = None
+) -> Images:
     """Read all images of a split ("train" or "test").
 
     Args:
@@ -249,7 +253,7 @@ def _write_npz(path: Path, images: Images, split: str) -> None:
     }
     # Under a name of its own first: another process may be reading or writing the same cache.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (takes any names)
     Path(file.name).replace(path)
 
 
@@ -261,7 +265,9 @@ def _read_npz(path: Path, split: str) -> Images:
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise TrainingError(f"{path}: {split}_images is {pixels.dtype} {pixels.shape}; expected uint8 (N, H, W, 3)")
+        raise TrainingError(
+            f"{path}: {split}_images is {pixels.dtype} {pixels.shape}; expected uint8 (N, H, W, 3)"
+        )
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes)))
 

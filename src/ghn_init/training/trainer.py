@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
 from ghn_init._model import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._engine import Engine, Job
-from ghn_init.training._ranks import Ranks
 from ghn_init.training._log import Log, Record
+from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._stream import MetaBatch, Prefetcher
 from ghn_init.training._validation import Validation
@@ -24,6 +24,7 @@ from ghn_init.training.data import Images, Normalisation, augment, batch_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 CHECKPOINT = "checkpoint.pt"
 _FIRST_STEPS = 100
@@ -87,7 +88,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, images: Images, validation: Images, options: RunOptions) -> None:
         if len(images) < config.batch_size:
-            raise TrainingError(f"{len(images)} training images; expected at least batch_size={config.batch_size}")
+            raise TrainingError(
+                f"{len(images)} training images; expected at least batch_size={config.batch_size}"
+            )
         if len(images.classes) != config.ghn.num_classes:
             raise TrainingError(
                 f"{len(images.classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
@@ -96,7 +99,8 @@ class Trainer:
         self.ranks = Ranks.current()
         if config.meta_batch % self.ranks.world:
             raise TrainingError(
-                f"meta_batch={config.meta_batch} networks cannot be shared evenly by {self.ranks.world} processes"
+                f"meta_batch={config.meta_batch} networks cannot be shared evenly "
+                f"by {self.ranks.world} processes"
             )
         self.normalise = Normalisation.of(images)
         with torch.random.fork_rng(devices=[]):
@@ -114,6 +118,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
+        """Where the state of the run is kept."""
         return self.options.output / CHECKPOINT
 
     @property
@@ -204,6 +209,7 @@ class Trainer:
         small = halve(images) if self.done < self.config.small_images else images
         jobs: list[Job] = []
         for task, params in zip(batch.tasks, predicted, strict=True):
+
             def build(task: Any = task) -> torch.nn.Module:
                 return task.build(self.config.ghn.num_classes, self.images.size)
 
@@ -212,7 +218,11 @@ class Trainer:
         return jobs
 
     def _update(
-        self, predicted: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]], lr: float, figures: Tensor
+        self,
+        predicted: list[dict[str, Tensor]],
+        gradients: list[dict[str, Tensor]],
+        lr: float,
+        figures: Tensor,
     ) -> float | None:
         """Backward through the GHN and an optimizer step; the gradient's norm, or None if not finite.
 
@@ -244,15 +254,15 @@ class Trainer:
         taken = self.state.step - self.state.skipped
         decay = min(self.config.ema, (1 + taken) / (10 + taken))
         values = [self.average[name] for name, _ in self.ghn.named_parameters()]
-        torch._foreach_lerp_(values, [p.detach() for p in self.ghn.parameters()], 1 - decay)
+        get_ema_multi_avg_fn(decay)(values, [p.detach() for p in self.ghn.parameters()], None)
 
     def _check_skipped(self) -> None:
         state, limit = self.state, self.config.skip_limit
         if state.skipped > limit * max(state.step, _FIRST_STEPS):
             self.save()
             raise TrainingError(
-                f"{state.skipped} of {state.step} steps had a loss that is not finite, more than {limit:.0%}; "
-                "lower the learning rate or lengthen the warm-up"
+                f"{state.skipped} of {state.step} steps had a loss that is not finite, "
+                f"more than {limit:.0%}; lower the learning rate or lengthen the warm-up"
             )
 
     def averaged(self) -> GHN:
