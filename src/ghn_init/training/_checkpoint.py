@@ -1,45 +1,141 @@
-"""Checkpoints of a run: complete, and whole or not there at all."""
+"""Checkpoints of a run: folders that are complete, or not there at all.
+
+A checkpoint is written under a temporary name and renamed when it is on the disk, which is one operation
+of the file system; the one before it is removed after that. A process killed at any moment leaves at
+least one complete checkpoint, and the newest is the one to load. No file is larger than 15 MiB.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
-import tempfile
-from pathlib import Path
-from typing import Any
-
-import torch
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+FORMAT = 2
+PART = 15 * 2**20
+"""Bytes of the largest file; longer ones are cut into `.00`, `.01`, ..., to be read one after another."""
+
+_PREFIX, _STATE, _SUFFIX = "checkpoint-", "state.json", ".safetensors"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` in one step: a process killed at any moment leaves the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: tensors by file and name, and the rest as JSON values."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
 
 
-def load(path: Path) -> dict[str, Any]:
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that keeps its files in `folder`, if there is one."""
+    return max(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name[len(_PREFIX) :]), default=None)
+
+
+def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Write the checkpoint of `step` and remove older ones; one of this step that is there already stays."""
+    path = folder / f"{_PREFIX}{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        partial = _temporary(folder)
+        for name, tensors in checkpoint.tensors.items():
+            _write_tensors(partial, name, tensors)
+        state = {"format": FORMAT, "step": step, **checkpoint.state}
+        _write(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
+        _sync(partial)
+        partial.rename(path)
+        _sync(folder)
+    for other in (*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*")):
+        if other != path:
+            shutil.rmtree(other)
+    return path
+
+
+def load(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        TrainingError: A file that is not one, or of another format.
+        TrainingError: A folder that is not one, or a damaged one, or one of another format.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse
+
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        state = json.loads((path / _STATE).read_text())
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise TrainingError(f"{path}: not a training checkpoint of format {FORMAT}")
+        parts: dict[str, bytes] = {}
+        for file in sorted(path.glob(f"*{_SUFFIX}*")):
+            name = file.name.partition(_SUFFIX)[0]
+            parts[name] = parts.get(name, b"") + file.read_bytes()
+        return Checkpoint({name: parse(data) for name, data in parts.items()}, state)
+    except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(f"{path}: cannot be read as a training checkpoint ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise TrainingError(f"{path}: not a training checkpoint of format {FORMAT}")
-    return state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state as `<parameter's number>.<name>`."""
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back; the settings stay those of `optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    _write(partial, data)
+    partial.replace(path)
+
+
+def _temporary(folder: Path) -> Path:
+    path = folder / f".{_PREFIX}{os.getpid()}"
+    shutil.rmtree(path, ignore_errors=True)  # of a killed process with the same number
+    path.mkdir()
+    return path
+
+
+def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save as serialise
+
+    data = serialise({key: value.detach().contiguous() for key, value in tensors.items()})
+    if len(data) <= PART:
+        _write(folder / f"{name}{_SUFFIX}", data)
+        return
+    for number, start in enumerate(range(0, len(data), PART)):
+        _write(folder / f"{name}{_SUFFIX}.{number:02d}", data[start : start + PART])
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

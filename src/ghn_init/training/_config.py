@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _AT_LEAST: Final = {
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
-    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "workers": 1, "prefetch": 0,
+    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "prefetch": 0,
 }  # fmt: skip
 _FRACTIONS: Final = ("small_images", "label_smoothing", "ema", "skip_limit")
 _CHOICES: Final = {
@@ -51,7 +51,6 @@ class TrainConfig:
             `curriculum_nodes` to no limit; 0: no curriculum.
         curriculum_nodes: Nodes of the largest network that a curriculum begins with.
         skip_limit: Largest fraction of steps whose loss may be not finite.
-        workers: Threads that run networks side by side, one core each.
         prefetch: Meta-batches that a second process prepares ahead; 0: in the training process.
 
     Raises:
@@ -79,7 +78,6 @@ class TrainConfig:
     curriculum: int = 0
     curriculum_nodes: int = 60
     skip_limit: float = 0.02
-    workers: int = 2
     prefetch: int = 3
 
     def __post_init__(self) -> None:

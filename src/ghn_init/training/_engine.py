@@ -1,13 +1,13 @@
-"""Runs networks with predicted parameters, several side by side, each in a thread with one core.
+"""Runs networks with predicted parameters, one after another.
 
-Small networks use two cores badly within an operation, so two networks run at once. A network's gradient
-goes to leaf copies of its parameters, which keeps the graphs of different networks apart: memory holds
-one network's activations per thread, and one backward pass through the GHN takes all gradients.
+A network's gradient goes to leaf copies of its parameters, which keeps the graphs of different networks
+apart: memory holds one network's activations, and one backward pass through the GHN takes all gradients.
+Several cores are used by several processes (`_ranks`): small networks use two cores badly within an
+operation, and two Python threads wait for each other.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ghn_init.training._layers import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -31,48 +31,31 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One network of a step: how to build it, its parameters, its images, its seed."""
-
-    build: Callable[[], nn.Module]
-    params: Mapping[str, Tensor]
-    images: Tensor
-    seed: int
-    cost: float
-
-
 class Engine:
-    """Runs the jobs of a step on `workers` threads; a context manager.
+    """Forward and backward of networks with predicted parameters.
 
-    Args:
-        workers: Threads; with more than one, each has one core for its operations.
+    Attributes:
         precision: Type in which networks run; norm layers' parameters stay in float32.
         label_smoothing: Of the cross-entropy.
     """
 
-    def __init__(
-        self, workers: int = 2, precision: torch.dtype = torch.bfloat16, label_smoothing: float = 0.0
-    ) -> None:
-        self.workers, self.precision, self.label_smoothing = workers, precision, label_smoothing
+    precision: torch.dtype = torch.bfloat16
+    label_smoothing: float = 0.0
 
-    def __enter__(self) -> Engine:
-        set_one = (lambda: torch.set_num_threads(1)) if self.workers > 1 else None
-        self._pool = ThreadPoolExecutor(self.workers, "network", initializer=set_one)
-        return self
+    def run(
+        self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor, labels: Tensor, seed: int = 0
+    ) -> Result:
+        """Loss and gradients of a network, which is taken over and may be on the meta device.
 
-    def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, jobs: Sequence[Job], labels: Tensor) -> list[Result]:
-        """Forward and backward of all jobs; results in their order. The dearest start first."""
-        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].cost)
-        futures = {i: self._pool.submit(self._run, jobs[i], labels) for i in order}
-        return [futures[i].result() for i in range(len(jobs))]
-
-    def _run(self, job: Job, labels: Tensor) -> Result:
-        network = prepare(job.build(), seed=job.seed).train()
-        leaves = inject(network, job.params, self.precision, gradients=True)
-        logits = network(job.images.to(self.precision)).float()
+        Args:
+            network: A network of `deepnets`.
+            params: Its parameters by name, in float32.
+            images: (B, 3, H, W), normalised.
+            labels: (B,).
+            seed: Of its dropout.
+        """
+        leaves = inject(prepare(network, seed=seed).train(), params, self.precision, gradients=True)
+        logits = network(images.to(self.precision)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         correct = int((logits.detach().argmax(1) == labels).sum())

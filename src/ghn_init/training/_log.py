@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from ghn_init.training._checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,18 +35,21 @@ class Record:
 class Log:
     """Appends to `log.jsonl` means over `every` steps; a context manager.
 
-    Lines of steps after `resume_at` are removed first: a resumed run does them again.
+    Lines of steps after `resume_at` are removed first: a resumed run does them again. Without a folder
+    nothing is written.
     """
 
-    def __init__(self, folder: Path, every: int, resume_at: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._every, self._pending = folder / LOG, every, list[Record]()
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_at]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+    def __init__(self, folder: Path | None, every: int, resume_at: int = 0) -> None:
+        self._path = folder / LOG if folder else None
+        self._every, self._pending = every, list[Record]()
+        if folder is not None and self._path is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_at]
+                write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def __enter__(self) -> Log:
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("a", buffering=1) if self._path else io.StringIO()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -63,17 +70,24 @@ class Log:
     def _flush(self) -> None:
         if not (records := self._pending):
             return
-        count, spent = len(records), sum(r.step_seconds for r in records)
+        count, spent = len(records), sum(record.step_seconds for record in records)
         line = asdict(records[-1]) | {
-            "loss": sum(r.loss for r in records) / count,
-            "accuracy": sum(r.accuracy for r in records) / count,
-            "networks_per_second": sum(r.networks for r in records) / spent,
+            "loss": _mean([record.loss for record in records]),
+            "accuracy": _mean([record.accuracy for record in records]),
+            "networks_per_second": sum(record.networks for record in records) / spent,
             "step_seconds": spent / count,
         }
-        self._file.write(
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
-        )
+        rounded = {
+            key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()
+        }
+        self._file.write(json.dumps(rounded) + "\n")
         self._pending = []
+
+
+def _mean(values: list[float]) -> float | None:
+    """Mean of the finite values, None without any: JSON has no others."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def _step(line: str) -> float:

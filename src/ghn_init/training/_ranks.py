@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ghn_init._errors import TrainingError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -18,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among those of a run; `Ranks()` is a run in one process."""
+    """This process's place among those of a run; `Ranks()` is a run in one process.
+
+    Methods that exchange something raise TrainingError where another process is lost.
+    """
 
     rank: int = 0
     world: int = 1
@@ -30,6 +36,11 @@ class Ranks:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that decides, validates and writes."""
+        return self.rank == 0
+
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of a meta-batch."""
         return list(items[self.rank :: self.world])
@@ -39,7 +50,8 @@ class Ranks:
         if self.world == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        with self._exchange():
+            dist.all_reduce(flat)
         flat /= self.world
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -49,5 +61,16 @@ class Ranks:
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, 0)
+        with self._exchange():
+            dist.broadcast(tensor, 0)
         return tensor.tolist()
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # all that torch.distributed raises where a connection breaks
+            raise TrainingError(
+                f"process {self.rank} of {self.world} lost another one ({error}); "
+                "start the same command again to go on from the checkpoint"
+            ) from error

@@ -15,8 +15,14 @@ def progress(config: TrainConfig, step: int, seconds: float) -> float:
     return min(done, 1.0)
 
 
-def learning_rate(config: TrainConfig, step: int, done: float) -> float:
-    """The learning rate of step `step` (from 0) when the fraction `done` of the run is over."""
+def learning_rate(config: TrainConfig, step: int, seconds: float) -> float:
+    """The learning rate of step `step` (from 0) that begins after `seconds` of training.
+
+    "cosine" and "linear" are zero at the last step of a run of `steps`; of a run of `duration` nobody
+    knows which step is the last, so they end as low as one step's part of the run.
+    """
+    last = config.steps and max(config.steps - 1, 1)
+    done = min(step / last, 1.0) if last else progress(config, step, seconds)
     factor = {
         "constant": 1.0,
         "step": 10.0 ** -((done >= 2 / 3) + (done >= 5 / 6)),

@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +26,8 @@ from ghn_init.training._ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
     from torch import nn
 
@@ -34,6 +38,9 @@ _WIDTHS = 1_000
 
 _WINDOW = 8
 """Meta-batches that are sorted by cost together."""
+
+_PATIENCE = 50
+"""Windows in a row from which the filters may leave nothing before that is an error."""
 
 _TOKENS, _PIXELS = 121, 112
 """Positions of a transformer's feature map, and the mean over a network's thirds behind a 16 x 16 stem."""
@@ -106,15 +113,23 @@ class Stream:
         `window * size + n` stands for the n-th meta-batch of a window.
         """
         size = _WINDOW * self.config.meta_batch
-        while True:
+        fruitless = 0
+        while fruitless < _PATIENCE:
             window, done = divmod(self.position, size)
             groups = self._groups(range(window * size, (window + 1) * size))
+            fruitless += 1
             for turn in range(done, len(groups)):
                 last = turn == len(groups) - 1
                 self.position = (window + 1) * size if last else window * size + turn + 1
                 if sum(task.architecture.num_nodes() for task in groups[turn]) <= self.config.max_nodes:
+                    fruitless = 0
                     yield self._meta_batch(self.ranks.share(groups[turn]))
             self.position = (window + 1) * size
+        raise TrainingError(
+            f"{_PATIENCE * size} networks without a meta-batch that passes "
+            f"max_nodes={self.config.max_nodes}, max_params={self.config.max_params:g} and the curriculum; "
+            "expected wider limits"
+        )
 
     def _groups(self, indices: range) -> list[list[Task]]:
         """The networks of a window that pass the filters, in meta-batches of similar cost."""
@@ -162,24 +177,24 @@ class Prefetcher:
         self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None
     ) -> None:
         self._stream = Stream(config, image_size, start, ranks)
-        self._process: Any = None
-        if config.prefetch:
-            context = multiprocessing.get_context("spawn")
-            self._queue: Any = context.Queue(config.prefetch)
-            arguments = (self._stream, self._queue, os.getpid())
-            self._process = context.Process(target=_produce, args=arguments, daemon=True)
+        self._ahead = config.prefetch
+        self._process: BaseProcess | None = None
 
     def __enter__(self) -> Prefetcher:
-        if self._process is not None:
+        if self._ahead:
+            context = multiprocessing.get_context("spawn")
+            self._receiver, sender = context.Pipe(duplex=False)
+            arguments = (self._stream, sender, self._ahead)
+            self._process = context.Process(target=_produce, args=arguments, daemon=True)
             self._process.start()
+            sender.close()  # so that the other process holds the only one, and its end ends the pipe
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()
             self._process.join()
-            self._queue.cancel_join_thread()
-            self._queue.close()
+            self._receiver.close()
 
     def __iter__(self) -> Iterator[MetaBatch]:
         if self._process is None:
@@ -188,35 +203,42 @@ class Prefetcher:
             yield self._next()
 
     def _next(self) -> MetaBatch:
-        while True:
-            try:
-                item = pickle.loads(self._queue.get(timeout=2.0))
-            except queue.Empty:
-                if self._process.is_alive():
-                    continue
-                code = self._process.exitcode
-                raise TrainingError(
-                    f"the process that prepares networks ended with code {code}; "
-                    "resume from the last checkpoint"
-                ) from None
-            if isinstance(item, BaseException):
-                raise TrainingError(f"preparing networks failed: {item!r}") from item
-            return item
+        try:
+            item = pickle.loads(self._receiver.recv_bytes())
+        except EOFError:
+            raise TrainingError(
+                "the process that prepares networks died, perhaps for want of memory; "
+                "start the same command again to go on from the checkpoint"
+            ) from None
+        if isinstance(item, BaseException):
+            raise TrainingError(f"preparing networks failed: {item}") from item
+        return item
 
 
-def _produce(stream: Stream, out: Any, parent: int) -> None:
-    """The second process: bytes of meta-batches into `out`, or the exception that ended it."""
+def _produce(stream: Stream, sender: Connection, ahead: int) -> None:
+    """The second process: sends meta-batches, or the exception that ended it.
+
+    Signals to the whole group of processes are for the training process, which ends this one.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    ready: queue.Queue[bytes | None] = queue.Queue(ahead)
+    thread = threading.Thread(target=_send, args=(ready, sender), daemon=True)
+    thread.start()
     try:
         for batch in stream:
-            # As bytes: tensors through a multiprocessing queue would each take a file descriptor.
-            data = pickle.dumps(batch)
-            while True:
-                try:
-                    out.put(data, timeout=5.0)
-                    break
-                except queue.Full:
-                    if os.getppid() != parent:  # killed: do not outlive it
-                        return
+            ready.put(pickle.dumps(batch))
     except Exception as error:  # noqa: BLE001 (handed over and raised in the training process)
-        out.put(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))
+        ready.put(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))
+    ready.put(None)
+    thread.join()
+
+
+def _send(ready: queue.Queue[bytes | None], sender: Connection) -> None:
+    try:
+        # As bytes: tensors through a multiprocessing queue would each take a file descriptor.
+        while (data := ready.get()) is not None:
+            sender.send_bytes(data)
+    except OSError:
+        os._exit(1)  # the training process was killed: do not outlive it

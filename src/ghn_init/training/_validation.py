@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ghn_init.training.evaluate import evaluate
 
 if TYPE_CHECKING:
+    import torch
+
     from ghn_init._model import GHN
-    from ghn_init.training._engine import Engine
     from ghn_init.training.data import Images, Normalisation
 
 
@@ -19,12 +20,12 @@ class Validation:
     def __init__(self, images: Images, normalise: Normalisation, networks: int, count: int) -> None:
         self.images, self.normalise, self.networks, self.count = images, normalise, networks, count
 
-    def __call__(self, ghn: GHN, engine: Engine) -> dict[str, Any]:
+    def __call__(self, ghn: GHN, precision: torch.dtype) -> dict[str, Any]:
         """Figures for the log."""
         started = time.monotonic()
         score = evaluate(
             ghn, "val", self.images, n=self.networks, images=self.count,
-            normalise=self.normalise, precision=engine.precision,
+            normalise=self.normalise, precision=precision,
         )  # fmt: skip
         return {
             "validation": round(score.mean, 2),

@@ -77,8 +77,7 @@ def train(
     if duration is not None:
         values["duration"] = seconds(duration)
     settings = TrainConfig.from_dict(values)
-    if settings.workers > 1 or "WORLD_SIZE" in os.environ:
-        torch.set_num_threads(1)  # workers or processes are the parallelism; more threads only fight them
+    torch.set_num_threads(1)  # small networks are slower on several threads; cores are for processes
     if "WORLD_SIZE" in os.environ:  # torchrun, accelerate launch
         torch.distributed.init_process_group("gloo")
     images, validation = hold_out(load_images(data, "train"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import signal
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +17,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ghn_init._errors import TrainingError
 from ghn_init._model import GHN
 from ghn_init.training import _checkpoint
+from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
-from ghn_init.training._engine import Engine, Job
+from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate, progress
@@ -26,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CHECKPOINT = "checkpoint.pt"
 _FIRST_STEPS = 100
 """Steps before the fraction of skipped ones is judged."""
 
@@ -36,8 +40,9 @@ class RunOptions:
     """How a run is kept and watched; none of it changes its result.
 
     Attributes:
-        output: Folder for checkpoint, log and weights.
+        output: Folder for checkpoint, log and weights; with several machines, one that all see.
         time_limit: Seconds after which this part of the run stops cleanly, to be resumed; None: no limit.
+            At least one step is made.
         save_every: Seconds between checkpoints.
         validate_every: Seconds between quick validations; 0: none but the last.
         validation_networks: Held-out architectures of a quick validation.
@@ -56,7 +61,7 @@ class RunOptions:
 
 @dataclass
 class State:
-    """What changes during a run, beside weights and optimizer.
+    """What changes during a run, beside weights and optimizer. All randomness is a function of these.
 
     Attributes:
         step: Optimizer steps tried, skipped ones included.
@@ -73,8 +78,35 @@ class State:
     networks: int = 0
 
 
+class _Termination:
+    """Notes SIGTERM and the first Ctrl-C, so that a run ends after its step; a context manager.
+
+    A second Ctrl-C interrupts at once. Threads other than the main one get no signals.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Termination:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])
+
+
 class Trainer:
-    """One training run; takes up the checkpoint in `options.output` if there is one.
+    """One training run; takes up the newest checkpoint in `options.output` if there is one.
+
+    Where torch.distributed has a default group, this process is one of the run's.
 
     Args:
         config: What to train, and how.
@@ -83,25 +115,14 @@ class Trainer:
         options: Where to keep it.
 
     Raises:
-        TrainingError: The checkpoint there is damaged or belongs to another configuration.
+        TrainingError: Images or number of processes that do not fit the configuration; a checkpoint there
+            that is damaged or belongs to another configuration.
     """
 
     def __init__(self, config: TrainConfig, images: Images, validation: Images, options: RunOptions) -> None:
-        if len(images) < config.batch_size:
-            raise TrainingError(
-                f"{len(images)} training images; expected at least batch_size={config.batch_size}"
-            )
-        if len(images.classes) != config.ghn.num_classes:
-            raise TrainingError(
-                f"{len(images.classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
-            )
         self.config, self.images, self.options = config, images, options
         self.ranks = Ranks.current()
-        if config.meta_batch % self.ranks.world:
-            raise TrainingError(
-                f"meta_batch={config.meta_batch} networks cannot be shared evenly "
-                f"by {self.ranks.world} processes"
-            )
+        self._check()
         self.normalise = Normalisation.of(images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -109,17 +130,28 @@ class Trainer:
         self.average = {name: value.detach().clone() for name, value in self.ghn.state_dict().items()}
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(self.ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
         self.state = State()
         self.validation = Validation(
             validation, self.normalise, options.validation_networks, options.validation_images
         )
-        if self.checkpoint.exists():
-            self._resume()
+        if (path := _checkpoint.newest(options.output)) is not None:
+            self._resume(path)
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the state of the run is kept."""
-        return self.options.output / CHECKPOINT
+    def _check(self) -> None:
+        config, classes, world = self.config, self.images.classes, self.ranks.world
+        if len(self.images) < config.batch_size:
+            raise TrainingError(
+                f"{len(self.images)} training images; expected at least batch_size={config.batch_size}"
+            )
+        if len(classes) != config.ghn.num_classes:
+            raise TrainingError(
+                f"{len(classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
+            )
+        if config.meta_batch % world:
+            raise TrainingError(
+                f"meta_batch={config.meta_batch} networks cannot be shared evenly by {world} processes"
+            )
 
     @property
     def done(self) -> float:
@@ -127,7 +159,7 @@ class Trainer:
         return progress(self.config, self.state.step, self.state.seconds)
 
     def run(self, on_step: Callable[[Record], None] | None = None) -> bool:
-        """Train until the run is over or `time_limit` is.
+        """Train until the run is over, or `time_limit` is, or SIGTERM or Ctrl-C ask for an end.
 
         Args:
             on_step: Called after every step.
@@ -136,66 +168,76 @@ class Trainer:
             True if the run is over: the weights are exported. False if it waits to be resumed.
 
         Raises:
-            TrainingError: Too many steps without a finite loss, or the preparing process died.
+            TrainingError: Too many steps without a finite loss; the process that prepares networks or
+                another rank died. A checkpoint is written before.
         """
-        config, options = self.config, self.options
-        started, before = time.monotonic(), self.state.seconds
+        (step,) = self.ranks.agree([self.state.step])
+        if step != self.state.step:
+            raise TrainingError(
+                f"process {self.ranks.rank} found a checkpoint of step {self.state.step} in "
+                f"{self.options.output}, the first process one of step {step:.0f}; expected a folder that "
+                "all processes see"
+            )
+        try:
+            self._run(on_step or (lambda _: None))
+        except TrainingError:
+            self.save()
+            raise
+        self.save()
+        if self.done < 1:
+            return False
+        if self.ranks.first:
+            self.export(self.options.output / "ghn")
+        return True
+
+    def _run(self, on_step: Callable[[Record], None]) -> None:
+        options, state, first = self.options, self.state, self.ranks.first
+        before, started = state.seconds, time.monotonic()
         saved = validated = started
-        engine = Engine(config.workers, getattr(torch, config.precision), config.label_smoothing)
-        prefetcher = Prefetcher(config, self.images.size, self.state.position, self.ranks)
-        lead = self.ranks.rank == 0  # the one process that validates and writes
-        folder = options.output if lead else options.output / f"rank{self.ranks.rank}"
-        with Log(folder, options.log_every, resume_at=self.state.step) as log, engine, prefetcher:
-            batches = iter(prefetcher)
-            while self.done < 1:
+        log = Log(options.output if first else None, options.log_every, resume_at=state.step)
+        prefetcher = Prefetcher(self.config, self.images.size, state.position, self.ranks)
+        with log, prefetcher, _Termination() as termination:
+            batches, stop = iter(prefetcher), False
+            while self.done < 1 and not stop:
+                record = self.step(next(batches))
                 # All processes go by the first one's clock, or they would not stop at the same step.
-                (elapsed,) = self.ranks.agree([time.monotonic() - started])
-                self.state.seconds = before + elapsed
-                if options.time_limit is not None and elapsed >= options.time_limit:
-                    break
-                record = self.step(engine, next(batches))
+                elapsed, asked = self.ranks.agree([time.monotonic() - started, termination.asked])
+                stop = bool(asked) or (options.time_limit is not None and elapsed >= options.time_limit)
+                state.seconds = before + elapsed
+                record = replace(record, seconds=state.seconds, done=self.done)
                 log.step(record)
-                if on_step is not None:
-                    on_step(record)
+                on_step(record)
                 now = time.monotonic()
-                if lead and now - saved >= options.save_every:
+                if now - saved >= options.save_every:
                     self.save()
                     saved = now
-                if lead and options.validate_every and now - validated >= options.validate_every:
-                    log.write(self._validate(engine))
+                if first and options.validate_every and now - validated >= options.validate_every:
+                    log.write(self._validate())
                     validated = time.monotonic()
-            if lead and self.done >= 1:
-                log.write(self._validate(engine))
-        over = self.done >= 1
-        if lead:
-            self.save()
-            if over:
-                self.export(options.output / "ghn")
-        return over
+            if first and self.done >= 1:
+                log.write(self._validate())
 
-    def step(self, engine: Engine, batch: MetaBatch) -> Record:
+    def step(self, batch: MetaBatch) -> Record:
         """One meta-batch of networks on one batch of images, one update of the GHN."""
         config, state, started = self.config, self.state, time.monotonic()
-        lr = learning_rate(config, state.step, self.done)
+        lr = learning_rate(config, state.step, state.seconds)
         predicted = self.ghn(batch.graphs)
         images, labels = self._batch(state.step)
-        jobs = self._jobs(batch, predicted, images)
-        results = engine.run(jobs, labels)
-        loss = sum(result.loss for result in results) / len(results)
-        correct = sum(result.correct for result in results) / (len(results) * len(labels))
-        figures = torch.tensor([loss, correct])
+        results = self._run_networks(batch, predicted, images, labels)
+        figures = torch.tensor([
+            sum(result.loss for result in results) / len(results),
+            sum(result.correct for result in results) / (len(results) * len(labels)),
+        ])  # fmt: skip
         norm = self._update(predicted, [result.gradients for result in results], lr, figures)
-        loss, correct = figures.tolist()
-        state.step, state.position = state.step + 1, batch.stop
-        state.networks += len(results) * self.ranks.world
+        loss, accuracy = figures.tolist()
+        networks = len(results) * self.ranks.world
+        state.step, state.position, state.networks = state.step + 1, batch.stop, state.networks + networks
         if norm is None:
             state.skipped += 1
             self._check_skipped()
         return Record(
-            step=state.step, loss=loss, accuracy=correct, lr=lr, grad_norm=norm, skipped=state.skipped,
-            seconds=state.seconds, step_seconds=time.monotonic() - started,
-            networks=len(results) * self.ranks.world,
-            done=self.done,
+            step=state.step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, skipped=state.skipped,
+            seconds=state.seconds, step_seconds=time.monotonic() - started, networks=networks, done=self.done,
         )  # fmt: skip
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -205,17 +247,16 @@ class Trainer:
         pixels = augment(batch.pixels, generator(config.seed, "augmentation", step))
         return self.normalise(pixels), batch.labels
 
-    def _jobs(self, batch: MetaBatch, predicted: list[dict[str, Tensor]], images: Tensor) -> list[Job]:
+    def _run_networks(
+        self, batch: MetaBatch, predicted: list[dict[str, Tensor]], images: Tensor, labels: Tensor
+    ) -> list[Result]:
         small = halve(images) if self.done < self.config.small_images else images
-        jobs: list[Job] = []
+        results: list[Result] = []
         for task, params in zip(batch.tasks, predicted, strict=True):
-
-            def build(task: Any = task) -> torch.nn.Module:
-                return task.build(self.config.ghn.num_classes, self.images.size)
-
+            network = task.build(self.config.ghn.num_classes, self.images.size)
             pixels = small if task.any_size else images
-            jobs.append(Job(build, params, pixels, task.index, task.cost * pixels.shape[-1] ** 2))
-        return jobs
+            results.append(self.engine.run(network, params, pixels, labels, seed=task.index))
+        return results
 
     def _update(
         self,
@@ -224,9 +265,10 @@ class Trainer:
         lr: float,
         figures: Tensor,
     ) -> float | None:
-        """Backward through the GHN and an optimizer step; the gradient's norm, or None if not finite.
+        """Backward through the GHN and an optimizer step; the gradient's norm, or None if none was made.
 
-        Gradients, and `figures` with them, are averaged over the processes of the run.
+        Gradients and `figures` (loss first) are averaged over the processes, so that all of them come to
+        the same decision: no step where loss or gradient are not finite.
         """
         pairs = [
             (params[name], grad.to(params[name].dtype) / len(predicted))
@@ -239,16 +281,15 @@ class Trainer:
             if parameter.grad is None:  # no network of this step used it
                 parameter.grad = torch.zeros_like(parameter)
         self.ranks.average([figures, *(p.grad for p in self.ghn.parameters() if p.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.config.clip or float("inf"))
-        if not torch.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.config.clip or math.inf).item()
+        if not (math.isfinite(norm) and math.isfinite(figures[0].item())):
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self._average()
-        return norm.item()
+        return norm
 
-    @torch.no_grad()
     def _average(self) -> None:
         """Moving average of the weights; its decay grows to `ema` so that the first weights fade."""
         taken = self.state.step - self.state.skipped
@@ -259,7 +300,6 @@ class Trainer:
     def _check_skipped(self) -> None:
         state, limit = self.state, self.config.skip_limit
         if state.skipped > limit * max(state.step, _FIRST_STEPS):
-            self.save()
             raise TrainingError(
                 f"{state.skipped} of {state.step} steps had a loss that is not finite, "
                 f"more than {limit:.0%}; lower the learning rate or lengthen the warm-up"
@@ -271,43 +311,48 @@ class Trainer:
         ghn.load_state_dict(self.average if self.config.ema else self.ghn.state_dict())
         return ghn.eval()
 
-    def _validate(self, engine: Engine) -> dict[str, Any]:
-        return {"step": self.state.step, **self.validation(self.averaged(), engine)}
+    def _validate(self) -> dict[str, Any]:
+        return {"step": self.state.step, **self.validation(self.averaged(), self.engine.precision)}
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        _checkpoint.save(
-            self.checkpoint,
-            {
-                "config": self.config.to_dict(),
-                "ghn": self.ghn.state_dict(),
-                "average": self.average if self.config.ema else {},
-                "optimizer": self.optimizer.state_dict(),
-                "state": {name: getattr(self.state, name) for name in State.__dataclass_fields__},
-            },
-        )
+        """Write a checkpoint if this is the run's first process and it has made a step."""
+        if not (self.ranks.first and self.state.step):
+            return
+        tensors = {
+            "weights": self.ghn.state_dict(),
+            "optimizer": _checkpoint.optimizer_tensors(self.optimizer),
+        }
+        if self.config.ema:
+            tensors["average"] = self.average
+        state = {"config": self.config.to_dict(), "state": asdict(self.state)}
+        _checkpoint.save(self.options.output, self.state.step, Checkpoint(tensors, state))
 
-    def _resume(self) -> None:
-        saved = _checkpoint.load(self.checkpoint)
-        theirs = TrainConfig.from_dict(saved["config"])
-        # How the work is spread over threads and processes may differ from part to part of a run.
-        alike = replace(self.config, workers=theirs.workers, prefetch=theirs.prefetch)
+    def _resume(self, path: Path) -> None:
+        saved = _checkpoint.load(path)
+        try:
+            self._take_up(saved, path)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TrainingError(f"{path}: not a complete training checkpoint ({error})") from error
+
+    def _take_up(self, saved: Checkpoint, path: Path) -> None:
+        theirs = TrainConfig.from_dict(saved.state["config"])
+        # A second process changes when the work is done, not what is done.
+        alike = replace(self.config, prefetch=theirs.prefetch)
         if alike != theirs:
             mine = alike.to_dict()
             different = [name for name, value in theirs.to_dict().items() if mine[name] != value]
             raise TrainingError(
-                f"{self.checkpoint}: was trained with other values of {', '.join(different)}; "
+                f"{path}: was trained with other values of {', '.join(different)}; "
                 "give the same, or another output folder"
             )
-        self.ghn.load_state_dict(saved["ghn"])
-        self.average = saved["average"] or self.average
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = State(**saved["state"])
+        self.ghn.load_state_dict(dict(saved.tensors["weights"]))
+        if self.config.ema:
+            self.average = dict(saved.tensors["average"])
+        _checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"])
+        self.state = State(**saved.state["state"])
 
     def export(self, folder: Path) -> None:
         """Write the trained GHN with `save_pretrained`, and figures of the run beside it."""
-        import json
-
         self.averaged().save_pretrained(folder)
         figures = {
             "config": self.config.to_dict(),
