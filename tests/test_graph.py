@@ -81,7 +81,7 @@ def test_distances_of_a_thousand_nodes_take_milliseconds() -> None:
     graph = chain(1000)
     start = time.perf_counter()
     assert graph.distances.shape == (1000, 1000)
-    # The claim is 10 ms (benchmarks/virtual_edges.py measures it); this only catches another complexity class.
+    # The claim of 10 ms is measured by benchmarks/virtual_edges.py; this catches another complexity class.
     assert time.perf_counter() - start < 0.5
 
 
@@ -118,3 +118,11 @@ def test_the_classifier_is_the_layer_that_ends_the_graph(
 ) -> None:
     nodes = [Node(kind) for kind in types]
     assert graph_from_edges(nodes, [(i, i + 1) for i in range(len(nodes) - 1)]).classifier == classifier
+
+
+def test_heads_are_the_layers_that_end_the_network() -> None:
+    names = ("input", "conv", "bn", "conv", "bias", "glob_avg", "conv", "bias", "conv")
+    edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (2, 6), (6, 7), (2, 8)]
+    graph = graph_from_edges([Node(name) for name in names], edges)
+    assert graph.heads == ((3, 4), (6, 7), (8, None))
+    assert chain(3).heads == ()

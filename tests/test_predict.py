@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -656,3 +657,22 @@ def test_failed_calibration_puts_everything_back(ghn: GHN) -> None:
     assert (model.training, model.norm.training, model.norm.momentum) == (False, False, 0.1)
     with pytest.raises(PredictError, match="Linear has no batch norm"):
         calibrate_batchnorm(nn.Linear(2, 2), [torch.zeros(1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("squeezenet1_0", {"classifier.1.weight", "classifier.1.bias"}),
+        (
+            "googlenet",
+            {f"{layer}.{part}" for layer in ("fc", "aux1.fc2", "aux2.fc2") for part in ("weight", "bias")},
+        ),
+    ],
+)
+def test_classifiers_that_are_pooled_or_auxiliary_are_heads_too(name: str, kept: set[str], ghn: GHN) -> None:
+    settings = {"init_weights": False} if name == "googlenet" else {}
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=7, **settings)
+    rows = plan(model, ghn).rows
+    assert {row.name for row in rows if row.action == "kept"} == kept
+    assert {row.action for row in plan(model, ghn, head="predict").rows} <= {"predicted", "tiled"}

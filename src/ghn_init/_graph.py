@@ -35,6 +35,8 @@ WEIGHT_TYPES: Final = frozenset({"conv", "sep_conv", "dil_conv", "pos_enc"})
 NORM_TYPES: Final = frozenset({"bn", "ln"})
 """Node types that stand for two vectors, the layer's weight (`param`) and its bias (`bias`)."""
 
+_AFTER_A_HEAD: Final = frozenset({"bias", "glob_avg", "avg_pool", "max_pool"})
+
 MAX_DISTANCE: Final = 50
 """Virtual edges longer than this are dropped (arXiv 2110.13100, section 4.1)."""
 
@@ -176,6 +178,26 @@ class Graph:
         if last >= 0 and self.nodes[last].type == "conv":
             return last, None
         return None, None
+
+    @cached_property
+    def heads(self) -> tuple[tuple[int, int | None], ...]:
+        """Indices of weight and bias of every layer that ends the network: after it come only poolings.
+
+        Usually the classifier alone; several for networks with auxiliary classifiers. Beside
+        `classifier`, which is what a GHN's class layer is for, these include a classifier that is
+        pooled afterwards, as SqueezeNet's.
+        """
+        successors: list[list[int]] = [[] for _ in self.nodes]
+        for u, v in self.edges:
+            successors[u].append(v)
+        ends = [False] * len(self.nodes)
+        for index in range(len(self.nodes) - 1, -1, -1):
+            after = successors[index]
+            ends[index] = all(ends[v] and self.nodes[v].type in _AFTER_A_HEAD for v in after)
+        weights = [i for i, node in enumerate(self.nodes) if ends[i] and node.type == "conv"]
+        return tuple(
+            (i, next((v for v in successors[i] if self.nodes[v].type == "bias"), None)) for i in weights
+        )
 
     def draw(self, path: str | PathLike[str]) -> None:
         """Draw the graph to `path` (.svg, .pdf, .png, .dot), coloured by node type, with a legend.

@@ -230,23 +230,27 @@ def _unwritable(param: nn.Parameter) -> str:
 
 
 def _head_reasons(graph: Graph, head: Head, num_classes: int) -> dict[str, tuple[Wanted, str]]:
-    """The classifier's parameters that are kept, with the reason; empty where it is predicted."""
-    weight, bias = graph.classifier
-    if weight is None or head == "predict":
+    """Parameters of classifiers (auxiliary ones too) that are kept, with the reason."""
+    if head == "predict":
         return {}
-    shape = graph.nodes[weight].shape
-    width = shape[0] if shape else 0
+    reasons: dict[str, tuple[Wanted, str]] = {}
+    for indices in graph.heads:
+        shape = graph.nodes[indices[0]].shape
+        decision = _head_decision(head, shape[0] if shape else 0, num_classes)
+        names = (graph.nodes[i].param for i in indices if i is not None)
+        if decision is not None:
+            reasons |= {name: decision for name in names if name is not None}
+    return reasons
+
+
+def _head_decision(head: Head, width: int, num_classes: int) -> tuple[Wanted, str] | None:
+    """Why a classifier of this width is kept; None if it is predicted."""
     if head == "keep":
-        decision: tuple[Wanted, str] = (SPARE, "classifier (head='keep')")
-    elif width == num_classes:
-        return {}
-    else:
-        reason = (
-            f"classifier of width {width}; the GHN was trained for {num_classes} (head='predict' forces it)"
-        )
-        decision = (KEEP, reason)
-    indices = (weight,) if bias is None else (weight, bias)
-    return {name: decision for i in indices if (name := graph.nodes[i].param) is not None}
+        return SPARE, "classifier (head='keep')"
+    if width == num_classes:
+        return None
+    trained = f"the GHN was trained for {num_classes} (head='predict' forces it)"
+    return KEEP, f"classifier of width {width}; {trained}"
 
 
 def _parametrised_prefixes(model: nn.Module) -> dict[str, str]:
