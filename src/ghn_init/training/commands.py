@@ -12,15 +12,6 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init.training._log import Record
-    from ghn_init.training.evaluate import Score
-
-TARGETS = {
-    ("test", False): 66.9, ("wide", False): 64.0, ("deep", False): 60.5, ("dense", False): 65.8,
-    ("bnfree", False): 36.8, ("resnet50", False): 58.6, ("vit", False): 11.4, ("test", True): 48.6,
-}  # fmt: skip
-"""Published top-1 of GHN-2 on CIFAR-10 in percent (arXiv 2110.13100), by split and whether under noise."""
-
 _TRAIN = "Run"
 _MODEL = "Hypernetwork"
 _KEEP = "Keeping"
@@ -67,6 +58,7 @@ def train(
     import torch
 
     from ghn_init.training._config import TrainConfig
+    from ghn_init.training._progress import TrainingBar
     from ghn_init.training.data import hold_out, load_images
     from ghn_init.training.trainer import RunOptions, Trainer
 
@@ -90,8 +82,8 @@ def train(
         validation_images=validation_images,
     )
     trainer = Trainer(settings, images, validation, options)
-    with _Progress() as progress:
-        finished = trainer.run(progress.step)
+    with TrainingBar() as bar:
+        finished = trainer.run(bar.step)
     where = output / "ghn" if finished else output
     typer.echo(
         f"{'done' if finished else 'stopped; run again to go on'}: step {trainer.state.step}, "
@@ -106,58 +98,51 @@ def evaluate(
     split: Annotated[
         list[str] | None, typer.Option("--split", help="Splits; default: all. Also resnet50 and vit.")
     ] = None,
-    sample: Annotated[int | None, typer.Option(help="Only the first N architectures of a split.")] = None,
-    images: Annotated[int | None, typer.Option(help="Only N test images.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N architectures of a split.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=2, help="Only N test images.")] = None,
     noise: Annotated[bool, typer.Option("--noise", help="Also under Gaussian noise of std 0.08.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file; written after every split.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSON file, written after every network; what it has is not measured again.",
+        ),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run networks in bfloat16 (faster, rounded).")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one core each; default: one for every core.")
+    ] = None,
 ) -> None:
     """Measure the accuracy of networks with predicted parameters, split by split."""
     import torch
 
     from ghn_init import load
+    from ghn_init.training._pool import Job, cores, measure_all
+    from ghn_init.training._progress import EvaluationBar
+    from ghn_init.training._results import Results, table
     from ghn_init.training.data import Normalisation, load_images
-    from ghn_init.training.evaluate import NOISE, SPLITS
-    from ghn_init.training.evaluate import evaluate as measure
+    from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
 
-    ghn = load(weights)
-    normalise = Normalisation.of(load_images(data, "train"))
-    test = load_images(data, "test")
-    scores: list[Score] = []
-    for name in split or SPLITS:
-        for level in (0.0, NOISE) if noise else (0.0,):
-            with _Line(f"{name}, noise {level:g}") as line:
-                scores.append(
-                    measure(
-                        ghn, name, test, n=sample, images=images, noise=level, normalise=normalise,
-                        precision=torch.bfloat16 if bf16 else torch.float32, on_network=line.network,
-                    )
-                )  # fmt: skip
-            if output:
-                result = {
-                    "weights": weights,
-                    "torch": torch.__version__,
-                    "scores": [s.to_dict() for s in scores],
-                }
-                output.write_text(json.dumps(result, indent=2) + "\n")
-    typer.echo(table(scores))
-
-
-def table(scores: Sequence[Score]) -> str:
-    """Scores beside the published ones, as a Markdown table."""
-    lines = [
-        "| networks | n | images | noise | top-1 % (mean ± standard error) | max | published GHN-2 |",
-        "|---|---|---|---|---|---|---|",
+    torch.set_num_threads(1)
+    measure = Measure(
+        load(weights), load_images(data, "test"), images=images,
+        normalise=Normalisation.of(load_images(data, "train")),
+        precision=torch.bfloat16 if bf16 else torch.float32,
+    )  # fmt: skip
+    results = Results(measure, output, weights)
+    levels = (0.0, NOISE) if noise else (0.0,)
+    jobs = [
+        Job(net, level) for name in split or SPLITS for level in levels for net in Network.of(name, sample)
     ]
-    for score in scores:
-        published = TARGETS.get((score.split, score.noise > 0))
-        lines.append(
-            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f} ± "
-            f"{score.standard_error:.1f} | {score.maximum:.1f} | {published or '-'} |"
-        )
-    return "\n".join(lines)
+    missing = [job for job in jobs if job not in results]
+    with EvaluationBar(len(missing)) as bar:
+        for job, accuracy in measure_all(measure, missing, workers or cores()):
+            results.add(job, accuracy)
+            bar.network(f"{job.network.split} {job.network.index}", accuracy)
+    typer.echo(table(results.scores()))
 
 
 def seconds(text: str) -> float:
@@ -188,65 +173,6 @@ def _override(values: dict[str, Any], settings: Sequence[str]) -> None:
             values.setdefault("ghn", {})[key.removeprefix("ghn.")] = value
         else:
             values[key] = value
-
-
-class _Progress:
-    """A progress bar of a run on stderr where that is a terminal."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("step {task.fields[step]}"), BarColumn(),
-            "[progress.percentage]{task.percentage:>4.1f}%",
-            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("training", total=1.0, step=0, figures="")
-        self._mean: dict[str, float] = {}
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def step(self, record: Record) -> None:
-        """Show one step; figures are running means."""
-        new = {"loss": record.loss, "acc": record.accuracy, "net/s": record.networks / record.step_seconds}
-        self._mean = {key: 0.95 * self._mean.get(key, value) + 0.05 * value for key, value in new.items()}
-        figures = "  ".join(f"{key} {value:.3g}" for key, value in self._mean.items())
-        if record.skipped:
-            figures += f"  skipped {record.skipped}"
-        self._bar.update(self._task, completed=record.done, step=record.step, figures=figures)
-
-
-class _Line:
-    """One progress line of an evaluation on stderr."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-
-    def __enter__(self) -> _Line:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._bar = Progress(console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(self._title, total=None)
-        self._bar.start()
-        self._sum = 0.0
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def network(self, index: int, count: int, accuracy: float) -> None:
-        """Show one network more."""
-        self._sum += 100 * accuracy
-        mean = f"{self._title}: {self._sum / (index + 1):.1f} %"
-        self._bar.update(self._task, total=count, completed=index + 1, description=mean)
 
 
 def app() -> typer.Typer:

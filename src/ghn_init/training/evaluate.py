@@ -1,7 +1,7 @@
 """Accuracy of networks with predicted parameters (arXiv 2110.13100, section 5).
 
 Batch norms use batch statistics, because running statistics are not predicted; test batches have 64
-images; accuracy is top-1.
+images; dropout is off; accuracy is top-1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ghn_init.training._layers import prepare
 from ghn_init.training.data import Images, Normalisation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
 
     from ghn_init._model import GHN
 
@@ -30,11 +30,15 @@ NOISE = 0.08
 """Standard deviation of the Gaussian noise on pixels from 0 to 1 (arXiv 2110.13100, section 5.1)."""
 
 SPLITS = ("test", "wide", "deep", "dense", "bnfree", "resnet50", "vit")
+"""What is measured by default: splits of DeepNets-1M, the two predefined networks each by itself."""
+
+_SHUFFLE_SEED = 1
+_PREDEFINED = {"resnet50": 0, "vit": 1}
 
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 accuracy over the networks of a split, in percent.
+    """Top-1 accuracy over networks of a split, in percent.
 
     Attributes:
         split: Name of the split.
@@ -57,17 +61,110 @@ class Score:
     accuracies: tuple[float, ...]
 
     @classmethod
-    def of(cls, split: str, accuracies: list[float], images: int, noise: float) -> Score:
-        """The score of these accuracies (fractions)."""
-        values = torch.tensor(accuracies, dtype=torch.float64) * 100
+    def of(cls, split: str, accuracies: Sequence[float], images: int, noise: float) -> Score:
+        """The score of these accuracies, in percent; at least one."""
+        values = torch.tensor(accuracies, dtype=torch.float64)
         n = len(accuracies)
         error = (values.std(correction=1) / math.sqrt(n)).item() if n > 1 else 0.0
-        best = values.max().item()
-        return cls(split, n, values.mean().item(), error, best, images, noise, tuple(values.tolist()))
+        return cls(
+            split, n, values.mean().item(), error, values.max().item(), images, noise, tuple(accuracies)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
-        return asdict(self) | {"accuracies": [round(value, 2) for value in self.accuracies]}
+        return asdict(self) | {"accuracies": list(self.accuracies)}
+
+
+@dataclass(frozen=True, order=True)
+class Network:
+    """Network `index` of a split of DeepNets-1M, or "resnet50" or "vit"."""
+
+    split: str
+    index: int
+
+    @classmethod
+    def of(cls, split: str, n: int | None = None) -> list[Network]:
+        """The networks of a split, or its first `n`."""
+        available = 1 if split in _PREDEFINED else len(DeepNets1M(split))
+        return [cls(split, index) for index in range(min(n or available, available))]
+
+    def build(self, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:
+        """The network on the meta device, at the split's width for evaluation."""
+        name = "predefined" if self.split in _PREDEFINED else self.split
+        index = _PREDEFINED.get(self.split, self.index)
+        architecture = DeepNets1M(name, seed=seed, image_size=image_size)[index]
+        with torch.device("meta"):
+            return architecture.build(num_classes, image_size)
+
+
+class Measure:
+    """Measures networks whose parameters a GHN predicts on one set of images.
+
+    Args:
+        ghn: The hypernetwork.
+        data: Test images.
+        images: Only this many of them, spread evenly over the set; None: all.
+        normalise: Default: mean and deviation of `data`.
+        seed: Of the architectures and of the noise.
+        precision: Type in which networks run.
+
+    Raises:
+        TrainingError: No images, or a number of classes that is not the GHN's.
+    """
+
+    def __init__(
+        self,
+        ghn: GHN,
+        data: Images,
+        *,
+        images: int | None = None,
+        normalise: Normalisation | None = None,
+        seed: int = 0,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        if len(data.classes) != ghn.config.num_classes:
+            raise TrainingError(f"{len(data.classes)} classes; the GHN predicts {ghn.config.num_classes}")
+        if len(data) < 2 or (images is not None and images < 2):
+            raise TrainingError("expected at least 2 images: batch norms use the statistics of a batch")
+        self.ghn, self.normalise = ghn, normalise or Normalisation.of(data)
+        if images is not None and images < len(data):
+            data = data.take(torch.linspace(0, len(data) - 1, images).long())
+        self.data, self.seed, self.precision = data, seed, precision
+        self._batches: dict[float, list[tuple[Tensor, Tensor]]] = {}
+
+    def batches(self, noise: float = 0.0) -> list[tuple[Tensor, Tensor]]:
+        """Normalised images (64, 3, H, W) under Gaussian noise of this deviation, and their labels."""
+        if noise not in self._batches:
+            rng = torch.Generator().manual_seed(self.seed)
+            std = torch.tensor(self.normalise.std).view(1, 3, 1, 1)
+            made: list[tuple[Tensor, Tensor]] = []
+            for index in self._order():
+                x = self.normalise(self.data.pixels[index])
+                if noise:
+                    x = x + noise / std * torch.randn(x.shape, generator=rng)
+                x = x.to(self.precision).contiguous(memory_format=torch.channels_last)
+                made.append((x, self.data.labels[index]))
+            self._batches[noise] = made
+        return self._batches[noise]
+
+    def _order(self) -> list[Tensor]:
+        """Places of the images of every batch: shuffled, because one class has other batch statistics."""
+        generator = torch.Generator().manual_seed(_SHUFFLE_SEED)
+        parts = list(torch.randperm(len(self.data), generator=generator).split(BATCH_SIZE))
+        if len(parts[-1]) == 1:  # has no variance
+            parts[-2:] = [torch.cat(parts[-2:])]
+        return parts
+
+    @torch.no_grad()
+    def __call__(self, network: Network | nn.Module, noise: float = 0.0) -> float:
+        """Top-1 accuracy in percent; a module has to be on the meta device and is taken over."""
+        size = self.data.size
+        if isinstance(network, Network):
+            network = network.build(self.ghn.config.num_classes, size, self.seed)
+        (params,) = self.ghn([trace(network, (1, 3, size, size))])
+        inject(prepare(network).eval(), params, self.precision)
+        hits = sum(int((network(x).argmax(1) == y).sum()) for x, y in self.batches(noise))
+        return 100 * hits / len(self.data)
 
 
 def evaluate(
@@ -81,75 +178,24 @@ def evaluate(
     normalise: Normalisation | None = None,
     seed: int = 0,
     precision: torch.dtype = torch.float32,
-    on_network: Callable[[int, int, float], None] | None = None,
 ) -> Score:
-    """Predict the parameters of every architecture of a split and measure it.
+    """Predict the parameters of the architectures of a split and measure them, one after another.
 
     Args:
         ghn: The hypernetwork.
-        split: A split of DeepNets-1M, or "resnet50" or "vit" (those of the predefined split).
+        split: A split of DeepNets-1M, or "resnet50" or "vit".
         data: Test images.
         n: Only the first n architectures.
-        images: Only this many images (spread evenly over the set).
+        images: Only this many images, spread evenly over the set.
         noise: Standard deviation of Gaussian noise on the pixels, which go from 0 to 1.
         normalise: Default: mean and deviation of `data`.
         seed: Of split and noise.
         precision: Type in which networks run.
-        on_network: Called with index, number of networks and accuracy after each of them.
 
     Raises:
+        ArchitectureError: There is no such split.
         TrainingError: No images, or a number of classes that is not the GHN's.
     """
-    if len(data.classes) != ghn.config.num_classes:
-        raise TrainingError(f"{len(data.classes)} classes; the GHN predicts {ghn.config.num_classes}")
-    if images is not None and images < len(data):
-        data = data.take(torch.linspace(0, len(data) - 1, images).long())
-    batches = list(_batches(data, normalise or Normalisation.of(data), noise, seed))
-    networks = build_networks(split, ghn.config.num_classes, data.size, n, seed)
-    accuracies: list[float] = []
-    for index, (count, network) in enumerate(networks):
-        accuracies.append(accuracy(ghn, network, batches, precision))
-        if on_network is not None:
-            on_network(index, count, accuracies[-1])
-    return Score.of(split, accuracies, len(data), noise)
-
-
-def build_networks(
-    split: str, num_classes: int, image_size: int, n: int | None, seed: int
-) -> Iterator[tuple[int, nn.Module]]:
-    """(Number of networks, network on the meta device) for the networks of a split, one after another."""
-    name, first = {"resnet50": ("predefined", 0), "vit": ("predefined", 1)}.get(split, (split, 0))
-    networks = DeepNets1M(name, seed=seed, image_size=image_size)
-    available = 1 if name != split else len(networks)
-    count = min(n or available, available)
-    for index in range(first, first + count):
-        with torch.device("meta"):
-            yield count, networks[index].build(num_classes, image_size)
-
-
-def _batches(data: Images, normalise: Normalisation, noise: float, seed: int) -> list[tuple[Tensor, Tensor]]:
-    rng = torch.Generator().manual_seed(seed)
-    batches: list[tuple[Tensor, Tensor]] = []
-    # One shuffle, because batch statistics of a single class would be another task.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-    for index in order.split(BATCH_SIZE):
-        x = normalise(data.pixels[index])
-        if noise:
-            x = x + noise / torch.tensor(normalise.std).view(1, 3, 1, 1) * torch.randn(x.shape, generator=rng)
-        batches.append((x.contiguous(memory_format=torch.channels_last), data.labels[index]))
-    return batches
-
-
-@torch.no_grad()
-def accuracy(
-    ghn: GHN,
-    network: nn.Module,
-    batches: list[tuple[Tensor, Tensor]],
-    precision: torch.dtype = torch.float32,
-) -> float:
-    """Top-1 accuracy, a fraction, of a network (on meta, taken over) with predicted parameters."""
-    (params,) = ghn([trace(network)])
-    network = prepare(network).eval()
-    inject(network, params, precision)
-    hits = sum(int((network(x.to(precision)).argmax(1) == y).sum()) for x, y in batches)
-    return hits / sum(len(y) for _, y in batches)
+    measure = Measure(ghn, data, images=images, normalise=normalise, seed=seed, precision=precision)
+    accuracies = [measure(network, noise) for network in Network.of(split, n)]
+    return Score.of(split, accuracies, len(measure.data), noise)

@@ -1,0 +1,97 @@
+"""Measures several networks side by side, each in a process with one core.
+
+Processes, because two Python threads wait for each other; one core each, because the networks are small.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ghn_init._errors import TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ghn_init.training.evaluate import Measure, Network
+
+_ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""glibc gives large activations back to the system and asks for them again in every layer, which costs
+some networks a third of their time; with these it keeps them, in huge pages. Other systems ignore them."""
+
+_measure: Measure
+"""In a measuring process: what it was started with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network under noise of one deviation."""
+
+    network: Network
+    noise: float
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, float]]:
+    """Accuracies in percent, as they come; with one worker in this process.
+
+    Raises:
+        TrainingError: A process died.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield job, measure(job.network, job.noise)
+        return
+    # As bytes: tensors handed to processes would need shared memory, which containers have little of.
+    start = (pickle.dumps(measure),)
+    context = multiprocessing.get_context("spawn")
+    with _environment(_ALLOCATOR):
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, start)
+        futures: dict[Future[float], Job] = {pool.submit(_run, job): job for job in jobs}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process that measures networks died, perhaps for want of memory; take fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(data: bytes) -> None:
+    global _measure
+    torch.set_num_threads(1)
+    _measure = pickle.loads(data)
+
+
+def _run(job: Job) -> float:
+    return _measure(job.network, job.noise)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that start meanwhile; those that are set stay."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

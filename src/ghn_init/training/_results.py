@@ -1,0 +1,125 @@
+"""The results of an evaluation: kept in a JSON file from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ghn_init._errors import TrainingError
+from ghn_init.training._checkpoint import write_atomically
+from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ghn_init._model import GHN
+    from ghn_init.training._pool import Job
+
+TARGETS = {
+    ("test", False): 66.9, ("wide", False): 64.0, ("deep", False): 60.5, ("dense", False): 65.8,
+    ("bnfree", False): 36.8, ("resnet50", False): 58.6, ("vit", False): 11.4, ("test", True): 48.6,
+}  # fmt: skip
+"""Published top-1 of GHN-2 on CIFAR-10 in percent (arXiv 2110.13100), by split and whether under noise."""
+
+
+class Results:
+    """Accuracies by split, noise and network; written to `path` after every network.
+
+    Args:
+        measure: How networks are measured.
+        path: JSON file; what is in it already is taken over. None: nothing is kept.
+        weights: Name of what is measured, for the file.
+
+    Raises:
+        TrainingError: The file is of something else, or was measured otherwise.
+    """
+
+    def __init__(self, measure: Measure, path: Path | None = None, weights: str = "") -> None:
+        self._path, self._images, self._weights = path, len(measure.data), weights
+        self._header = {
+            "weights_digest": digest(measure.ghn),
+            "images": self._images,
+            "batch_size": BATCH_SIZE,
+            "seed": measure.seed,
+            "precision": str(measure.precision).removeprefix("torch."),
+        }
+        self._accuracies: dict[tuple[str, float], dict[int, float]] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            saved = json.loads(path.read_text())
+            found = {key: saved[key] for key in self._header}
+            accuracies = {
+                (score["split"], score["noise"]): {int(k): v for k, v in score["accuracies"].items()}
+                for score in saved["scores"]
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrainingError(f"{path}: not a file of results ({error!r}); give another one") from error
+        if different := [key for key, value in self._header.items() if found[key] != value]:
+            raise TrainingError(f"{path}: holds results of other {', '.join(different)}; give another file")
+        self._accuracies = accuracies
+
+    def __contains__(self, job: Job) -> bool:
+        return job.network.index in self._accuracies.get((job.network.split, job.noise), {})
+
+    def add(self, job: Job, accuracy: float) -> None:
+        """Take up and keep the accuracy of a network, in percent."""
+        key = (job.network.split, job.noise)
+        self._accuracies.setdefault(key, {})[job.network.index] = round(accuracy, 3)
+        self.write()
+
+    def scores(self) -> list[Score]:
+        """One score for each split and noise, in the order of `SPLITS`."""
+        return [
+            Score.of(split, [by_index[index] for index in sorted(by_index)], self._images, noise)
+            for (split, noise), by_index in self._sorted()
+        ]
+
+    def _sorted(self) -> list[tuple[tuple[str, float], dict[int, float]]]:
+        def place(item: tuple[tuple[str, float], dict[int, float]]) -> tuple[int, str, float]:
+            split, noise = item[0]
+            return SPLITS.index(split) if split in SPLITS else len(SPLITS), split, noise
+
+        return sorted(self._accuracies.items(), key=place)
+
+    def write(self) -> None:
+        """Write the file, if there is one."""
+        if self._path is None:
+            return
+        scores: list[dict[str, Any]] = []
+        for score, (_, by_index) in zip(self.scores(), self._sorted(), strict=True):
+            values = score.to_dict() | {"accuracies": dict(sorted(by_index.items()))}
+            scores.append({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
+        result = {"weights": self._weights, **self._header, "torch": torch.__version__, "scores": scores}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def digest(ghn: GHN) -> str:
+    """A short digest of a GHN's configuration and weights."""
+    state = hashlib.blake2b(json.dumps(ghn.config.to_dict(), sort_keys=True).encode(), digest_size=8)
+    for name, value in sorted(ghn.state_dict().items()):
+        state.update(name.encode())
+        state.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Scores beside the published ones, as a Markdown table."""
+    lines = [
+        "| networks | n | images | noise | top-1 % (mean ± standard error) | max | published GHN-2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for score in scores:
+        published = TARGETS.get((score.split, score.noise > 0))
+        lines.append(
+            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f} ± "
+            f"{score.standard_error:.1f} | {score.maximum:.1f} | {published or '-'} |"
+        )
+    return "\n".join(lines)
