@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import threading
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -77,8 +78,16 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
 
 def _start(data: bytes) -> None:
     global _measure
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _measure = pickle.loads(data)
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave this process waiting for work."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(job: Job) -> float:
