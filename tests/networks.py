@@ -1,4 +1,4 @@
-"""Networks that several test modules build."""
+"""Networks and graphs that several test modules build."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 import torchvision
 from torch import nn
 
+from ghn_init._graph import graph_from_edges
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ghn_init import Graph
 
 
 @contextlib.contextmanager
@@ -41,3 +45,16 @@ def reference_network(name: str) -> nn.Module:
         if name == "resnet50_cifar":
             return resnet50_cifar()
         return torchvision.models.get_model(name, num_classes=10)
+
+
+def bridged(graph: Graph, drop: set[int]) -> Graph:
+    """`graph` without the nodes in `drop`, their predecessors linked to their successors."""
+    sources: list[set[int]] = []
+    for index, preds in enumerate(graph.predecessors):
+        reaching = set().union(*(sources[u] if u in drop else {u} for u in preds))
+        sources.append(reaching)
+        assert index not in drop or reaching
+    kept = [index for index in range(len(graph)) if index not in drop]
+    number = {old: new for new, old in enumerate(kept)}
+    edges = [(number[u], number[v]) for v in kept for u in sources[v]]
+    return graph_from_edges([graph.nodes[index] for index in kept], edges)

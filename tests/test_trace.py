@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ghn_init import Graph, Node, TraceError, trace
 from ghn_init._graph import graph_from_edges
-from networks import reference_network, without_initialisation
+from networks import bridged, reference_network, without_initialisation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,19 +35,6 @@ WANTED_DIFFERENCES = {"mobilenet_v3_small": "cse", "shufflenet_v2_x1_0": "glob_a
 def reference(shared: Path) -> dict[str, Any]:
     with gzip.open(shared / "parity" / "torchvision.json.gz") as file:
         return json.load(file)
-
-
-def bridged(graph: Graph, drop: set[int]) -> Graph:
-    """`graph` without the nodes in `drop`, their predecessors linked to their successors."""
-    sources: list[set[int]] = []
-    for index, preds in enumerate(graph.predecessors):
-        reaching = set().union(*(sources[u] if u in drop else {u} for u in preds))
-        sources.append(reaching)
-        assert index not in drop or reaching
-    kept = [index for index in range(len(graph)) if index not in drop]
-    number = {old: new for new, old in enumerate(kept)}
-    edges = [(number[u], number[v]) for v in kept for u in sources[v]]
-    return graph_from_edges([graph.nodes[index] for index in kept], edges)
 
 
 def signature(graph: Graph) -> Counter[Any]:
