@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 _AT_LEAST: Final = {
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
-    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "prefetch": 0,
+    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
 }  # fmt: skip
-_FRACTIONS: Final = ("small_images", "label_smoothing", "ema", "skip_limit")
+_FRACTIONS: Final = ("label_smoothing", "ema", "skip_limit")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw"),
     "schedule": ("constant", "step", "cosine", "linear"),
@@ -41,7 +41,10 @@ class TrainConfig:
             as published), "cosine" or "linear" to zero.
         meta_batch: Networks of one step.
         batch_size: Images of one step; every network sees the same.
-        small_images: First part of the run, a fraction, in which images are halved to 16 x 16.
+        image_size: Side of the images in pixels: 0 or the images' own, or half of it (averages of 2 x 2).
+            Widths and filters go by what a network is on 32 x 32 images all the same.
+        scaled_init: Networks of the stream on which the GHN's first weights are scaled so that predicted
+            networks start with the activations of well initialised ones; 0: torch's default weights.
         label_smoothing: As in `torch.nn.functional.cross_entropy`.
         ema: Decay of the moving average of the GHN's weights; 0: none.
         precision: Type of the networks' activations and weights. The GHN itself stays in float32.
@@ -69,7 +72,8 @@ class TrainConfig:
     schedule: Literal["constant", "step", "cosine", "linear"] = "cosine"
     meta_batch: int = 8
     batch_size: int = 64
-    small_images: float = 0.0
+    image_size: int = 0
+    scaled_init: int = 0
     label_smoothing: float = 0.0
     ema: float = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"

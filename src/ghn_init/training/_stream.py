@@ -6,6 +6,7 @@ networks that pass the filters; where it ends in the stream is all that a checkp
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ghn_init._graph import Graph
     from ghn_init.training._config import TrainConfig
 
 _WIDTHS = 1_000
@@ -44,6 +46,9 @@ _PATIENCE = 50
 
 _TOKENS, _PIXELS = 121, 112
 """Positions of a transformer's feature map, and the mean over a network's thirds behind a 16 x 16 stem."""
+
+_FULL_SIZE = 32
+"""Widths and filters go by a network's parameters on images of this side, whatever it is trained on."""
 
 _GROWTH = 20
 """A curriculum's largest network at its end, as a multiple of that at its beginning: no limit in effect."""
@@ -62,11 +67,6 @@ class Task:
     index: int
     architecture: Architecture
     num_params: int
-
-    @property
-    def any_size(self) -> bool:
-        """The network takes images of any size: global pooling, no positional encoding."""
-        return self.architecture.glob_avg and not self.architecture.transformer
 
     @property
     def cost(self) -> float:
@@ -140,20 +140,28 @@ class Stream:
         # By the place of one member in the stream, which has nothing to do with its cost.
         return sorted(groups, key=lambda group: group[0].index)
 
+    def graphs(self, count: int) -> list[Graph]:
+        """Graphs of the first `count` networks of the stream that pass the filters."""
+        tasks = (task for index in itertools.count() if (task := self._task(index)) is not None)
+        return [self._graph(task) for task in itertools.islice(tasks, count)]
+
     def _meta_batch(self, tasks: list[Task]) -> MetaBatch:
-        shape = (1, 3, self.image_size, self.image_size)
-        graphs = [trace(task.build(self.config.ghn.num_classes, self.image_size), shape) for task in tasks]
-        return MetaBatch(tuple(tasks), GraphBatch.from_graphs(graphs, self.config.ghn), self.position)
+        batch = GraphBatch.from_graphs([self._graph(task) for task in tasks], self.config.ghn)
+        return MetaBatch(tuple(tasks), batch, self.position)
+
+    def _graph(self, task: Task) -> Graph:
+        network = task.build(self.config.ghn.num_classes, self.image_size)
+        return trace(network, (1, 3, self.image_size, self.image_size))
 
     def _task(self, index: int) -> Task | None:
         """Network `index` of the stream, or None if a filter leaves it out."""
         config, architecture = self.config, self.networks[index]
         assert isinstance(architecture, Architecture)  # the training split has nothing else
-        width, fc_dim = training_width(
-            architecture, RandomStream(config.seed, _WIDTHS, index), self.image_size
-        )
+        width, fc_dim = training_width(architecture, RandomStream(config.seed, _WIDTHS, index), _FULL_SIZE)
         architecture = replace(architecture, C=width, fc_dim=fc_dim)
-        num_params = architecture.num_params(config.ghn.num_classes, self.image_size)
+        num_params = architecture.num_params(config.ghn.num_classes, _FULL_SIZE)
+        if not architecture.supports(self.image_size):
+            return None
         if config.max_params and num_params > config.max_params * 1e6:
             return None
         if architecture.num_nodes() > min(self._largest(index), config.max_nodes):

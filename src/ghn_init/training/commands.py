@@ -27,6 +27,9 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="JSON file of TrainConfig fields; options below override it.")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Weights to start from: bundled name, folder, file.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Length of the run in steps.", rich_help_panel=_TRAIN)
     ] = None,
@@ -57,6 +60,7 @@ def train(
     """Train a graph hypernetwork; run the same command again to take up where it stopped."""
     import torch
 
+    from ghn_init import load
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._progress import TrainingBar
     from ghn_init.training.data import hold_out, load_images
@@ -81,7 +85,7 @@ def train(
         validation_networks=validation_networks,
         validation_images=validation_images,
     )
-    trainer = Trainer(settings, images, validation, options)
+    trainer = Trainer(settings, images, validation, options, start=load(start) if start else None)
     with TrainingBar() as bar:
         finished = trainer.run(bar.step)
     where = output / "ghn" if finished else output

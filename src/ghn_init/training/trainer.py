@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
+from ghn_init._initialise import init_for_training
 from ghn_init._model import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate, progress
-from ghn_init.training._stream import MetaBatch, Prefetcher
+from ghn_init.training._stream import MetaBatch, Prefetcher, Stream
 from ghn_init.training._validation import Validation
 from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, halve
 
@@ -113,20 +114,27 @@ class Trainer:
         images: Training images, hold-out already taken off.
         validation: Held-out images for quick validations.
         options: Where to keep it.
+        start: Weights to start from instead of random ones; a checkpoint goes before them.
 
     Raises:
-        TrainingError: Images or number of processes that do not fit the configuration; a checkpoint there
-            that is damaged or belongs to another configuration.
+        TrainingError: Weights to start from, images or number of processes that do not fit the
+            configuration; a checkpoint there that is damaged or belongs to another configuration.
     """
 
-    def __init__(self, config: TrainConfig, images: Images, validation: Images, options: RunOptions) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Images,
+        validation: Images,
+        options: RunOptions,
+        *,
+        start: GHN | None = None,
+    ) -> None:
         self.config, self.images, self.options = config, images, options
         self.ranks = Ranks.current()
         self._check()
         self.normalise = Normalisation.of(images)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.ghn = GHN(config.ghn)
+        self.ghn = self._first_weights(start)
         self.average = {name: value.detach().clone() for name, value in self.ghn.state_dict().items()}
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(self.ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -148,10 +156,33 @@ class Trainer:
             raise TrainingError(
                 f"{len(classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
             )
+        if self.image_size not in (self.images.size, self.images.size // 2):
+            raise TrainingError(
+                f"image_size={self.image_size} and images of {self.images.size} pixels; expected that or half"
+            )
         if config.meta_batch % world:
             raise TrainingError(
                 f"meta_batch={config.meta_batch} networks cannot be shared evenly by {world} processes"
             )
+
+    def _first_weights(self, start: GHN | None) -> GHN:
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            ghn = GHN(config.ghn)
+        if start is not None:
+            if start.config != config.ghn:
+                raise TrainingError(f"weights to start from are of {start.config}; expected {config.ghn}")
+            ghn.load_state_dict(start.state_dict())
+        elif config.scaled_init:
+            graphs = Stream(config, self.image_size).graphs(config.scaled_init)
+            init_for_training(ghn, graphs, seed=config.seed)
+        return ghn
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that networks see."""
+        return self.config.image_size or self.images.size
 
     @property
     def done(self) -> float:
@@ -195,7 +226,7 @@ class Trainer:
         before, started = state.seconds, time.monotonic()
         saved = validated = started
         log = Log(options.output if first else None, options.log_every, resume_at=state.step)
-        prefetcher = Prefetcher(self.config, self.images.size, state.position, self.ranks)
+        prefetcher = Prefetcher(self.config, self.image_size, state.position, self.ranks)
         with log, prefetcher, _Termination() as termination:
             batches, stop = iter(prefetcher), False
             while self.done < 1 and not stop:
@@ -245,17 +276,16 @@ class Trainer:
         config = self.config
         batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
         pixels = augment(batch.pixels, generator(config.seed, "augmentation", step))
-        return self.normalise(pixels), batch.labels
+        x = self.normalise(pixels)
+        return x if self.image_size == self.images.size else halve(x), batch.labels
 
     def _run_networks(
         self, batch: MetaBatch, predicted: list[dict[str, Tensor]], images: Tensor, labels: Tensor
     ) -> list[Result]:
-        small = halve(images) if self.done < self.config.small_images else images
         results: list[Result] = []
         for task, params in zip(batch.tasks, predicted, strict=True):
-            network = task.build(self.config.ghn.num_classes, self.images.size)
-            pixels = small if task.any_size else images
-            results.append(self.engine.run(network, params, pixels, labels, seed=task.index))
+            network = task.build(self.config.ghn.num_classes, self.image_size)
+            results.append(self.engine.run(network, params, images, labels, seed=task.index))
         return results
 
     def _update(
