@@ -91,7 +91,7 @@ class Cell(nn.Module):
             for position, (state, used) in enumerate(zip((older, newer), self.plan.uses, strict=True))
         ]
         for terms in self.plan.terms:
-            values = [self._apply(edge, states) for edge in terms]
+            values = [self._term(edge, states) for edge in terms]
             states.append(State(values[0] + values[1] if len(values) == 2 else values[0]) if values else None)
         return _concatenated([states[index] for index in self.plan.concat])
 
@@ -102,7 +102,7 @@ class Cell(nn.Module):
             return State(subsampled(state.x, 2))
         return state
 
-    def _apply(self, edge: int, states: Sequence[State | None]) -> Tensor:
+    def _term(self, edge: int, states: Sequence[State | None]) -> Tensor:
         state = states[self.edges[edge][1]]
         assert state is not None  # the plan has only edges from states that exist
         return self.operations[str(edge)](state.rectified if self.rectified[edge] else state.x)
