@@ -53,11 +53,11 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         state = {"format": FORMAT, "step": step, **checkpoint.state}
         _write(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
         _sync(partial)
-        partial.rename(path)
+        _rename(partial, path)
         _sync(folder)
     for other in (*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*")):
         if other != path:
-            shutil.rmtree(other)
+            _remove(other)
     return path
 
 
@@ -103,6 +103,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     _write(partial, data)
     partial.replace(path)
+
+
+def _rename(path: Path, target: Path) -> None:
+    path.rename(target)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder)
 
 
 def _temporary(folder: Path) -> Path:

@@ -140,10 +140,13 @@ class Stream:
         # By the place of one member in the stream, which has nothing to do with its cost.
         return sorted(groups, key=lambda group: group[0].index)
 
+    def tasks(self) -> Iterator[Task]:
+        """The networks of the stream that pass the filters, from its beginning."""
+        return (task for index in itertools.count() if (task := self._task(index)) is not None)
+
     def graphs(self, count: int) -> list[Graph]:
-        """Graphs of the first `count` networks of the stream that pass the filters."""
-        tasks = (task for index in itertools.count() if (task := self._task(index)) is not None)
-        return [self._graph(task) for task in itertools.islice(tasks, count)]
+        """Graphs of the first `count` of `tasks`."""
+        return [self._graph(task) for task in itertools.islice(self.tasks(), count)]
 
     def _meta_batch(self, tasks: list[Task]) -> MetaBatch:
         batch = GraphBatch.from_graphs([self._graph(task) for task in tasks], self.config.ghn)

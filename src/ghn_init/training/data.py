@@ -278,7 +278,12 @@ def _torchvision_cifar(path: Path, split: str) -> Images | None:
 
     for kind in (datasets.CIFAR10, datasets.CIFAR100):
         if (path / kind.base_folder).is_dir():
-            data = kind(str(path), train=split == "train")
+            try:
+                data = kind(str(path), train=split == "train")
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"{path}: not a whole {kind.__name__} of torchvision ({error})"
+                ) from error
             pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
             return Images(pixels, torch.tensor(data.targets), tuple(data.classes))
     return None

@@ -101,7 +101,8 @@ class _Termination:
 
     def _note(self, number: int, _frame: object) -> None:
         self.asked = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
 
 class Trainer:

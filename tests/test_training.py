@@ -1,0 +1,473 @@
+"""Training a GHN: a run that is interrupted, spread or fails does what an undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import training_runs
+from ghn_init import GHN, GHNConfig
+from ghn_init._errors import ConfigError, TrainingError
+from ghn_init.training import TrainConfig, _checkpoint
+from ghn_init.training._checkpoint import Checkpoint
+from ghn_init.training._engine import Engine, Result, inject
+from ghn_init.training._layers import prepare
+from ghn_init.training._log import LOG
+from ghn_init.training._ranks import Ranks
+from ghn_init.training._schedule import learning_rate
+from ghn_init.training._stream import Prefetcher, Stream
+from training_runs import figures, random_images, tiny_config, tiny_trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float, float | None]]:
+    """Figures of every step of a whole run in one process."""
+    found: list[tuple[int, float, float, float | None]] = []
+    trainer = tiny_trainer(tmp_path_factory.mktemp("undisturbed"))
+    assert trainer.run(lambda record: found.append(figures(record)))
+    return found
+
+
+def start_run(**wanted: Any) -> subprocess.Popen[str]:
+    """A tiny run in a process of its own; see `training_runs.main`."""
+    command = [sys.executable, training_runs.__file__, json.dumps(wanted)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def steps_of(output: str) -> list[tuple[int, float, float, float | None]]:
+    return [tuple(json.loads(line)) for line in output.splitlines()]
+
+
+# Configuration and schedule
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 5, "learning_rate": 1}, "unknown learning_rate; expected .*lr"),
+        ({"steps": 5, "ghn": {"width": 1}}, "unknown key width"),
+        ({}, "exactly one of them"),
+        ({"steps": 5, "duration": 5.0}, "exactly one of them"),
+        ({"steps": 0}, "no length"),
+        ({"steps": 5, "meta_batch": 0}, "meta_batch=0; expected at least 1"),
+        ({"steps": 5, "ema": 1.5}, "ema=1.5; expected 0 to 1"),
+        ({"steps": 5, "precision": "float16"}, "precision='float16'; expected one of"),
+    ],
+)
+def test_configurations_that_no_run_can_have(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_a_configuration_survives_json() -> None:
+    config = tiny_config(lr=3e-4, ghn={"hid": 16, "depth_buckets": 8})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_rise_and_reach_zero_at_the_last_step(schedule: str) -> None:
+    config = tiny_config(schedule=schedule, steps=50, warmup=10, lr=1.0)
+    rates = [learning_rate(config, step, 0.0) for step in range(50)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] > 0.8
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_published_schedule() -> None:
+    config = tiny_config(schedule="step", steps=300, warmup=0, lr=1.0)
+    rates = [learning_rate(config, step, 0.0) for step in (0, 199, 201, 248, 251, 299)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_schedule_by_the_clock() -> None:
+    config = tiny_config(schedule="linear", steps=None, duration=100.0, warmup=0, lr=1.0)
+    assert [learning_rate(config, 7, seconds) for seconds in (0.0, 25.0, 100.0, 120.0)] == [1, 0.75, 0, 0]
+
+
+# Layers and engine
+
+
+def depthwise(kernel: int, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(6, 6, kernel, padding=padding, dilation=dilation, groups=6, bias=False)
+
+
+@pytest.mark.parametrize("size", [8, 11])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        depthwise(3), depthwise(5), depthwise(7), depthwise(9), depthwise(3, 2), depthwise(5, 2),
+        nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+        nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_prepared_layers_compute_what_the_original_ones_do(layer: nn.Module, size: int) -> None:
+    x = torch.randn(2, 6, size, size, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected = layer(x)
+    weights = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    (replaced,) = prepare(nn.Sequential(layer))
+    try:
+        found = replaced(x)
+        grads = torch.autograd.grad((found * weights).sum(), inputs)
+    finally:
+        layer.__dict__.pop("forward", None)  # the parametrised layer is shared between tests
+    torch.testing.assert_close(found, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_batch_norm_uses_the_batch_and_dropout_a_seed() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    norm = prepare(nn.Sequential(nn.BatchNorm2d(3))).eval()
+    torch.testing.assert_close(norm(x), F.batch_norm(x, None, None, training=True))
+
+    def dropped(seed: int) -> torch.Tensor:
+        return prepare(nn.Sequential(nn.Dropout(0.5)), seed=seed).train()(x)
+
+    assert torch.equal(dropped(1), dropped(1))
+    assert not torch.equal(dropped(1), dropped(2))
+    assert set((dropped(1) / x).unique().round(decimals=3).tolist()) == {0.0, 2.0}
+    off = prepare(nn.Sequential(nn.Dropout(0.5))).eval()
+    assert torch.equal(off(x), x)
+
+
+def test_the_engine_gives_the_gradients_of_functional_call() -> None:
+    stream = Stream(tiny_config(), 16)
+    task, (graph,) = next(stream.tasks()), stream.graphs(1)
+    (predicted,) = GHN(GHNConfig.from_dict(training_runs.TINY_GHN))([graph])
+    params = {name: value.detach().requires_grad_() for name, value in predicted.items()}
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
+
+    plain = prepare(task.build(10, 16).to_empty(device="cpu"), fast=False).train()
+    loss = F.cross_entropy(functional_call(plain, params, images), labels)
+    expected = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+    result = Engine(torch.float32).run(task.build(10, 16), params, images, labels)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert result.gradients.keys() == expected.keys()
+    for name, gradient in result.gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_injected_parameters_have_the_wanted_types() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    params = {name: value.detach().clone() for name, value in network.named_parameters()}
+    leaves = inject(network, params, torch.bfloat16, gradients=True)
+    types = {name: leaf.dtype for name, leaf in leaves.items()}
+    assert {name for name, dtype in types.items() if dtype == torch.float32} == {"1.weight", "1.bias"}
+    assert leaves["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert all(leaf.requires_grad for leaf in leaves.values())
+
+
+# The stream of networks
+
+
+def places(stream: Any, count: int) -> list[tuple[tuple[int, ...], int]]:
+    """(Places of the networks, place after them) of the first meta-batches."""
+    iterator = iter(stream)
+    return [(tuple(task.index for task in b.tasks), b.stop) for b in (next(iterator) for _ in range(count))]
+
+
+@pytest.mark.parametrize("meta_batch", [1, 3])
+def test_the_stream_goes_on_from_any_place(meta_batch: int) -> None:
+    config = tiny_config(meta_batch=meta_batch, curriculum_nodes=70)
+    whole = places(Stream(config, 16), 5)
+    assert len({index for indices, _ in whole for index in indices}) == 5 * meta_batch
+    for done in range(1, 5):
+        assert places(Stream(config, 16, start=whole[done - 1][1]), 5 - done) == whole[done:]
+
+
+def test_processes_share_meta_batches() -> None:
+    config = tiny_config(meta_batch=4)
+    whole, *shares = (
+        places(Stream(config, 16, 0, ranks), 3) for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2))
+    )
+    for (indices, stop), *parts in zip(whole, *shares, strict=True):
+        assert [part[1] for part in parts] == [stop, stop]
+        assert sorted(indices) == sorted(parts[0][0] + parts[1][0])
+
+
+def test_networks_obey_the_filters() -> None:
+    config = tiny_config(max_params=0.5, curriculum_nodes=80)
+    tasks = [task for task, _ in zip(Stream(config, 16).tasks(), range(10), strict=False)]
+    assert all(task.num_params <= 0.5e6 and task.architecture.num_nodes() <= 80 for task in tasks)
+    assert all(task.architecture.supports(16) for task in tasks)
+
+
+def test_filters_that_leave_nothing_are_an_error() -> None:
+    with pytest.raises(TrainingError, match=r"max_params=0\.001 .* expected wider limits"):
+        next(iter(Stream(tiny_config(max_params=0.001, meta_batch=1), 16)))
+
+
+# Runs
+
+
+def test_a_run_that_stops_and_goes_on_equals_an_undisturbed_one(tmp_path: Path, undisturbed: Any) -> None:
+    found: list[Any] = []
+    parts = 0
+    while not tiny_trainer(tmp_path, time_limit=0.0).run(lambda record: found.append(figures(record))):
+        parts += 1
+        assert len(found) == parts
+    assert found == undisturbed
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
+    assert lines[-1].keys() >= {"validation", "standard_error", "accuracies"}
+    exported = GHN.from_pretrained(tmp_path / "ghn")
+    assert exported.config == tiny_config().ghn
+    assert json.loads((tmp_path / "ghn" / "training.json").read_text())["networks"] == 12
+
+
+def test_a_killed_run_goes_on_where_its_checkpoint_is(tmp_path: Path, undisturbed: Any) -> None:
+    killed = start_run(output=str(tmp_path), kill_at=4, options={"save_every": 0.0}, config={"prefetch": 2})
+    output, _ = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert steps_of(output) == undisturbed[:4]
+    found: list[Any] = []
+    assert tiny_trainer(tmp_path).run(lambda record: found.append(figures(record)))
+    assert found == undisturbed[3:]  # killed after step 4, before it was saved
+
+
+def test_sigterm_stops_a_run_after_its_step(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    assert not trainer.run(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert tiny_trainer(tmp_path).state.step == 2  # the signal came when the first was over
+
+
+def test_two_processes_make_the_update_of_one_and_a_lost_one_ends_the_run(
+    tmp_path: Path, undisturbed: Any
+) -> None:
+    common = {"output": str(tmp_path / "run"), "meet": str(tmp_path / "meet"), "world": 2}
+    first, second = start_run(**common, rank=0), start_run(**common, rank=1, kill_at=4)
+    output, errors = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert first.returncode == 1
+    assert "TrainingError: process 0 of 2 lost another one" in errors
+    found = steps_of(output)[:4]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(undisturbed[:4]), rtol=1e-3, atol=1e-4)
+    assert tiny_trainer(tmp_path / "run").state.step == 4
+
+
+def test_a_meta_batch_has_to_be_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
+    with pytest.raises(TrainingError, match="meta_batch=2 networks cannot be shared evenly by 3"):
+        tiny_trainer(tmp_path)
+
+
+def test_a_dead_preparing_process_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    def kill(record: Any) -> None:
+        for producer in multiprocessing.active_children():
+            producer.kill()
+
+    trainer = tiny_trainer(tmp_path, tiny_config(prefetch=1, steps=20))
+    with pytest.raises(TrainingError, match="prepares networks died"):
+        trainer.run(kill)
+    assert 1 <= tiny_trainer(tmp_path, tiny_config(steps=20)).state.step < 20
+
+
+def test_what_goes_wrong_while_preparing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        Prefetcher(tiny_config(prefetch=1, max_params=0.001, meta_batch=1), 16) as prefetcher,
+        pytest.raises(TrainingError, match=r"preparing networks failed: .*expected wider limits"),
+    ):
+        next(iter(prefetcher))
+
+
+def poison(trainer: Any, steps: set[int]) -> None:
+    """Make the losses of these steps infinite, gradients and all else as they are."""
+    healthy = Engine(torch.float32)
+
+    class Poisoned:
+        precision = torch.float32
+
+        def run(self, *args: Any, **kwargs: Any) -> Result:
+            result = healthy.run(*args, **kwargs)
+            bad = trainer.state.step + 1 in steps
+            return Result(float("inf"), result.correct, result.gradients) if bad else result
+
+    trainer.engine = Poisoned()
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_config(steps=3))
+    poison(trainer, {2})
+    weights: list[torch.Tensor] = []
+    records: list[Any] = []
+
+    def on_step(record: Any) -> None:
+        records.append(record)
+        weights.append(trainer.ghn.embed.weight.detach().clone())
+
+    assert trainer.run(on_step)
+    assert [record.skipped for record in records] == [0, 1, 1]
+    assert [record.grad_norm is None for record in records] == [False, True, False]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert lines[1]["loss"] is None
+
+
+def test_too_many_skipped_steps_end_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_config(skip_limit=0.01))
+    poison(trainer, {2, 3, 4})
+    with pytest.raises(TrainingError, match="2 of 3 steps had a loss that is not finite, more than 1%"):
+        trainer.run()
+    resumed = tiny_trainer(tmp_path, tiny_config(skip_limit=0.01))
+    assert (resumed.state.step, resumed.state.skipped) == (3, 2)
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    from ghn_init.training import RunOptions, Trainer
+
+    start = GHN(tiny_config().ghn)
+    images, options = random_images(), RunOptions(output=tmp_path)
+    trainer = Trainer(tiny_config(), images, images, options, start=start)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.ghn.parameters(), start.parameters(), strict=True))
+    with pytest.raises(TrainingError, match="weights to start from are of"):
+        Trainer(tiny_config(), images, images, options, start=GHN(GHNConfig(hid=16)))
+
+
+def test_first_weights_may_be_scaled(tmp_path: Path) -> None:
+    plain = tiny_trainer(tmp_path / "a").ghn
+    scaled = tiny_trainer(tmp_path / "b", tiny_config(scaled_init=2)).ghn
+    again = tiny_trainer(tmp_path / "c", tiny_config(scaled_init=2)).ghn
+    assert torch.equal(scaled.decoder.conv[2].weight, again.decoder.conv[2].weight)
+    assert not torch.equal(scaled.decoder.conv[2].weight, plain.decoder.conv[2].weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 100}, "48 training images; expected at least batch_size=100"),
+        ({"ghn": {**training_runs.TINY_GHN, "num_classes": 7}}, "10 classes of images; .* configured for 7"),
+        ({"image_size": 12}, "image_size=12 and images of 16 pixels"),
+    ],
+)
+def test_images_have_to_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        tiny_trainer(tmp_path, tiny_config(**changes))
+
+
+def test_images_may_be_halved(tmp_path: Path) -> None:
+    config = tiny_config(image_size=8)
+    trainer = tiny_trainer(tmp_path, config)
+    images, labels = trainer._batch(0)
+    assert images.shape == (4, 3, 8, 8)
+    assert labels.shape == (4,)
+
+
+# Checkpoints
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at this point."""
+
+
+def checkpoint(value: float) -> Checkpoint:
+    return Checkpoint({"weights": {"a": torch.full((4,), value)}}, {"value": value})
+
+
+def test_a_checkpoint_is_whole_wherever_writing_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = ("_write", "_sync", "_remove", "_rename")
+    originals = {name: getattr(_checkpoint, name) for name in operations}
+    left = 0
+
+    def limited(name: str) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return originals[name](*args)
+
+        return run
+
+    for name in operations:
+        monkeypatch.setattr(_checkpoint, name, limited(name))
+    left = 100
+    _checkpoint.save(tmp_path, 1, checkpoint(1.0))
+    seen: list[float] = []
+    for allowed in range(100):
+        left = allowed
+        try:
+            _checkpoint.save(tmp_path, 2, checkpoint(2.0))
+        except Killed:
+            pass
+        else:
+            break
+        path = _checkpoint.newest(tmp_path)
+        assert path is not None
+        loaded = _checkpoint.load(path)
+        seen.append(loaded.state["value"])
+        assert torch.equal(loaded.tensors["weights"]["a"], torch.full((4,), seen[-1]))
+    assert seen == sorted(seen)
+    assert set(seen) == {1.0, 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
+
+
+def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checkpoint, "PART", 1000)
+    values = {f"t{i}": torch.randn(200) for i in range(4)}
+    path = _checkpoint.save(tmp_path, 3, Checkpoint({"weights": values, "small": {"x": torch.ones(2)}}, {}))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert sizes.keys() == {
+        "small.safetensors",
+        "state.json",
+        *(f"weights.safetensors.0{i}" for i in range(4)),
+    }
+    assert max(sizes.values()) <= 1000
+    loaded = _checkpoint.load(path).tensors
+    assert all(torch.equal(loaded["weights"][name], value) for name, value in values.items())
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = _checkpoint.save(tmp_path, 3, checkpoint(1.0))
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match="cannot be read as a training checkpoint"):
+        _checkpoint.load(path)
+    (path / "state.json").write_text("{}")
+    with pytest.raises(TrainingError, match="not a training checkpoint of format"):
+        _checkpoint.load(path)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path, time_limit=0.0).run()
+    with pytest.raises(TrainingError, match="was trained with other values of seed, lr; give the same"):
+        tiny_trainer(tmp_path, tiny_config(seed=1, lr=0.1))
+    assert tiny_trainer(tmp_path, tiny_config(prefetch=2)).state.step == 1
+    (path,) = tmp_path.glob("checkpoint-*")
+    (path / "average.safetensors").unlink()
+    with pytest.raises(TrainingError, match="not a complete training checkpoint"):
+        tiny_trainer(tmp_path)

@@ -1,0 +1,191 @@
+"""Images: reading them from every kind of source, holding out, shuffling, augmenting."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ghn_init._errors import TrainingError
+from ghn_init.training import Images, Normalisation, hold_out, load_images
+from ghn_init.training.data import augment, batch_indices, generator, halve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+CLASSES = ("ant", "bee", "cat")
+COUNTS = {"train": 4, "test": 2}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded images are kept in the system's temporary folder: here, one for every test."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An ImageFolder of 8 x 8 images in train/ and test/, every one of a colour of its own."""
+    root = tmp_path / "images"
+    for split, count in COUNTS.items():
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                colour = (50 * label, 20 * index, 200 if split == "test" else 100)
+                Image.new("RGB", (8, 8), colour).save(root / split / name / f"{index:03d}.png")
+    return root
+
+
+def expected(split: str) -> tuple[Tensor, Tensor]:
+    colours = [
+        (50 * label, 20 * i, 200 if split == "test" else 100)
+        for label in range(3)
+        for i in range(COUNTS[split])
+    ]
+    pixels = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8)
+    return pixels, torch.arange(3).repeat_interleave(COUNTS[split])
+
+
+def check(images: Images, split: str) -> None:
+    pixels, labels = expected(split)
+    assert images.classes == CLASSES
+    assert torch.equal(images.labels, labels)
+    assert torch.equal(images.pixels, pixels)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_folder(folder: Path, split: str) -> None:
+    check(load_images(folder, split), split)
+    check(load_images(folder, split), split)  # from the cache
+    check(load_images(folder / split, split), split)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
+def test_archives_beside_each_other(folder: Path, tmp_path: Path, kind: str) -> None:
+    mode = {"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind]
+    for split in COUNTS:
+        with tarfile.open(tmp_path / f"set-{split}.{kind}", mode) as archive:
+            archive.add(folder / split, arcname=split)
+    check(load_images(tmp_path / f"set-train.{kind}", "train"), "train")
+    check(load_images(tmp_path, "test"), "test")
+
+
+def test_one_archive_of_both_splits(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(folder, arcname="set")
+    for split in COUNTS:
+        check(load_images(tmp_path / "all.tar", split), split)
+
+
+def test_an_npz(tmp_path: Path) -> None:
+    arrays = {}
+    for split in COUNTS:
+        pixels, labels = expected(split)
+        arrays |= {f"{split}_images": pixels.permute(0, 2, 3, 1).numpy(), f"{split}_labels": labels.numpy()}
+    np.savez(tmp_path / "set.npz", **arrays)
+    images = load_images(tmp_path / "set.npz", "test")
+    assert images.classes == ("0", "1", "2")
+    assert torch.equal(images.pixels, expected("test")[0])
+    np.savez(tmp_path / "float.npz", test_images=np.zeros((2, 8, 8, 3)), test_labels=np.zeros(2, int))
+    with pytest.raises(TrainingError, match=r"float64 \(2, 8, 8, 3\); expected uint8"):
+        load_images(tmp_path / "float.npz", "test")
+    with pytest.raises(TrainingError, match="cannot read train_images"):
+        load_images(tmp_path / "float.npz", "train")
+
+
+def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="split 'val'; expected 'train' or 'test'"):
+        load_images(folder, "val")
+    with pytest.raises(TrainingError, match="no such file or folder"):
+        load_images(tmp_path / "nothing", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingError, match="no images; expected one folder per class"):
+        load_images(tmp_path / "empty", "train")
+    (tmp_path / "broken.tar").write_bytes(b"no archive")
+    with pytest.raises(TrainingError, match="not a readable archive"):
+        load_images(tmp_path / "broken.tar", "train")
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="not a whole CIFAR10 of torchvision"):
+        load_images(tmp_path / "cifar", "train")
+
+
+def test_images_that_do_not_fit(folder: Path) -> None:
+    Image.new("RGB", (9, 8)).save(folder / "train" / "cat" / "999.png")
+    with pytest.raises(TrainingError, match=r"shape \(8, 9, 3\) in class cat; expected \(8, 8, 3\)"):
+        load_images(folder, "train")
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "png")
+    (folder / "test" / "bee" / "001.png").write_bytes(stream.getvalue()[:40])
+    with pytest.raises(TrainingError, match="image 3 of class bee is damaged"):
+        load_images(folder, "test")
+    with pytest.raises(TrainingError, match=r"expected \(N, 3, H, W\) uint8"):
+        Images(torch.zeros(2, 3, 4, 4), torch.zeros(2), ("a",))
+    with pytest.raises(TrainingError, match="one label for every image"):
+        Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), ("a",))
+
+
+def numbered(count: int, size: int = 6) -> Images:
+    """Images that tell their place: every pixel of image i is i."""
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, size, size)
+    return Images(pixels, torch.arange(count), tuple(map(str, range(count))))
+
+
+def test_the_hold_out_is_the_same_every_time() -> None:
+    images = numbered(50)
+    training, validation = hold_out(images, 12)
+    assert (len(training), len(validation)) == (38, 12)
+    assert sorted([*training.labels.tolist(), *validation.labels.tolist()]) == list(range(50))
+    assert torch.equal(hold_out(images, 12)[1].labels, validation.labels)
+    assert validation.labels.tolist() != list(range(38, 50))
+    assert torch.equal(validation.pixels[:, 0, 0, 0].long(), validation.labels)
+    with pytest.raises(TrainingError, match="cannot hold out 50 of 50 images"):
+        hold_out(images, 50)
+
+
+def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere() -> None:
+    steps = [batch_indices(30, 8, step, seed=1) for step in range(9)]
+    epochs = [torch.cat(steps[start : start + 3]) for start in (0, 3, 6)]
+    assert all(len(set(epoch.tolist())) == 24 for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    assert torch.equal(batch_indices(30, 8, 4, seed=1), steps[4])
+    assert not torch.equal(batch_indices(30, 8, 4, seed=2), steps[4])
+
+
+def test_augmented_images_are_crops_of_padded_ones_some_mirrored() -> None:
+    pixels = torch.randint(1, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    augmented = augment(pixels, generator(0, "test", 0), padding=2)
+    assert augmented.shape == pixels.shape
+    padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
+    crops = padded.unfold(2, 6, 1).unfold(3, 6, 1)  # (N, 3, 5, 5, 6, 6)
+    seen: set[tuple[int, int, bool]] = set()
+    for image, all_crops in zip(augmented, crops, strict=True):
+        found = [
+            (top, left, mirrored)
+            for top in range(5)
+            for left in range(5)
+            for mirrored in (False, True)
+            if torch.equal(image, all_crops[:, top, left].flip(-1) if mirrored else all_crops[:, top, left])
+        ]
+        assert len(found) == 1
+        seen.update(found)
+    assert len(seen) > 20
+    assert {mirrored for _, _, mirrored in seen} == {False, True}
+    assert torch.equal(augmented, augment(pixels, generator(0, "test", 0), padding=2))
+    assert not torch.equal(augmented, augment(pixels, generator(0, "test", 1), padding=2))
+
+
+def test_normalised_images_have_mean_0_and_deviation_1() -> None:
+    pixels = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(20, dtype=torch.long), ("a",))
+    x = Normalisation.of(images)(pixels)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(halve(x)[:, :, 0, 0], x[:, :, :2, :2].mean((2, 3)))
