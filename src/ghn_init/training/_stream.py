@@ -216,7 +216,7 @@ class Prefetcher:
     def _next(self) -> MetaBatch:
         try:
             item = pickle.loads(self._receiver.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # it ended between messages or within one
             raise TrainingError(
                 "the process that prepares networks died, perhaps for want of memory; "
                 "start the same command again to go on from the checkpoint"
