@@ -55,10 +55,12 @@ def _argument(value: object) -> object:
     """An argument of the user's with its tensors on meta; a shape becomes a tensor."""
     if isinstance(value, Tensor):
         return _on_meta(value)
-    if _is_shape(value) and isinstance(value, tuple):
-        return torch.empty(tuple(value), device="meta")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_argument(item) for item in value)
+    if isinstance(value, tuple) and _is_shape(value):
+        return torch.empty(value, device="meta")
+    if isinstance(value, tuple):
+        return tuple(_argument(item) for item in value)
+    if isinstance(value, list):
+        return [_argument(item) for item in value]
     if isinstance(value, dict):
         return {key: _argument(item) for key, item in value.items()}
     return value
