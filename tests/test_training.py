@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,6 @@ from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate
 from ghn_init.training._stream import Prefetcher, Stream
 from training_runs import figures, random_images, tiny_config, tiny_trainer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -384,6 +382,22 @@ def test_images_may_be_halved(tmp_path: Path) -> None:
     images, labels = trainer._batch(0)
     assert images.shape == (4, 3, 8, 8)
     assert labels.shape == (4,)
+
+
+@pytest.mark.source
+def test_the_benchmark_is_a_command_that_runs(tmp_path: Path) -> None:
+    script, report = Path(__file__).parent.parent / "benchmarks" / "train.py", tmp_path / "report.json"
+    small = ["--steps", "1", "--warmup", "0", "--meta-batch", "1", "--batch-size", "2", "--image-size", "16"]
+    command = [sys.executable, str(script), *small, "--max-params", "0.5", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "per (network, batch):" in done.stdout
+    result = json.loads(report.read_text())
+    assert (result["steps"], result["networks"], result["processes"]) == (1, 1, 1)
+    parts = result["seconds"]
+    assert sum(value for part, value in parts.items() if part not in ("host", "total")) == pytest.approx(
+        parts["total"]
+    )
 
 
 # Checkpoints

@@ -55,7 +55,14 @@ class Engine:
             seed: Of its dropout.
         """
         leaves = inject(prepare(network, seed=seed).train(), params, self.precision, gradients=True)
-        logits = network(images.to(self.precision)).float()
+        return self.backward(self.forward(network, images), leaves, labels)
+
+    def forward(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Logits (B, classes) of a network with parameters."""
+        return network(images.to(self.precision)).float()
+
+    def backward(self, logits: Tensor, leaves: Mapping[str, Tensor], labels: Tensor) -> Result:
+        """Loss of these logits and its gradients by `leaves`."""
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         correct = int((logits.detach().argmax(1) == labels).sum())
