@@ -276,6 +276,20 @@ def test_two_processes_make_the_update_of_one_and_a_lost_one_ends_the_run(
     assert tiny_trainer(tmp_path / "run").state.step == 4
 
 
+@pytest.mark.parametrize("names", [("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")])
+def test_launchers_tell_the_place(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.join() == Ranks()
+    assert not calls
+    monkeypatch.setenv(names[0], "4")
+    monkeypatch.setenv(names[1], "3")
+    Ranks.join()
+    assert calls == [(("gloo",), {"rank": 3, "world_size": 4})]
+
+
 def test_a_meta_batch_has_to_be_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
     with pytest.raises(TrainingError, match="meta_batch=2 networks cannot be shared evenly by 3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+_LAUNCHERS = (
+    ("WORLD_SIZE", "RANK"),  # torchrun
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
+    ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
+)
+"""Environment variables in which a launcher says how many processes there are and which this one is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,19 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Meet the other processes that torchrun, `accelerate launch` or mpirun started, if one of them did.
+
+        The first process's address is in MASTER_ADDR and MASTER_PORT. Gradients are exchanged through
+        gloo, on CPUs.
+        """
+        for size, rank in _LAUNCHERS:
+            if size in os.environ:
+                dist.init_process_group("gloo", rank=int(os.environ[rank]), world_size=int(os.environ[size]))
+                break
+        return cls.current()
 
     @property
     def first(self) -> bool:

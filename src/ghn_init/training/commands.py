@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +62,7 @@ def train(
     from ghn_init import load
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._progress import TrainingBar
+    from ghn_init.training._ranks import Ranks
     from ghn_init.training.data import hold_out, load_images
     from ghn_init.training.trainer import RunOptions, Trainer
 
@@ -74,8 +74,7 @@ def train(
         values["duration"] = seconds(duration)
     settings = TrainConfig.from_dict(values)
     torch.set_num_threads(1)  # small networks are slower on several threads; cores are for processes
-    if "WORLD_SIZE" in os.environ:  # torchrun, accelerate launch
-        torch.distributed.init_process_group("gloo")
+    Ranks.join()
     images, validation = hold_out(load_images(data, "train"))
     options = RunOptions(
         output=output,
