@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class _Bar:
     """A progress bar with one task; a context manager."""
 
-    def __init__(self, *columns: Any, total: float, **figures: Any) -> None:
+    def __init__(self, *columns: Any, total: float, shown: bool = True, **figures: Any) -> None:
         console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
         self._task = self._bar.add_task("", total=total, **figures)
 
     def __enter__(self) -> Any:
@@ -31,12 +31,12 @@ class _Bar:
 class TrainingBar(_Bar):
     """Step, running means of loss, accuracy and networks a second, time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         percent = "[progress.percentage]{task.percentage:>4.1f}%"
         super().__init__(
             TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn(percent),
             TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), Remaining(),
-            total=1.0, step=0, figures="",
+            total=1.0, shown=shown, step=0, figures="",
         )  # fmt: skip
         self._mean: dict[str, float] = {}
 

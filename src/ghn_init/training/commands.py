@@ -85,8 +85,10 @@ def train(
         validation_images=validation_images,
     )
     trainer = Trainer(settings, images, validation, options, start=load(start) if start else None)
-    with TrainingBar() as bar:
+    with TrainingBar(shown=trainer.ranks.first) as bar:
         finished = trainer.run(bar.step)
+    if not trainer.ranks.first:
+        return
     where = output / "ghn" if finished else output
     typer.echo(
         f"{'done' if finished else 'stopped; run again to go on'}: step {trainer.state.step}, "
