@@ -1,0 +1,100 @@
+"""Checkpoints of a training run: whole at any moment, refused where they do not fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ghn_init._errors import TrainingError
+from ghn_init.training import _checkpoint
+from ghn_init.training._checkpoint import Checkpoint
+from training_runs import tiny_config, tiny_trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at this point."""
+
+
+def checkpoint(value: float) -> Checkpoint:
+    return Checkpoint({"weights": {"a": torch.full((4,), value)}}, {"value": value})
+
+
+def test_a_checkpoint_is_whole_wherever_writing_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = ("_write", "_sync", "_remove", "_rename")
+    originals = {name: getattr(_checkpoint, name) for name in operations}
+    left = 0
+
+    def limited(name: str) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return originals[name](*args)
+
+        return run
+
+    for name in operations:
+        monkeypatch.setattr(_checkpoint, name, limited(name))
+    left = 100
+    _checkpoint.save(tmp_path, 1, checkpoint(1.0))
+    seen: list[float] = []
+    for allowed in range(100):
+        left = allowed
+        try:
+            _checkpoint.save(tmp_path, 2, checkpoint(2.0))
+        except Killed:
+            pass
+        else:
+            break
+        path = _checkpoint.newest(tmp_path)
+        assert path is not None
+        loaded = _checkpoint.load(path)
+        seen.append(loaded.state["value"])
+        assert torch.equal(loaded.tensors["weights"]["a"], torch.full((4,), seen[-1]))
+    assert seen == sorted(seen)
+    assert set(seen) == {1.0, 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
+
+
+def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checkpoint, "PART", 1000)
+    values = {f"t{i}": torch.randn(200) for i in range(4)}
+    path = _checkpoint.save(tmp_path, 3, Checkpoint({"weights": values, "small": {"x": torch.ones(2)}}, {}))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert sizes.keys() == {
+        "small.safetensors",
+        "state.json",
+        *(f"weights.safetensors.0{i}" for i in range(4)),
+    }
+    assert max(sizes.values()) <= 1000
+    loaded = _checkpoint.load(path).tensors
+    assert all(torch.equal(loaded["weights"][name], value) for name, value in values.items())
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = _checkpoint.save(tmp_path, 3, checkpoint(1.0))
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match="cannot be read as a training checkpoint"):
+        _checkpoint.load(path)
+    (path / "state.json").write_text("{}")
+    with pytest.raises(TrainingError, match="not a training checkpoint of format"):
+        _checkpoint.load(path)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path, time_limit=0.0).run()
+    with pytest.raises(TrainingError, match="was trained with other values of seed, lr; give the same"):
+        tiny_trainer(tmp_path, tiny_config(seed=1, lr=0.1))
+    assert tiny_trainer(tmp_path, tiny_config(prefetch=2)).state.step == 1
+    (path,) = tmp_path.glob("checkpoint-*")
+    (path / "average.safetensors").unlink()
+    with pytest.raises(TrainingError, match="not a complete training checkpoint"):
+        tiny_trainer(tmp_path)
