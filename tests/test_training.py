@@ -30,8 +30,9 @@ from ghn_init.training._stream import Prefetcher, Stream
 from training_runs import figures, random_images, tiny_config, tiny_trainer
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Any:
+    """One thread, also for the fixtures of the module: results depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
