@@ -21,7 +21,7 @@ IMAGENET_SHAPE: Final = (64, 64, 16, 16)
 """Largest decoded tensor (O, I, K, K) of the models for ImageNet."""
 
 _INTEGERS: Final = {"num_classes": 1, "hid": 4, "depth_buckets": 0, "rounds": 1}
-_BOOLEANS: Final = ("weight_norm", "ve", "layernorm")
+_BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip")
 _CHOICES: Final = {"hypernet": ("gatedgnn", "mlp"), "decoder": ("conv",)}
 
 
@@ -41,6 +41,7 @@ class GHNConfig:
         depth_buckets: Rows of each of the two embeddings of a node's depth below the input and height
             above the output; 0: none. Even, because half of them are exact.
         rounds: Number T of times the gated network goes forth and back over the graph.
+        skip: Add a node's features before any message to those that the decoders get.
 
     Raises:
         ConfigError: A value that no GHN can be built from.
@@ -56,6 +57,7 @@ class GHNConfig:
     hid: int = 32
     depth_buckets: int = 0
     rounds: int = 1
+    skip: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))

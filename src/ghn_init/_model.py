@@ -109,9 +109,10 @@ class GHN(Decoders):
 
     def encode(self, batch: GraphBatch) -> Tensor:
         """Final features of all nodes, (R, d)."""
-        h = self.node_features(batch)
-        h = self.gnn(h, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(h)
-        return self.ln(h) if self.config.layernorm else h
+        first = self.node_features(batch)
+        h = self.gnn(first, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(first)
+        h = self.ln(h) if self.config.layernorm else h
+        return h + first if self.config.skip else h
 
     def blocks(self, batch: GraphBatch, *, raw: bool = False) -> list[Tensor]:
         """What the decoders make of every group of `batch.groups`: (n, *block), to be repeated.

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 _AT_LEAST: Final = {
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
+    "param_decay": 0.0,
 }  # fmt: skip
 _FRACTIONS: Final = ("label_smoothing", "ema", "skip_limit")
 _CHOICES: Final = {
-    "optimizer": ("adam", "adamw"),
+    "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
     "precision": ("float32", "bfloat16"),
 }
@@ -32,7 +33,8 @@ class TrainConfig:
         seed: Seed of the GHN's first weights, the architectures, the images' order and augmentation.
         steps: Length of the run in optimizer steps; None: `duration` rules.
         duration: Length of the run in seconds of training, over all its parts; None: `steps` rules.
-        optimizer: "adam" (L2 penalty, as published) or "adamw".
+        optimizer: "adam" (L2 penalty, as published), "adamw", or "muon" (orthogonalised momentum for
+            matrices, Adam for the rest).
         lr: Largest learning rate.
         weight_decay: L2 penalty or decoupled decay.
         clip: Largest norm of the GHN's gradient.
@@ -45,6 +47,8 @@ class TrainConfig:
             Widths and filters go by what a network is on 32 x 32 images all the same.
         scaled_init: Networks of the stream on which the GHN's first weights are scaled so that predicted
             networks start with the activations of well initialised ones; 0: torch's default weights.
+        param_decay: Weight of the sum of squares of the predicted parameters, added to the loss of every
+            network (arXiv 2303.04143, section 4.3).
         label_smoothing: As in `torch.nn.functional.cross_entropy`.
         ema: Decay of the moving average of the GHN's weights; 0: none.
         precision: Type of the networks' activations and weights. The GHN itself stays in float32.
@@ -64,7 +68,7 @@ class TrainConfig:
     seed: int = 0
     steps: int | None = None
     duration: float | None = None
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 1e-5
     clip: float = 5.0
@@ -74,6 +78,7 @@ class TrainConfig:
     batch_size: int = 64
     image_size: int = 0
     scaled_init: int = 0
+    param_decay: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"

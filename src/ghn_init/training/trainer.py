@@ -22,6 +22,7 @@ from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record
+from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._stream import MetaBatch, Prefetcher, Stream
@@ -137,8 +138,7 @@ class Trainer:
         self.normalise = Normalisation.of(images)
         self.ghn = self._first_weights(start)
         self.average = {name: value.detach().clone() for name, value in self.ghn.state_dict().items()}
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = kind(self.ghn.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.ghn, config)
         self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
         self.state = State()
         self.validation = Validation(
@@ -301,10 +301,11 @@ class Trainer:
         Gradients and `figures` (loss first) are averaged over the processes, so that all of them come to
         the same decision: no step where loss or gradient are not finite.
         """
+        decay = 2 * self.config.param_decay
         pairs = [
-            (params[name], grad.to(params[name].dtype) / len(predicted))
+            (tensor, torch.add(grad.to(tensor.dtype), tensor.detach(), alpha=decay) / len(predicted))
             for params, grads in zip(predicted, gradients, strict=True)
-            for name, grad in grads.items()
+            for tensor, grad in ((params[name], grad) for name, grad in grads.items())
         ]
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
