@@ -16,6 +16,7 @@ DEBUG = "--debug"
 
 LAZY_COMMANDS = {
     "train": "Train a graph hypernetwork on sampled architectures.",
+    "teach": "Train a small classifier for soft labels to train on.",
     "evaluate": "Measure how well a graph hypernetwork's predictions classify.",
 }
 """Commands that `ghn_init.training.commands` defines, and the line that `--help` shows for them."""

@@ -16,7 +16,7 @@ _AT_LEAST: Final = {
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
     "param_decay": 0.0,
 }  # fmt: skip
-_FRACTIONS: Final = ("label_smoothing", "ema", "skip_limit")
+_FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema", "skip_limit")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
@@ -50,6 +50,7 @@ class TrainConfig:
         param_decay: Weight of the sum of squares of the predicted parameters, added to the loss of every
             network (arXiv 2303.04143, section 4.3).
         label_smoothing: As in `torch.nn.functional.cross_entropy`.
+        soft_labels: Share of the teacher's probabilities in the targets, where the images have them.
         ema: Decay of the moving average of the GHN's weights; 0: none.
         precision: Type of the networks' activations and weights. The GHN itself stays in float32.
         max_nodes: Meta-batches of more nodes are skipped.
@@ -80,6 +81,7 @@ class TrainConfig:
     scaled_init: int = 0
     param_decay: float = 0.0
     label_smoothing: float = 0.0
+    soft_labels: float = 0.0
     ema: float = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     max_nodes: int = 2200

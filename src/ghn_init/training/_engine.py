@@ -43,7 +43,13 @@ class Engine:
     label_smoothing: float = 0.0
 
     def run(
-        self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor, labels: Tensor, seed: int = 0
+        self,
+        network: nn.Module,
+        params: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        seed: int = 0,
+        targets: Tensor | None = None,
     ) -> Result:
         """Loss and gradients of a network, which is taken over and may be on the meta device.
 
@@ -53,17 +59,21 @@ class Engine:
             images: (B, 3, H, W), normalised.
             labels: (B,).
             seed: Of its dropout.
+            targets: (B, classes), probabilities to learn instead of the labels.
         """
         leaves = inject(prepare(network, seed=seed).train(), params, self.precision, gradients=True)
-        return self.backward(self.forward(network, images), leaves, labels)
+        return self.backward(self.forward(network, images), leaves, labels, targets)
 
     def forward(self, network: nn.Module, images: Tensor) -> Tensor:
         """Logits (B, classes) of a network with parameters."""
         return network(images.to(self.precision)).float()
 
-    def backward(self, logits: Tensor, leaves: Mapping[str, Tensor], labels: Tensor) -> Result:
+    def backward(
+        self, logits: Tensor, leaves: Mapping[str, Tensor], labels: Tensor, targets: Tensor | None = None
+    ) -> Result:
         """Loss of these logits and its gradients by `leaves`."""
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        wanted = labels if targets is None else targets
+        loss = F.cross_entropy(logits, wanted, label_smoothing=self.label_smoothing)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         correct = int((logits.detach().argmax(1) == labels).sum())
         found = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}

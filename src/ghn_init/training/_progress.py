@@ -50,6 +50,22 @@ class TrainingBar(_Bar):
         self._bar.update(self._task, completed=record.done, step=record.step, figures=figures)
 
 
+class TeacherBar(_Bar):
+    """The teacher's running loss, time left."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), TimeElapsedColumn(), Remaining(),
+            total=1.0, loss=0.0,
+        )  # fmt: skip
+        self._loss: float | None = None
+
+    def step(self, done: float, loss: float) -> None:
+        """Show one step."""
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._bar.update(self._task, completed=done, loss=self._loss)
+
+
 class EvaluationBar(_Bar):
     """Networks measured, the last one's accuracy, time left."""
 

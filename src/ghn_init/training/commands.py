@@ -1,4 +1,4 @@
-"""The commands `ghn-init train` and `ghn-init evaluate`."""
+"""The commands `ghn-init train`, `teach` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def train(
             help="Any field of TrainConfig (lr=3e-4), or of GHNConfig with ghn. before it (ghn.hid=64).",
         ),
     ] = None,
+    soft_labels: Annotated[
+        Path | None, typer.Option(help="Soft labels from `teach`, for --set soft_labels=SHARE.")
+    ] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(help="Stop cleanly after this long; run again to go on.", rich_help_panel=_KEEP),
@@ -64,6 +67,7 @@ def train(
     from ghn_init.training._progress import TrainingBar
     from ghn_init.training._ranks import Ranks
     from ghn_init.training.data import hold_out, load_images
+    from ghn_init.training.teacher import with_soft_labels
     from ghn_init.training.trainer import RunOptions, Trainer
 
     values = json.loads(config.read_text()) if config else {}
@@ -76,6 +80,8 @@ def train(
     torch.set_num_threads(1)  # small networks are slower on several threads; cores are for processes
     Ranks.join()
     images, validation = hold_out(load_images(data, "train"))
+    if soft_labels is not None:
+        images = with_soft_labels(images, soft_labels)
     options = RunOptions(
         output=output,
         time_limit=None if time_limit is None else seconds(time_limit),
@@ -95,6 +101,27 @@ def train(
         f"{trainer.state.networks} networks, {trainer.state.skipped} steps skipped, {where}",
         err=True,
     )
+
+
+def teach(
+    data: Annotated[Path, typer.Argument(help="Images, as for `train`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Soft labels, an .npz file.")],
+    epochs: Annotated[float, typer.Option(help="Passes over the images.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Of its weights, order and augmentation.")] = 0,
+    width: Annotated[int, typer.Option(min=1, help="Channels of its first stage.")] = 32,
+) -> None:
+    """Train a small classifier and write its soft labels of the training images."""
+    from ghn_init.training._progress import TeacherBar
+    from ghn_init.training.data import Normalisation, hold_out, load_images
+    from ghn_init.training.teacher import accuracy, save_soft_labels, soft_labels, train_teacher
+
+    images, validation = hold_out(load_images(data, "train"))
+    with TeacherBar() as bar:
+        teacher = train_teacher(images, epochs=epochs, seed=seed, width=width, on_step=bar.step)
+    normalise = Normalisation.of(images)
+    save_soft_labels(output, soft_labels(teacher, images, normalise), images)
+    percent = accuracy(soft_labels(teacher, validation, normalise), validation)
+    typer.echo(f"{output}: teacher with {percent:.1f} % on {len(validation)} validation images", err=True)
 
 
 def evaluate(
@@ -181,8 +208,9 @@ def _override(values: dict[str, Any], settings: Sequence[str]) -> None:
 
 
 def app() -> typer.Typer:
-    """Both commands, for `python -m ghn_init.training`."""
+    """The commands, for `python -m ghn_init.training`."""
     application = typer.Typer(add_completion=False, no_args_is_help=True)
     application.command()(train)
+    application.command()(teach)
     application.command()(evaluate)
     return application

@@ -35,11 +35,15 @@ _SPLIT_SEED: Final = 20211025
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64, names of the classes."""
+    """Labelled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64, names of the classes.
+
+    `soft` (N, classes) are probabilities of the classes beside the labels, where a teacher gave them.
+    """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    soft: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 3 or self.pixels.dtype != torch.uint8:
@@ -63,7 +67,13 @@ class Images:
 
     def take(self, index: Tensor | slice) -> Images:
         """The images at these places."""
-        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+        soft = None if self.soft is None else self.soft[index]
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], soft=soft)
+
+    def targets(self, softness: float) -> Tensor:
+        """(N, classes): the labels, with the soft ones in a share of `softness`."""
+        hard = F.one_hot(self.labels, len(self.classes)).float()
+        return hard if self.soft is None else torch.lerp(hard, self.soft, softness)
 
 
 @dataclass(frozen=True)

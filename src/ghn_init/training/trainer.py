@@ -161,6 +161,11 @@ class Trainer:
             raise TrainingError(
                 f"image_size={self.image_size} and images of {self.images.size} pixels; expected that or half"
             )
+        if config.soft_labels and self.images.soft is None:
+            raise TrainingError(
+                f"soft_labels={config.soft_labels} and images without any; make them with `ghn-init teach` "
+                "and give them with --soft-labels"
+            )
         if config.meta_batch % world:
             raise TrainingError(
                 f"meta_batch={config.meta_batch} networks cannot be shared evenly by {world} processes"
@@ -254,8 +259,8 @@ class Trainer:
         config, state, started = self.config, self.state, time.monotonic()
         lr = learning_rate(config, state.step, state.seconds)
         predicted = self.ghn(batch.graphs)
-        images, labels = self._batch(state.step)
-        results = self._run_networks(batch, predicted, images, labels)
+        images, labels, targets = self._batch(state.step)
+        results = self._run_networks(batch, predicted, images, labels, targets)
         figures = torch.tensor([
             sum(result.loss for result in results) / len(results),
             sum(result.correct for result in results) / (len(results) * len(labels)),
@@ -272,21 +277,27 @@ class Trainer:
             seconds=state.seconds, step_seconds=time.monotonic() - started, networks=networks, done=self.done,
         )  # fmt: skip
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented and normalised images of a step, (B, 3, H, W) float, and their labels."""
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Augmented and normalised images of a step, (B, 3, H, W) float, their labels, and soft targets."""
         config = self.config
         batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
         pixels = augment(batch.pixels, generator(config.seed, "augmentation", step))
         x = self.normalise(pixels)
-        return x if self.image_size == self.images.size else halve(x), batch.labels
+        targets = batch.targets(config.soft_labels) if config.soft_labels else None
+        return x if self.image_size == self.images.size else halve(x), batch.labels, targets
 
     def _run_networks(
-        self, batch: MetaBatch, predicted: list[dict[str, Tensor]], images: Tensor, labels: Tensor
+        self,
+        batch: MetaBatch,
+        predicted: list[dict[str, Tensor]],
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
     ) -> list[Result]:
         results: list[Result] = []
         for task, params in zip(batch.tasks, predicted, strict=True):
             network = task.build(self.config.ghn.num_classes, self.image_size)
-            results.append(self.engine.run(network, params, images, labels, seed=task.index))
+            results.append(self.engine.run(network, params, images, labels, task.index, targets))
         return results
 
     def _update(
