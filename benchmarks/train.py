@@ -35,7 +35,7 @@ from ghn_init.training._engine import Engine, Result
 from ghn_init.training._stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -44,18 +44,19 @@ PARTS = ("host", "predict", "forward", "backward", "update", "rest")
 
 @dataclass
 class Clock:
-    """Seconds by part of a step."""
+    """Seconds by part of a step: those of `time`, which may count this process's alone."""
 
+    time: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time that a block takes."""
-        started = time.perf_counter()
+        started = self.time()
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+            self.seconds[part] = self.seconds.get(part, 0.0) + self.time() - started
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,18 @@ class TimedEngine(Engine):
         with self.clock("forward"):
             return super().forward(network, images)
 
-    def backward(self, logits: Tensor, leaves: Mapping[str, Tensor], labels: Tensor) -> Result:
+    def backward(self, *args: Any) -> Result:
         """Loss and gradients."""
         with self.clock("backward"):
-            return super().backward(logits, leaves, labels)
+            return super().backward(*args)
 
 
 class TimedTrainer(Trainer):
     """A trainer that times its parts."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, clock: Clock, *args: Any) -> None:
         super().__init__(*args)
-        self.clock = Clock()
+        self.clock = clock
         self.engine = TimedEngine(self.engine.precision, self.engine.label_smoothing, self.clock)
         predict = self.ghn.forward
 
@@ -95,14 +96,16 @@ class TimedTrainer(Trainer):
             return super()._update(*args)
 
 
-def measure(config: TrainConfig, image_size: int, steps: int, warmup: int) -> list[dict[str, float]]:
+def measure(
+    config: TrainConfig, image_size: int, steps: int, warmup: int, clock: Clock
+) -> list[dict[str, float]]:
     """Seconds by part of every step after the first `warmup` ones; "total" is all of them but host."""
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (512, 3, image_size, image_size), generator=rng, dtype=torch.uint8)
     images = Images(pixels, torch.arange(512) % 10, tuple(map(str, range(10))))
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TimedTrainer(config, images, images, RunOptions(output=Path(folder)))
+        trainer = TimedTrainer(clock, config, images, images, RunOptions(output=Path(folder)))
         batches = iter(Stream(config, image_size, ranks=trainer.ranks))
         for _ in range(warmup + steps):
             trainer.clock.seconds.clear()
@@ -163,6 +166,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="threads of every process (1)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the processor time of every process, on a busy machine"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
 
@@ -177,7 +183,8 @@ def main() -> None:
         steps=chosen.steps + chosen.warmup, meta_batch=chosen.meta_batch, batch_size=chosen.batch_size,
         max_params=chosen.max_params, precision=chosen.precision, seed=chosen.seed, prefetch=0,
     )  # fmt: skip
-    found = measure(config, chosen.image_size, chosen.steps, chosen.warmup)
+    clock = Clock(time.process_time if chosen.cpu_time else time.perf_counter)
+    found = measure(config, chosen.image_size, chosen.steps, chosen.warmup, clock)
     if int(os.environ.get("RANK", "0")) == 0:
         result = report(found, chosen.meta_batch, world)
         print(show(result))

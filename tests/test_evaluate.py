@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init.training import Score, evaluate
+from ghn_init.training._options import seconds
 from ghn_init.training._pool import Job, measure_all
 from ghn_init.training._results import Results, table
-from ghn_init.training.commands import app, seconds
+from ghn_init.training.commands import app
 from ghn_init.training.evaluate import Measure, Network
 from training_runs import TINY_GHN, random_images
 
@@ -199,7 +200,8 @@ def test_the_command_skips_what_the_file_has(ghn: GHN, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("train", ("--time-limit", "--set", "--steps", "--from")),
+        ("train", ("--time-limit", "--set", "--steps", "--from", "--tensorboard")),
+        ("curve", ("--output",)),
         ("evaluate", ("--sample", "--bf16", "--workers", "--noise")),
     ],
 )

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,13 @@ from ghn_init.training import TrainConfig
 from ghn_init.training._engine import Engine, Result, inject
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
-from ghn_init.training._ranks import Ranks
+from ghn_init.training._ranks import Ranks, local_device
 from ghn_init.training._schedule import learning_rate
 from ghn_init.training._stream import Prefetcher, Stream
 from training_runs import figures, random_images, tiny_config, tiny_trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -276,18 +280,58 @@ def test_two_processes_make_the_update_of_one_and_a_lost_one_ends_the_run(
     assert tiny_trainer(tmp_path / "run").state.step == 4
 
 
+_LAUNCHED = (
+    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MASTER_ADDR", "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
+)  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what a launcher would, on a machine without GPUs, and removes all else."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in _LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+    def launch(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
 @pytest.mark.parametrize("names", [("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")])
-def test_launchers_tell_the_place(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_tell_the_place(
+    names: tuple[str, str], launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     assert Ranks.join() == Ranks()
     assert not calls
-    monkeypatch.setenv(names[0], "4")
-    monkeypatch.setenv(names[1], "3")
+    launched(**{names[0]: "4", names[1]: "3"})
     Ranks.join()
     assert calls == [(("gloo",), {"rank": 3, "world_size": 4})]
+
+
+def test_accelerate_without_an_mpi_is_told(launched: Callable[..., None]) -> None:
+    launched(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True")
+    assert Ranks.join() == Ranks()
+    launched(MASTER_ADDR="127.0.0.1")
+    with pytest.raises(TrainingError, match=r"started this one alone; .* --mpirun_hostfile"):
+        Ranks.join()
+
+
+def test_every_process_has_a_gpu_where_there_are_any(
+    launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_device() == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert local_device() == torch.device("cuda", 0)
+    launched(LOCAL_RANK="3")
+    assert local_device() == torch.device("cuda", 1)
+    launched(ACCELERATE_USE_CPU="True")
+    assert local_device() == torch.device("cpu")
 
 
 def test_a_meta_batch_has_to_be_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,9 +437,10 @@ def test_images_have_to_fit(tmp_path: Path, changes: dict[str, Any], message: st
 def test_images_may_be_halved(tmp_path: Path) -> None:
     config = tiny_config(image_size=8)
     trainer = tiny_trainer(tmp_path, config)
-    images, labels = trainer._batch(0)
+    images, labels, targets = trainer._batch(0)
     assert images.shape == (4, 3, 8, 8)
     assert labels.shape == (4,)
+    assert targets is None
 
 
 @pytest.mark.source
@@ -412,3 +457,37 @@ def test_the_benchmark_is_a_command_that_runs(tmp_path: Path) -> None:
     assert sum(value for part, value in parts.items() if part not in ("host", "total")) == pytest.approx(
         parts["total"]
     )
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_processes_of_a_run(tmp_path: Path) -> None:
+    images = random_images(5_048)  # 5,000 are held out
+    arrays = {
+        "train_images": images.pixels.permute(0, 2, 3, 1).numpy(),
+        "train_labels": images.labels.numpy(),
+    }
+    np.savez(tmp_path / "set.npz", **arrays, classes=np.array(images.classes))
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(steps=1).to_dict()))
+    chosen = ["-m", "ghn_init", "train", str(tmp_path / "set.npz"), "--config", str(tmp_path / "config.json")]
+    chosen += ["--validation-networks", "1", "--validation-images", "8", "-o"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    lines: list[dict[str, Any]] = []
+    for name, before in (("two", launcher), ("one", [])):
+        command = [sys.executable, *before, *chosen, str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("done: step 1, 2 networks") == 1
+        lines.append(json.loads((tmp_path / name / LOG).read_text().splitlines()[0]))
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-4)

@@ -25,13 +25,14 @@ from ghn_init._errors import (
 )
 
 if TYPE_CHECKING:
+    from ghn_init._batch import GraphBatch
     from ghn_init._batchnorm import calibrate_batchnorm
     from ghn_init._checkpoint import load
     from ghn_init._config import GHNConfig
     from ghn_init._graph import Graph, Node
     from ghn_init._model import GHN
     from ghn_init._plan import Plan, plan
-    from ghn_init._predict import predict
+    from ghn_init._predict import predict, predict_to
     from ghn_init._trace import trace
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "GHNConfig",
     "GHNInitError",
     "Graph",
+    "GraphBatch",
     "GraphError",
     "ModelSpecError",
     "Node",
@@ -56,6 +58,7 @@ __all__ = [
     "load",
     "plan",
     "predict",
+    "predict_to",
     "trace",
 ]
 
@@ -63,12 +66,14 @@ _MODULE_OF = {
     "GHN": "_model",
     "GHNConfig": "_config",
     "Graph": "_graph",
+    "GraphBatch": "_batch",
     "Node": "_graph",
     "Plan": "_plan",
     "calibrate_batchnorm": "_batchnorm",
     "load": "_checkpoint",
     "plan": "_plan",
     "predict": "_predict",
+    "predict_to": "_predict",
     "trace": "_trace",
 }
 

@@ -156,6 +156,16 @@ class GraphBatch:
     def device(self) -> torch.device:
         return self.types.device
 
+    def edges(self, longest: int = 1) -> tuple[Tensor, Tensor]:
+        """The graphs' edges, or virtual edges of a length up to `longest`, as torch_geometric wants them.
+
+        Returns:
+            (2, E) int64, rows of the nodes that each edge leads from and to, and (E,) uint8, its length s.
+        """
+        found = (self.distances > 0) & (self.distances <= longest)
+        graph, source, target = found.nonzero(as_tuple=True)
+        return torch.stack([source, target]) * len(self) + graph, self.distances[found]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> GraphBatch:
         """The batch with its arrays on `device`."""
         if self.device == torch.device(device):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from importlib.abc import Traversable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 DEFAULT_WEIGHTS: Final = "ghn2-cifar10"
 """The bundled weights that are used where none are named."""
@@ -42,7 +42,10 @@ _TORCH_ERRORS: Final = (
 
 
 def load(
-    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS, *, device: torch.device | str | None = None
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
+    *,
+    device: torch.device | str | None = None,
+    gnn: nn.Module | None = None,
 ) -> GHN:
     """Load a GHN, in evaluation mode.
 
@@ -51,12 +54,17 @@ def load(
             the path of such a `model.safetensors`; a published `.pt` file; "hf://org/repo" or
             "hf://org/repo@revision" on the Hugging Face hub (or in its cache); or a GHN, which is returned.
         device: Where to put it; None: the CPU, and a given GHN stays where it is.
+        gnn: The graph network of weights whose configuration names one that is not part of this package
+            (`GHNConfig.hypernet`). It becomes part of the GHN and gets the weights.
 
     Raises:
         CheckpointError: Weights that are missing, damaged, or not those of a GHN.
-        ConfigError: A configuration with an unknown key or an impossible value.
+        ConfigError: A configuration with an unknown key or an impossible value, or that names a graph
+            network which is not given.
     """
-    ghn = weights if isinstance(weights, GHN) else _find(weights)
+    if isinstance(weights, GHN) and gnn is not None:
+        raise ConfigError("a GHN and a graph network; expected only one of them: the GHN has its own")
+    ghn = weights if isinstance(weights, GHN) else _find(weights, gnn)
     return ghn if device is None else ghn.to(device)
 
 
@@ -87,12 +95,14 @@ def save(ghn: GHN, directory: str | PathLike[str]) -> None:
         draft.replace(directory / name)
 
 
-def read_directory(directory: Path | Traversable) -> GHN:
+def read_directory(directory: Path | Traversable, gnn: nn.Module | None = None) -> GHN:
     """Read a directory that `save` wrote."""
-    return read_safetensors(directory / WEIGHTS_FILE, directory / CONFIG_FILE)
+    return read_safetensors(directory / WEIGHTS_FILE, directory / CONFIG_FILE, gnn)
 
 
-def read_safetensors(weights: Path | Traversable, config: Path | Traversable) -> GHN:
+def read_safetensors(
+    weights: Path | Traversable, config: Path | Traversable, gnn: nn.Module | None = None
+) -> GHN:
     """Read weights and the configuration that belongs to them."""
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
@@ -111,10 +121,10 @@ def read_safetensors(weights: Path | Traversable, config: Path | Traversable) ->
             f"{weights}: expected a whole safetensors file, found {error}; the file is damaged or was not "
             "copied to its end, so fetch or save it again"
         ) from error
-    return build(settings, state, str(weights))
+    return build(settings, state, str(weights), gnn)
 
 
-def read_published(path: Path) -> GHN:
+def read_published(path: Path, gnn: nn.Module | None = None) -> GHN:
     """Read a published `.pt` file; its configuration is the one in the file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,26 +150,30 @@ def read_published(path: Path) -> GHN:
         config = GHNConfig.from_published(found["config"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return build(config, found["state_dict"], str(path))
+    return build(config, found["state_dict"], str(path), gnn)
 
 
-def build(config: GHNConfig, state: Mapping[str, Tensor], source: str) -> GHN:
+def build(config: GHNConfig, state: Mapping[str, Tensor], source: str, gnn: nn.Module | None = None) -> GHN:
     """A GHN with this configuration and these weights, in evaluation mode.
 
-    `source` names the file in messages. The random state stays as it is.
+    `source` names the file in messages; `gnn` is a foreign graph network. The random state stays as it is.
 
     Raises:
         CheckpointError: Lists all tensors that are missing, unknown, of another shape, or not finite.
+        ConfigError: A foreign graph network that is missing, or not wanted.
     """
-    with torch.device("meta"):
-        ghn = GHN(config)
+    try:
+        with torch.device("meta"):
+            ghn = GHN(config, gnn=gnn)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     wanted = ghn.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in wanted]
     for name in sorted(wanted.keys() & state.keys()):
         found = state[name]
-        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
-            problems.append(f"{name} is no tensor of floats")
+        if not isinstance(found, torch.Tensor) or _is_float(found) != _is_float(wanted[name]):
+            problems.append(f"{name} is no tensor of {'floats' if _is_float(wanted[name]) else 'integers'}")
         elif found.shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted[name].shape)}")
         elif not found.sum().isfinite():
@@ -170,22 +184,27 @@ def build(config: GHNConfig, state: Mapping[str, Tensor], source: str) -> GHN:
             f"{source}: not the weights of a GHN with its configuration: {'; '.join(problems[:8])}{more}; "
             f"use the configuration that they were trained with ({config})"
         )
-    ghn.load_state_dict({name: values.float().contiguous() for name, values in state.items()}, assign=True)
+    typed = {name: values.float() if _is_float(values) else values for name, values in state.items()}
+    ghn.load_state_dict({name: values.contiguous() for name, values in typed.items()}, assign=True)
     return ghn.eval()
 
 
-def _find(weights: str | PathLike[str]) -> GHN:
+def _is_float(values: Tensor) -> bool:
+    return values.is_floating_point()
+
+
+def _find(weights: str | PathLike[str], gnn: nn.Module | None) -> GHN:
     """Tell the kinds of sources apart and read."""
     if isinstance(weights, str):
         if weights in bundled_names():
-            return read_directory(_bundled_folder() / weights)
+            return read_directory(_bundled_folder() / weights, gnn)
         if weights.startswith("hf://"):
-            return _read_hub(weights)
+            return _read_hub(weights, gnn)
     if not isinstance(weights, str | PathLike):
         raise CheckpointError(f"weights of type {type(weights).__name__}; expected a name, a path or a GHN")
     path = Path(weights)
     if path.is_dir():
-        return read_directory(path)
+        return read_directory(path, gnn)
     if not path.is_file():
         raise CheckpointError(
             f"{str(weights)!r}: no such weights; expected a bundled name "
@@ -193,17 +212,17 @@ def _find(weights: str | PathLike[str]) -> GHN:
             ".pt file, or hf://org/repo"
         )
     if path.suffix == ".safetensors":
-        return read_safetensors(path, path.with_name(CONFIG_FILE))
-    return read_published(path)
+        return read_safetensors(path, path.with_name(CONFIG_FILE), gnn)
+    return read_published(path, gnn)
 
 
-def _read_hub(address: str) -> GHN:
+def _read_hub(address: str, gnn: nn.Module | None) -> GHN:
     match = _HUB.fullmatch(address)
     if match is None:
         raise CheckpointError(f"{address!r}: expected hf://org/repo or hf://org/repo@revision")
     from ghn_init._hub import read_hub
 
-    return read_hub(match["repo"], match["revision"])
+    return read_hub(match["repo"], match["revision"], gnn)
 
 
 def _read_config(path: Path | Traversable) -> GHNConfig:

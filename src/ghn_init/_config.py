@@ -22,7 +22,10 @@ IMAGENET_SHAPE: Final = (64, 64, 16, 16)
 
 _INTEGERS: Final = {"num_classes": 1, "hid": 4, "depth_buckets": 0, "rounds": 1}
 _BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip")
-_CHOICES: Final = {"hypernet": ("gatedgnn", "mlp"), "decoder": ("conv",)}
+_CHOICES: Final = {"decoder": ("conv",)}
+
+OWN_NETWORKS: Final = ("gatedgnn", "mlp")
+"""Graph networks that are part of this package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,9 @@ class GHNConfig:
     Attributes:
         max_shape: Largest tensor that the convolutional decoder makes, (O, I, K, K).
         num_classes: Width of the classifier that the decoder makes.
-        hypernet: "gatedgnn", or "mlp" for the baseline that sees no edges.
+        hypernet: The graph network: "gatedgnn", "mlp" for the baseline that sees no edges, or the name of
+            one that is not part of this package, as MODULE:CLASS or FILE.py:CLASS, for which a module has
+            to be given wherever a GHN is made or loaded.
         decoder: "conv", the only published one.
         weight_norm: Normalise predicted parameters by their fan-in (GHN-2).
         ve: Virtual edges (GHN-2).
@@ -49,7 +54,7 @@ class GHNConfig:
 
     max_shape: tuple[int, int, int, int] = CIFAR10_SHAPE
     num_classes: int = 10
-    hypernet: Literal["gatedgnn", "mlp"] = "gatedgnn"
+    hypernet: str = "gatedgnn"
     decoder: Literal["conv"] = "conv"
     weight_norm: bool = True
     ve: bool = True
@@ -71,6 +76,11 @@ class GHNConfig:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
+        if self.hypernet not in OWN_NETWORKS and not _is_name(self.hypernet):
+            raise ConfigError(
+                f"GHN configuration: hypernet={self.hypernet!r}; expected one of {OWN_NETWORKS}, or the name "
+                "MODULE:CLASS of a graph network of your own"
+            )
         if self.hid % 4:
             raise ConfigError(
                 f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)"
@@ -134,6 +144,11 @@ class GHNConfig:
             raise ConfigError(f"GHN configuration: published file has unknown {', '.join(unknown)}")
         return cls.from_dict(values)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the graph network is one that is not part of this package."""
+        return self.hypernet not in OWN_NETWORKS
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return asdict(self) | {"max_shape": list(self.max_shape)}
@@ -145,6 +160,12 @@ PUBLISHED_FIELDS: Final = tuple(field.name for field in fields(GHNConfig))[:8]
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    """Whether this is MODULE:CLASS."""
+    module, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return bool(module.strip()) and name.isidentifier()
 
 
 def _checked_shape(shape: object) -> tuple[int, ...]:

@@ -37,6 +37,13 @@ class MLP(nn.Module):
         return cast("nn.Linear", self.fc[2 * index])
 
 
+class NodeMLP(MLP):
+    """The baseline in the gated network's place: every node by itself, no edges."""
+
+    def forward(self, x: Tensor, batch: GraphBatch | None = None) -> Tensor:  # noqa: ARG002 (sees no edges)
+        return super().forward(x)
+
+
 class GatedGNN(nn.Module):
     """`rounds` times a pass in topological order and one in reverse, with shared weights."""
 

@@ -16,6 +16,8 @@ from ghn_init._model import GHN
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+
 _CARD = """---
 library_name: ghn-init
 license: mit
@@ -33,9 +35,15 @@ of a network from its computational graph (Knyazev et al. 2021, arXiv 2110.13100
 ```python
 import ghn_init
 
-model = ghn_init.predict(model, weights="hf://org/repo")
+{usage}
 ```
 """
+
+_KINDS = {"gatedgnn": "graph hypernetwork", "mlp": "per-node hypernetwork (MLP)"}
+_USAGE = 'model = ghn_init.predict(model, weights="hf://org/repo")'
+_FOREIGN_USAGE = """# {hypernet} is not part of ghn-init: build the module yourself
+ghn = ghn_init.load("hf://org/repo", gnn=module)
+model = ghn_init.predict(model, weights=ghn)"""
 
 
 class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
@@ -62,10 +70,12 @@ class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
 
     def generate_model_card(self, **_: Any) -> ModelCard:
         """A card that says what was saved."""
-        kind = "graph hypernetwork" if self.config.hypernet == "gatedgnn" else "per-node hypernetwork (MLP)"
+        kind = _KINDS.get(self.config.hypernet, f"graph hypernetwork around `{self.config.hypernet}`")
         parameters = sum(values.numel() for values in self.parameters())
+        config = self.config
+        usage = _FOREIGN_USAGE.format(hypernet=config.hypernet) if config.foreign else _USAGE
         return ModelCard(
-            _CARD.format(kind=kind, parameters=parameters, num_classes=self.config.num_classes),
+            _CARD.format(kind=kind, parameters=parameters, num_classes=config.num_classes, usage=usage),
             ignore_metadata_errors=True,
         )
 
@@ -84,6 +94,7 @@ class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
         token: str | bool | None,
         map_location: str = "cpu",
         strict: bool = True,
+        gnn: nn.Module | None = None,
         **_: Any,
     ) -> HubGHN:
         # The mixin reads config.json too, but passes over unknown keys; ours is read strictly.
@@ -99,17 +110,19 @@ class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
                 token=token,
                 local_files_only=local_files_only,
             )
-        return cls.of(read_directory(directory).to(map_location))
+        return cls.of(read_directory(directory, gnn).to(map_location))
 
 
-def read_hub(repo: str, revision: str | None = None) -> GHN:
+def read_hub(repo: str, revision: str | None = None, gnn: nn.Module | None = None) -> GHN:
     """Read the weights in a repository of the hub, or in the cache where the hub cannot be reached.
+
+    `gnn` is the graph network of weights with a foreign one.
 
     Raises:
         CheckpointError: A repository that cannot be reached and is not in the cache, or bad weights.
     """
     with _hub_errors(repo):
-        return read_directory(_fetch(repo, revision=revision))
+        return read_directory(_fetch(repo, revision=revision), gnn)
 
 
 def _fetch(repo: str, **options: Any) -> Path:

@@ -13,7 +13,7 @@ from ghn_init._batch import GraphBatch, channel_sizes, spatial_sizes
 from ghn_init._config import GHNConfig
 from ghn_init._decoder import ConvDecoder, Decoders
 from ghn_init._errors import ConfigError
-from ghn_init._gated import MLP, GatedGNN
+from ghn_init._gated import MLP, GatedGNN, NodeMLP
 from ghn_init._graph import NODE_TYPES, Graph
 from ghn_init._tile import Tile, full_size
 
@@ -56,22 +56,46 @@ class PlaceEncoder(nn.Module):
         return self.embed_depth(index[:, 0]) + self.embed_height(index[:, 1])
 
 
+def _graph_network(config: GHNConfig, given: nn.Module | None) -> nn.Module:
+    """The graph network that a configuration asks for."""
+    if config.foreign and given is None:
+        raise ConfigError(
+            f"GHN configuration: the graph network hypernet={config.hypernet!r} is not part of ghn-init; "
+            "give the module itself, as in GHN(config, gnn=module) or ghn_init.load(weights, gnn=module)"
+        )
+    if given is not None and not config.foreign:
+        raise ConfigError(
+            f"GHN configuration: hypernet={config.hypernet!r} and a {type(given).__name__} as graph network; "
+            "leave the module out, or name its class in `hypernet` as MODULE:CLASS"
+        )
+    if given is not None:
+        return given
+    if config.hypernet == "mlp":
+        return NodeMLP(config.hid, config.hid, config.hid)
+    return GatedGNN(config.hid, virtual_edges=config.ve, rounds=config.rounds)
+
+
 class GHN(Decoders):
     """A graph hypernetwork: GHN-2, GHN-1 or the MLP baseline, as its configuration says.
 
     Names of parameters are those of the published checkpoints.
+
+    Args:
+        config: What it is made of; default: GHN-2 for CIFAR-10.
+        gnn: The graph network where `config.hypernet` names one that is not part of this package. Called
+            with the features (R, d) of all nodes and their `GraphBatch`, it returns new features (R, d).
+
+    Raises:
+        ConfigError: Such a network is missing, or there is one that the configuration does not name.
     """
 
-    def __init__(self, config: GHNConfig | None = None) -> None:
+    def __init__(self, config: GHNConfig | None = None, *, gnn: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config = config or GHNConfig()
         d, longest = config.hid, max(config.max_shape[:2])
         self.embed = _embedding(len(NODE_TYPES), d)
         self.shape_enc = ShapeEncoder(config)
-        if config.hypernet == "gatedgnn":
-            self.gnn = GatedGNN(d, virtual_edges=config.ve, rounds=config.rounds)
-        else:
-            self.gnn = MLP(d, d, d)
+        self.gnn = _graph_network(config, gnn)
         if config.layernorm:
             self.ln = nn.LayerNorm(d)
         if config.depth_buckets:
@@ -110,7 +134,12 @@ class GHN(Decoders):
     def encode(self, batch: GraphBatch) -> Tensor:
         """Final features of all nodes, (R, d)."""
         first = self.node_features(batch)
-        h = self.gnn(first, batch) if isinstance(self.gnn, GatedGNN) else self.gnn(first)
+        h = self.gnn(first, batch)
+        if h.shape != first.shape:
+            raise ConfigError(
+                f"the graph network {type(self.gnn).__name__} made features of shape {tuple(h.shape)} for "
+                f"{len(first)} rows; expected {tuple(first.shape)}, as it got them"
+            )
         h = self.ln(h) if self.config.layernorm else h
         return h + first if self.config.skip else h
 

@@ -16,6 +16,7 @@ DEBUG = "--debug"
 
 LAZY_COMMANDS = {
     "train": "Train a graph hypernetwork on sampled architectures.",
+    "curve": "Draw the learning curve of a training run, finished or not.",
     "teach": "Train a small classifier for soft labels to train on.",
     "evaluate": "Measure how well a graph hypernetwork's predictions classify.",
 }

@@ -6,6 +6,7 @@ Not loaded by `import ghn_init`; reading images needs the `train` extra.
 from __future__ import annotations
 
 from ghn_init.training._config import TrainConfig
+from ghn_init.training._curve import draw_curve
 from ghn_init.training.data import Images, Normalisation, hold_out, load_images
 from ghn_init.training.evaluate import Score, evaluate
 from ghn_init.training.trainer import RunOptions, Trainer
@@ -17,6 +18,7 @@ __all__ = [
     "Score",
     "TrainConfig",
     "Trainer",
+    "draw_curve",
     "evaluate",
     "hold_out",
     "load_images",

@@ -123,7 +123,7 @@ def _temporary(folder: Path) -> Path:
 def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save as serialise
 
-    data = serialise({key: value.detach().contiguous() for key, value in tensors.items()})
+    data = serialise({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     if len(data) <= PART:
         _write(folder / f"{name}{_SUFFIX}", data)
         return

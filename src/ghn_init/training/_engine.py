@@ -61,7 +61,8 @@ class Engine:
             seed: Of its dropout.
             targets: (B, classes), probabilities to learn instead of the labels.
         """
-        leaves = inject(prepare(network, seed=seed).train(), params, self.precision, gradients=True)
+        prepare(network, seed=seed, fast=images.device.type == "cpu").train()
+        leaves = inject(network, params, self.precision, gradients=True)
         return self.backward(self.forward(network, images), leaves, labels, targets)
 
     def forward(self, network: nn.Module, images: Tensor) -> Tensor:

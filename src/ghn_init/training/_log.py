@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line."""
+"""The log of a run: one JSON object a line, and where it is wanted the same for TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ghn_init._errors import TrainingError
 from ghn_init.training._checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch.utils.tensorboard import SummaryWriter
+
 LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +40,22 @@ class Log:
     """Appends to `log.jsonl` means over `every` steps; a context manager.
 
     Lines of steps after `resume_at` are removed first: a resumed run does them again. Without a folder
-    nothing is written.
+    nothing is written. With `tensorboard` the numbers go to event files in `tensorboard/`, too.
     """
 
-    def __init__(self, folder: Path | None, every: int, resume_at: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None, every: int, resume_at: int = 0, *, tensorboard: bool = False
+    ) -> None:
         self._path = folder / LOG if folder else None
         self._every, self._pending = every, list[Record]()
+        self._board: SummaryWriter | None = None
         if folder is not None and self._path is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_at]
                 write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
+            if tensorboard:
+                self._board = summary_writer()(folder / TENSORBOARD, purge_step=resume_at + 1)
 
     def __enter__(self) -> Log:
         self._file = self._path.open("a", buffering=1) if self._path else io.StringIO()
@@ -55,6 +64,8 @@ class Log:
     def __exit__(self, *exc: object) -> None:
         self._flush()
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def step(self, record: Record) -> None:
         """Take up one step; write a line if it is time."""
@@ -65,7 +76,7 @@ class Log:
     def write(self, values: dict[str, Any]) -> None:
         """Write a line of its own."""
         self._flush()
-        self._file.write(json.dumps(values) + "\n")
+        self._emit(values)
 
     def _flush(self) -> None:
         if not (records := self._pending):
@@ -80,8 +91,31 @@ class Log:
         rounded = {
             key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()
         }
-        self._file.write(json.dumps(rounded) + "\n")
+        self._emit(rounded)
         self._pending = []
+
+    def _emit(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for key, value in values.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, values["step"])
+
+
+def summary_writer() -> type[SummaryWriter]:
+    """TensorBoard's writer.
+
+    Raises:
+        TrainingError: It is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError(
+            f"--tensorboard: TensorBoard cannot be imported ({error}); "
+            "pip install 'ghn-init[tensorboard]', or leave the option out"
+        ) from error
+    return SummaryWriter
 
 
 def _mean(values: list[float]) -> float | None:

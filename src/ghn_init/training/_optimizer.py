@@ -26,7 +26,7 @@ _ADAM_RMS: Final = 0.2
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer that `config.optimizer` names, over all parameters of `model`."""
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
         return Muon(model.named_parameters(), **settings)
     kind = AdamW if config.optimizer == "adamw" else Adam

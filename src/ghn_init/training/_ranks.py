@@ -20,41 +20,58 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LAUNCHERS = (
-    ("WORLD_SIZE", "RANK"),  # torchrun
+    ("WORLD_SIZE", "RANK"),  # torchrun, `accelerate launch`
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
     ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
 )
 """Environment variables in which a launcher says how many processes there are and which this one is."""
 
+_LOCAL = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""Where the same launchers say which of its machine's processes this one is."""
+
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among those of a run; `Ranks()` is a run in one process.
+    """This process's place among those of a run; `Ranks()` is a run in one process on the CPU.
 
     Methods that exchange something raise TrainingError where another process is lost.
+
+    Attributes:
+        rank: Its number.
+        world: Number of processes.
+        device: Where it computes.
     """
 
     rank: int = 0
     world: int = 1
+    device: torch.device = _CPU
 
     @classmethod
     def current(cls) -> Ranks:
-        """The place in torch.distributed's default group, if there is one."""
+        """The place in torch.distributed's default group, if there is one, and the device to use."""
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
+            return cls(dist.get_rank(), dist.get_world_size(), local_device())
+        return cls(device=local_device())
 
     @classmethod
     def join(cls) -> Ranks:
         """Meet the other processes that torchrun, `accelerate launch` or mpirun started, if one of them did.
 
         The first process's address is in MASTER_ADDR and MASTER_PORT. Gradients are exchanged through
-        gloo, on CPUs.
+        gloo, by way of the CPU: they are few megabytes, and several processes may share a GPU, which NCCL
+        refuses.
+
+        Raises:
+            TrainingError: `accelerate launch` was asked for several processes and started one.
         """
         for size, rank in _LAUNCHERS:
             if size in os.environ:
                 dist.init_process_group("gloo", rank=int(os.environ[rank]), world_size=int(os.environ[size]))
                 break
+        else:
+            _check_launcher()
         return cls.current()
 
     @property
@@ -70,7 +87,7 @@ class Ranks:
         """Replace every tensor by its mean over all processes, in place, in one exchange."""
         if self.world == 1:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.cat([tensor.flatten().to(self.device) for tensor in tensors]).cpu()
         with self._exchange():
             dist.all_reduce(flat)
         flat /= self.world
@@ -95,3 +112,26 @@ class Ranks:
                 f"process {self.rank} of {self.world} lost another one ({error}); "
                 "start the same command again to go on from the checkpoint"
             ) from error
+
+
+def local_device() -> torch.device:
+    """The GPU of this process, by turns where processes share them, or the CPU where there is none.
+
+    CUDA_VISIBLE_DEVICES and `accelerate launch --cpu` are obeyed.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available():
+        return _CPU
+    place = next((int(os.environ[name]) for name in _LOCAL if name in os.environ), 0)
+    return torch.device("cuda", place % torch.cuda.device_count())
+
+
+def _check_launcher() -> None:
+    """Without an MPI to start them, `accelerate launch --cpu --num_processes 2` starts one process.
+
+    It gives the address of the first process all the same, which it does not for a single one.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise TrainingError(
+            "`accelerate launch` was asked for several processes and started this one alone; it starts CPU "
+            "processes through mpirun, so give --mpirun_hostfile FILE, or use `torchrun --nproc-per-node N`"
+        )

@@ -95,7 +95,8 @@ class Normalisation:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) to float32 of mean 0 and deviation 1, channels last in memory."""
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
+        values = 255 * torch.tensor([self.mean, self.std], device=pixels.device)
+        mean, std = values[:, None, :, None, None]
         return pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 

@@ -133,7 +133,10 @@ class Measure:
         self._batches: dict[float, list[tuple[Tensor, Tensor]]] = {}
 
     def batches(self, noise: float = 0.0) -> list[tuple[Tensor, Tensor]]:
-        """Normalised images (64, 3, H, W) under Gaussian noise of this deviation, and their labels."""
+        """Normalised images (64, 3, H, W) under Gaussian noise of this deviation, and their labels.
+
+        On the GHN's device.
+        """
         if noise not in self._batches:
             rng = torch.Generator().manual_seed(self.seed)
             std = torch.tensor(self.normalise.std).view(1, 3, 1, 1)
@@ -142,8 +145,8 @@ class Measure:
                 x = self.normalise(self.data.pixels[index])
                 if noise:
                     x = x + noise / std * torch.randn(x.shape, generator=rng)
-                x = x.to(self.precision).contiguous(memory_format=torch.channels_last)
-                made.append((x, self.data.labels[index]))
+                x = x.to(self.ghn.device, self.precision).contiguous(memory_format=torch.channels_last)
+                made.append((x, self.data.labels[index].to(self.ghn.device)))
             self._batches[noise] = made
         return self._batches[noise]
 
@@ -162,7 +165,7 @@ class Measure:
         if isinstance(network, Network):
             network = network.build(self.ghn.config.num_classes, size, self.seed)
         (params,) = self.ghn([trace(network, (1, 3, size, size))])
-        inject(prepare(network).eval(), params, self.precision)
+        inject(prepare(network, fast=self.ghn.device.type == "cpu").eval(), params, self.precision)
         hits = sum(int((network(x).argmax(1) == y).sum()) for x, y in self.batches(noise))
         return 100 * hits / len(self.data)
 

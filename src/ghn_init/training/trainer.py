@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -20,8 +21,9 @@ from ghn_init._model import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
+from ghn_init.training._curve import draw_curve
 from ghn_init.training._engine import Engine, Result
-from ghn_init.training._log import Log, Record
+from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._schedule import learning_rate, progress
@@ -32,6 +34,10 @@ from ghn_init.training.data import Images, Normalisation, augment, batch_indices
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch import nn
+
+    from ghn_init._config import GHNConfig
 
 _FIRST_STEPS = 100
 """Steps before the fraction of skipped ones is judged."""
@@ -50,6 +56,7 @@ class RunOptions:
         validation_networks: Held-out architectures of a quick validation.
         validation_images: Validation images of a quick validation.
         log_every: Steps between lines of the log.
+        tensorboard: Write the log for TensorBoard, too.
     """
 
     output: Path
@@ -59,6 +66,7 @@ class RunOptions:
     validation_networks: int = 12
     validation_images: int = 320
     log_every: int = 10
+    tensorboard: bool = False
 
 
 @dataclass
@@ -117,8 +125,11 @@ class Trainer:
         validation: Held-out images for quick validations.
         options: Where to keep it.
         start: Weights to start from instead of random ones; a checkpoint goes before them.
+        make_gnn: What makes the graph network from the GHN's configuration, usually its class, where
+            `config.ghn.hypernet` names one that is not part of this package.
 
     Raises:
+        ConfigError: Such a network is missing, or there is one that the configuration does not name.
         TrainingError: Weights to start from, images or number of processes that do not fit the
             configuration; a checkpoint there that is damaged or belongs to another configuration.
     """
@@ -131,13 +142,14 @@ class Trainer:
         options: RunOptions,
         *,
         start: GHN | None = None,
+        make_gnn: Callable[[GHNConfig], nn.Module] | None = None,
     ) -> None:
         self.config, self.images, self.options = config, images, options
         self.ranks = Ranks.current()
         self._check()
         self.normalise = Normalisation.of(images)
-        self.ghn = self._first_weights(start)
-        self.average = {name: value.detach().clone() for name, value in self.ghn.state_dict().items()}
+        self.ghn = self._first_weights(start, make_gnn).to(self.ranks.device)
+        self.average = {name: value.detach().clone() for name, value in self.ghn.named_parameters()}
         self.optimizer = make_optimizer(self.ghn, config)
         self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
         self.state = State()
@@ -149,6 +161,8 @@ class Trainer:
 
     def _check(self) -> None:
         config, classes, world = self.config, self.images.classes, self.ranks.world
+        if self.options.tensorboard:
+            summary_writer()  # raises now rather than at the first line
         if len(self.images) < config.batch_size:
             raise TrainingError(
                 f"{len(self.images)} training images; expected at least batch_size={config.batch_size}"
@@ -171,11 +185,11 @@ class Trainer:
                 f"meta_batch={config.meta_batch} networks cannot be shared evenly by {world} processes"
             )
 
-    def _first_weights(self, start: GHN | None) -> GHN:
+    def _first_weights(self, start: GHN | None, make_gnn: Callable[[GHNConfig], nn.Module] | None) -> GHN:
         config = self.config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            ghn = GHN(config.ghn)
+            torch.manual_seed(config.seed)  # so that all processes have the same weights
+            ghn = GHN(config.ghn, gnn=make_gnn(config.ghn) if make_gnn else None)
         if start is not None:
             if start.config != config.ghn:
                 raise TrainingError(f"weights to start from are of {start.config}; expected {config.ghn}")
@@ -202,7 +216,8 @@ class Trainer:
             on_step: Called after every step.
 
         Returns:
-            True if the run is over: the weights are exported. False if it waits to be resumed.
+            True if the run is over: the weights are exported and the learning curve is drawn. False if it
+            waits to be resumed.
 
         Raises:
             TrainingError: Too many steps without a finite loss; the process that prepares networks or
@@ -225,13 +240,15 @@ class Trainer:
             return False
         if self.ranks.first:
             self.export(self.options.output / "ghn")
+            draw_curve(self.options.output)
         return True
 
     def _run(self, on_step: Callable[[Record], None]) -> None:
         options, state, first = self.options, self.state, self.ranks.first
         before, started = state.seconds, time.monotonic()
         saved = validated = started
-        log = Log(options.output if first else None, options.log_every, resume_at=state.step)
+        folder = options.output if first else None
+        log = Log(folder, options.log_every, resume_at=state.step, tensorboard=options.tensorboard)
         prefetcher = Prefetcher(self.config, self.image_size, state.position, self.ranks)
         with log, prefetcher, _Termination() as termination:
             batches, stop = iter(prefetcher), False
@@ -279,12 +296,12 @@ class Trainer:
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Augmented and normalised images of a step, (B, 3, H, W) float, their labels, and soft targets."""
-        config = self.config
+        config, device = self.config, self.ranks.device
         batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
         pixels = augment(batch.pixels, generator(config.seed, "augmentation", step))
-        x = self.normalise(pixels)
-        targets = batch.targets(config.soft_labels) if config.soft_labels else None
-        return x if self.image_size == self.images.size else halve(x), batch.labels, targets
+        x = self.normalise(pixels.to(device))
+        targets = batch.targets(config.soft_labels).to(device) if config.soft_labels else None
+        return x if self.image_size == self.images.size else halve(x), batch.labels.to(device), targets
 
     def _run_networks(
         self,
@@ -350,8 +367,9 @@ class Trainer:
 
     def averaged(self) -> GHN:
         """The GHN with the moving average of the weights, or a copy of it without an average."""
-        ghn = GHN(self.config.ghn)
-        ghn.load_state_dict(self.average if self.config.ema else self.ghn.state_dict())
+        ghn = copy.deepcopy(self.ghn)
+        if self.config.ema:
+            ghn.load_state_dict(self.average, strict=False)  # it has the parameters, a network's buffers stay
         return ghn.eval()
 
     def _validate(self) -> dict[str, Any]:
@@ -390,7 +408,8 @@ class Trainer:
             )
         self.ghn.load_state_dict(dict(saved.tensors["weights"]))
         if self.config.ema:
-            self.average = dict(saved.tensors["average"])
+            for name, value in self.average.items():
+                value.copy_(saved.tensors["average"][name])
         _checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"])
         self.state = State(**saved.state["state"])
 
