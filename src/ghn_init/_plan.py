@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ghn_init._diversify import diversify as diversify_
 from ghn_init._errors import PredictError
+from ghn_init._initial import kinds_of
 from ghn_init._materialise import materialised
-from ghn_init._select import KEEP, Options, as_patterns, check_model, listing, select
-from ghn_init._tile import stored_form, tile_to
+from ghn_init._select import KEEP, Options, as_patterns, check_model, forbid_kept, listing, select
+from ghn_init._sharded import reshard
+from ghn_init._stream import save
 from ghn_init._tiles import ghn_of, plain_torch, predicted_tiles
 from ghn_init._trace import trace
+from ghn_init._wrappers import unwrapped
+from ghn_init._write import names_of, targets_of, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from os import PathLike
+    from pathlib import Path
 
     from ghn_init._graph import Graph
     from ghn_init._model import GHN
@@ -44,6 +48,7 @@ class Row:
             smaller and repeats; "kept": not written.
         reason: Why it is kept, or "".
         also: Its other names, if it is tied.
+        through: Name of the weight that is computed from it, if that is what is predicted; or None.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Row:
     action: Action
     reason: str = ""
     also: tuple[str, ...] = ()
+    through: str | None = None
 
     @property
     def numel(self) -> int:
@@ -83,8 +89,8 @@ class Plan(Generic[ModelT]):
 
         dtype, device, requires_grad, identity and ties of the parameters stay, so an optimizer that holds
         them needs no change; tied ones are written once. A model on the meta device is created on the
-        CPU: its parameters are then new objects, and kept parameters and buffers come from their
-        modules' `reset_parameters`. Applying again writes the same bits.
+        CPU: its parameters are then new objects, and kept parameters and buffers get the values that
+        `ghn_init._initial` describes. Applying again writes the same bits.
 
         Raises:
             PredictError: Nothing to write; the model changed since it was planned; or a meta model
@@ -97,14 +103,31 @@ class Plan(Generic[ModelT]):
             raise PredictError(
                 f"{kind}: nothing to write, all {len(self.rows)} parameters are kept ({reasons})"
             )
-        with plain_torch(), materialised(self.model, self._tiles, self.options.seed):
-            self._write(self._targets())
+        network = self._network()
+        with plain_torch():
+            predicted = names_of(network, self._tiles)
+            with materialised(network, predicted, kinds_of(self.graph), self.options.seed):
+                write(network, targets_of(network, self._tiles), self.options)
         return self.model
 
+    def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+        """Write the whole model's checkpoint with the predicted values to disk, tensor by tensor.
+
+        See `ghn_init.predict_to`. The model is left as it is: one on the meta device stays there.
+        """
+        with plain_torch():
+            kinds = kinds_of(self.graph)
+            return save(self._network(), self._tiles, kinds, self.options, folder, max_shard_size)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of the parameters that are written, one full float32 tensor at a time."""
-        for name, tile in self._tiles.items():
-            yield name, self._value(name, tile)
+        """Names and values of the tensors that are written, one full tensor at a time, on the CPU.
+
+        In the parameters' dtypes. A weight that is computed from other parameters gives those.
+        """
+        for target in targets_of(self._network(), self._tiles):
+            with plain_torch():
+                values = target.values(self.options)
+            yield from ((name, value.cpu()) for name, value in values.items())
 
     def counts(self) -> dict[Action, tuple[int, int]]:
         """Number of parameters and of elements for every action."""
@@ -124,6 +147,7 @@ class Plan(Generic[ModelT]):
                 "action": row.action,
                 "reason": row.reason,
                 "also": list(row.also),
+                "through": row.through,
             }
             for row in self.rows
         ]
@@ -161,55 +185,11 @@ class Plan(Generic[ModelT]):
         kept = [f"kept, {count} of them: {reason}" for reason, count in reasons.most_common()]
         return "\n".join([_aligned(lines, right=(1, 2, 3)), *kept])
 
-    def _targets(self) -> list[tuple[str, nn.Parameter, Tile]]:
-        """Every tile with its parameter, on the parameter's device and in its dtype.
-
-        Raises:
-            PredictError: Parameters that are gone or have another shape since the plan was made.
-        """
-        params = dict(self.model.named_parameters())
-        changed = [n for n, tile in self._tiles.items() if n not in params or params[n].shape != tile.stored]
-        if changed:
-            kind = type(self.model).__name__
-            raise PredictError(f"{kind} changed since it was planned: {listing(changed)}; make a new plan")
-        return [
-            (name, params[name], tile if self._diversified(tile) else _on(tile, params[name]))
-            for name, tile in self._tiles.items()
-        ]
-
-    def _diversified(self, tile: Tile) -> bool:
-        """The prediction is changed before it is written: full, in float32, on the CPU."""
-        return self.options.diversify is not None and len(tile.shape) > 1
-
-    def _write(self, targets: list[tuple[str, nn.Parameter, Tile]]) -> None:
-        """Copy every tile into its parameter."""
-        if self.options.diversify is not None:
-            # The largest first, so that memory that does not suffice is found before anything is written.
-            targets = sorted(targets, key=lambda target: -target[1].numel())
-        written = 0
-        try:
-            for name, param, tile in targets:
-                if self._diversified(tile):
-                    param.copy_(self._value(name, tile))
-                else:
-                    tile.copy_into(param)
-                written += 1
-        except RuntimeError as error:
-            name, param, _ = targets[written]
-            raise PredictError(
-                f"{type(self.model).__name__}: {param.device} refused to write {name} {tuple(param.shape)}: "
-                f"{error}; {written} of {len(targets)} parameters were written before, apply the plan again"
-            ) from error
-
-    def _value(self, name: str, tile: Tile) -> Tensor:
-        """The full tensor of a parameter, diversified if so wanted, in its own shape."""
-        if self.options.diversify is None or not self._diversified(tile):
-            return tile.expand()
-        block = tile.values.cpu()
-        full = tile_to(block.unsqueeze(0), tile.shape)[0]
-        full = full.clone() if full.data_ptr() == block.data_ptr() else full
-        diversify_(full, block, self.options.diversify, name=name, seed=self.options.seed)
-        return stored_form(full.unsqueeze(0), tile.stored, tile.transposed)[0]
+    def _network(self) -> nn.Module:
+        """The network inside the model's wrappers, its shards in place."""
+        network = unwrapped(self.model)
+        reshard(network)
+        return network
 
 
 def plan(
@@ -229,7 +209,9 @@ def plan(
     The model is not changed: neither weights nor buffers, modes, hooks or random state.
 
     Args:
-        model: The network, on any device, meta included.
+        model: The network, on any device, meta included; wrapped (DistributedDataParallel, torch.compile,
+            AveragedModel, ...) or not, sharded over processes or not, see docs/places.md. Names are those
+            of the network inside the wrappers.
         weights: The GHN: a bundled name, a file or directory, "hf://org/repo", or a loaded one. What is
             named runs on the CPU, so that every device gets the same bits; a loaded GHN runs where it is.
         example_input: What the network is called with, see `trace`; found by itself where it can be.
@@ -255,29 +237,49 @@ def plan(
         head, as_patterns("include", include), as_patterns("exclude", exclude), diversify, seed, strict
     )
     check_model(model)
+    network = unwrapped(model)
+    reshard(network)
     with plain_torch():
-        graph = trace(model, example_input)
+        graph = trace(network, example_input)
         ghn = ghn_of(weights)
-        entries = select(model, graph, options, ghn.config.num_classes)
+        entries = select(network, graph, options, ghn.config.num_classes)
         tiles = predicted_tiles(ghn, graph, entries)
+        entries, tiles = _solvable(network, entries, tiles, options)
+    if options.strict:
+        forbid_kept(type(network).__name__, entries)
     label = type(weights).__name__ if isinstance(weights, torch.nn.Module) else str(weights)
-    rows = tuple(_row(entry, tiles.get(entry.name)) for entry in entries)
+    rows = tuple(_row(entry, tiles.get(entry.source)) for entry in entries)
     return Plan(model, graph, rows, label, options, tiles)
+
+
+def _solvable(
+    network: nn.Module, entries: list[Entry], tiles: dict[str, Tile], options: Options
+) -> tuple[list[Entry], dict[str, Tile]]:
+    """The same without computed weights that cannot be made what was predicted."""
+    refused: dict[str, str] = {}
+    for target in targets_of(network, tiles):
+        if target.computed is not None:
+            try:
+                target.values(options)
+            except PredictError as error:
+                refused[target.name] = str(error).removeprefix(f"{target.name}: ")
+    entries = [
+        replace(entry, wanted=KEEP, reason=refused[entry.source]) if entry.source in refused else entry
+        for entry in entries
+    ]
+    return entries, {name: tile for name, tile in tiles.items() if name not in refused}
 
 
 def _row(entry: Entry, tile: Tile | None) -> Row:
     action: Action = "kept" if tile is None else "tiled" if tile.tiled else "predicted"
-    return Row(entry.name, tuple(entry.param.shape), entry.node, action, entry.reason, entry.also)
-
-
-def _on(tile: Tile, param: Tensor) -> Tile:
-    """The tile on the parameter's device and in its dtype."""
-    values = tile.values.to(param.device, param.dtype)
-    return tile if values is tile.values else replace(tile, values=values)
+    through = None if entry.through is None else entry.through.name
+    return Row(entry.name, tuple(entry.param.shape), entry.node, action, entry.reason, entry.also, through)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    note = ", ".join(filter(None, (row.reason, f"tied to {', '.join(row.also)}" if row.also else "")))
+    tied = f"tied to {', '.join(row.also)}" if row.also else ""
+    through = f"through {row.through}" if row.through and row.action != KEEP else ""
+    note = ", ".join(filter(None, (row.reason, through, tied)))
     return row.name, "x".join(map(str, row.shape)) or "scalar", row.node or "-", row.action, note
 
 

@@ -108,6 +108,11 @@ class Recorder(TorchFunctionMode):
         """Make every tensor in `value` an input of the network."""
         self.carry(value, Flow((0,)))
 
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        """Take `tensor`, which was computed from parameters, for a parameter called `name`."""
+        self.shapes[name] = tuple(tensor.shape)
+        self.carry(tensor, Derived((name,)))
+
     def add_node(self, node: Node, sources: Iterable[int]) -> int:
         """Append `node` with edges from `sources`; returns its index."""
         self.nodes.append(node)

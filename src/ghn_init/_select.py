@@ -13,11 +13,15 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ghn_init._errors import PredictError
+from ghn_init._parametrised import computed_weights
+from ghn_init._sharded import is_sharded
+from ghn_init._sharded import refusal as sharding_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ghn_init._graph import Graph
+    from ghn_init._parametrised import Computed
 
 Head = Literal["auto", "predict", "keep"]
 Diversify = Literal["noise", "orthogonal"]
@@ -75,9 +79,11 @@ class Entry:
         param: The parameter itself.
         also: Its other qualified names, if it is tied.
         node: Type of the node that stands for it, or None.
-        key: Its name in the graph, one of `name` and `also`, or None where there is no node.
+        key: Its name in the graph, or None where there is no node: one of `name` and `also`, or the name of
+            the weight that is computed from it.
         wanted: What is to be done with it.
         reason: Why it is kept, or "".
+        through: The weight that is computed from it, which is what is predicted; or None.
     """
 
     name: str
@@ -87,6 +93,12 @@ class Entry:
     key: str | None
     wanted: Wanted
     reason: str
+    through: Computed | None = None
+
+    @property
+    def source(self) -> str:
+        """The name of what is predicted: the parameter's own, or that of the weight computed from it."""
+        return self.name if self.through is None else self.through.name
 
 
 def check_model(model: object) -> None:
@@ -122,50 +134,71 @@ def select(model: nn.Module, graph: Graph, options: Options, num_classes: int) -
         num_classes: Width of the classifier that the GHN was trained for.
 
     Raises:
-        PredictError: A pattern that matches no parameter, or `strict` and a parameter that would be kept.
+        PredictError: A pattern that matches no parameter.
     """
     names = _names(model)
-    every = [name for _, aliases in names for name in aliases]
+    computed = computed_weights(model)
+    every = [*(name for _, aliases in names for name in aliases), *computed]
     _check_patterns("include", options.include, every)
     _check_patterns("exclude", options.exclude, every)
     types = {name: node.type for node in graph.nodes for name in (node.param, node.bias) if name is not None}
     refusals = _Refusals(
-        _parametrised_prefixes(model),
         {unmatched.name: unmatched.role for unmatched in graph.unmatched},
         _head_reasons(graph, options.head, num_classes),
     )
+    parts = {part: weight for weight in computed.values() for part in weight.parts}
+    own = {name: weight for weight in computed.values() for name in weight.own}
+    blocked = _blocked(computed.values(), names)
     entries = []
     for param, aliases in names:
-        key = next((alias for alias in aliases if alias in types), None)
-        wanted, reason = _by_pattern(aliases, options) or refusals.of(param, aliases, key) or (PREDICT, "")
+        through = parts.get(aliases[0])
+        called = aliases if through is None else (*through.parts, through.name)
+        key = next((name for name in called if name in types), None)
+        if aliases[0] in own:
+            decision = KEEP, f"belongs to the {own[aliases[0]].how} of {own[aliases[0]].name}"
+        else:
+            barrier = blocked.get(through.name) if through is not None else unwritable(param)
+            decision = _by_pattern(called, options) or refusals.of(barrier, called, key) or (PREDICT, "")
         node = types[key] if key is not None else None
-        entries.append(Entry(aliases[0], param, aliases[1:], node, key, wanted, reason))
-    if options.strict:
-        _forbid_kept(type(model).__name__, entries)
+        entries.append(Entry(aliases[0], param, aliases[1:], node, key, *decision, through))
     return entries
+
+
+def _blocked(
+    computed: Iterable[Computed], names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]
+) -> dict[str, str]:
+    """Why computed weights cannot be written, by name; "" where nothing is in the way."""
+    of_name = {name: (param, aliases) for param, aliases in names for name in aliases}
+    blocked = {}
+    for weight in computed:
+        params = [of_name[part] for part in weight.parts]
+        tied = [part for part, (_, aliases) in zip(weight.parts, params, strict=True) if len(aliases) > 1]
+        blocked[weight.name] = (
+            weight.obstacle
+            or next((f"{weight.how}, {part} is tied" for part in tied), "")
+            or next((f"{weight.how}, sharded" for param, _ in params if is_sharded(param)), "")
+            or next((cause for param, _ in params if (cause := unwritable(param))), "")
+        )
+    return blocked
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusals:
-    """Why parameters cannot be predicted: by prefix, by role without a node, by being the classifier."""
+    """Why parameters cannot be predicted: by role without a node, by being the classifier."""
 
-    parametrised: dict[str, str]
     roles: dict[str, str]
     head: dict[str, tuple[Wanted, str]]
 
-    def of(self, param: nn.Parameter, aliases: Sequence[str], key: str | None) -> tuple[Wanted, str] | None:
-        """What keeps this parameter from being predicted, or None."""
-        if cause := _unwritable(param) or self._parametrised(aliases[0]):
-            return KEEP, cause
+    def of(self, barrier: str | None, aliases: Sequence[str], key: str | None) -> tuple[Wanted, str] | None:
+        """What keeps this parameter from being predicted, or None; `barrier` is why it cannot be written."""
+        if barrier:
+            return KEEP, barrier
         if key is None:
             role = next(
                 (self.roles[alias] for alias in aliases if alias in self.roles), "no operation uses it"
             )
             return KEEP, f"no node type fits: {role}"
         return self.head.get(key)
-
-    def _parametrised(self, name: str) -> str:
-        return next((reason for prefix, reason in self.parametrised.items() if name.startswith(prefix)), "")
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
@@ -208,8 +241,10 @@ def _by_pattern(aliases: Sequence[str], options: Options) -> tuple[Wanted, str] 
     return (SPARE, "not included") if options.include and not any(included) else None
 
 
-def _unwritable(param: nn.Parameter) -> str:
+def unwritable(param: nn.Parameter) -> str:
     """Why `param` cannot take predicted values, or ""."""
+    if is_sharded(param):
+        return sharding_refusal(param)
     if is_traceable_wrapper_subclass(param):
         return f"tensor subclass {type(param.data).__name__}"
     if param.layout != torch.strided:
@@ -253,22 +288,12 @@ def _head_decision(head: Head, width: int, num_classes: int) -> tuple[Wanted, st
     return KEEP, f"classifier of width {width}; {trained}"
 
 
-def _parametrised_prefixes(model: nn.Module) -> dict[str, str]:
-    """Prefixes of parameter names that stand behind a computed tensor, with how it is computed."""
-    prefixes: dict[str, str] = {}
-    for path, module in model.named_modules():
-        dot = f"{path}." if path else ""
-        if hasattr(module, "parametrizations"):
-            prefixes[f"{dot}parametrizations."] = "parametrised (torch.nn.utils.parametrize)"
-        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 no public way to list hooks
-            kind, name = type(hook).__name__, getattr(hook, "name", None)
-            if kind in ("WeightNorm", "SpectralNorm") and isinstance(name, str):
-                for suffix in ("_g", "_v", "_orig"):
-                    prefixes[f"{dot}{name}{suffix}"] = f"parametrised ({kind} hook)"
-    return prefixes
+def forbid_kept(model: str, entries: Sequence[Entry]) -> None:
+    """What `strict` means.
 
-
-def _forbid_kept(model: str, entries: Sequence[Entry]) -> None:
+    Raises:
+        PredictError: A parameter would be kept that the caller has not asked to keep.
+    """
     kept = [f"  {entry.name}: {entry.reason}" for entry in entries if entry.wanted == KEEP]
     if kept:
         lines = "\n".join(kept)

@@ -68,7 +68,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def predicted_tiles(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> dict[str, Tile]:
-    """Tiles of the entries that are to be predicted, by the parameter's (first) name, in order.
+    """Tiles of the entries that are to be predicted, by `Entry.source`, in order.
 
     Raises:
         PredictError: The GHN fails, misses a parameter, or predicts one with a wrong shape or with
@@ -90,7 +90,7 @@ def predicted_tiles(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> dict[st
             f"{graph.name}: {len(faults)} of {len(wanted)} predictions cannot be written; the model is as it "
             f"was. Are these the weights of a trained GHN?\n{lines}"
         )
-    return {entry.name: tiles[key] for key, entry in wanted.items()}
+    return {entry.source: tiles[key] for key, entry in wanted.items()}
 
 
 def _faults(wanted: dict[str, Entry], tiles: dict[str, Tile]) -> dict[str, str]:
@@ -100,7 +100,7 @@ def _faults(wanted: dict[str, Entry], tiles: dict[str, Tile]) -> dict[str, str]:
         shape = tuple(entry.param.shape)
         if key not in tiles:
             faults[key] = "not predicted"
-        elif tuple(tiles[key].stored) != shape:
+        elif entry.through is None and tuple(tiles[key].stored) != shape:
             faults[key] = f"shape {tuple(tiles[key].stored)}, expected {shape}"
     sound = [key for key in wanted if key not in faults]
     if not sound:

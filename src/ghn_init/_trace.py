@@ -14,13 +14,16 @@ from torch.nn.parameter import UninitializedParameter
 from ghn_init._errors import GHNInitError, TraceError
 from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._ops import RULES
+from ghn_init._parametrised import computed_weights, watched
 from ghn_init._record import Recorder
+from ghn_init._wrappers import bare, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
     from ghn_init._graph import Graph
+    from ghn_init._parametrised import Computed
 
 
 def trace(model: nn.Module, example_input: object = None) -> Graph:
@@ -28,7 +31,8 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
 
     The forward pass is followed once on meta tensors: real shapes and control flow, no data, no
     computation. Parameters, buffers, train/eval mode, attributes and random state are left as they
-    are. The model may be on any device, meta included.
+    are. The model may be on any device, meta included. Of a wrapped network (see `_wrappers`) the
+    graph is that of the network inside.
 
     Args:
         model: The network.
@@ -45,6 +49,7 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
             message names the module in which it failed.
     """
     _check(model)
+    model = unwrapped(model)
     if example_input is not None:
         return _recorded(model, given_input(example_input))
     failures: list[tuple[ExampleInput, TraceError]] = []
@@ -83,9 +88,10 @@ def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
     Raises:
         TraceError: The forward pass failed; from the original error.
     """
-    recorder = Recorder(dict(model.named_parameters()), RULES)
+    computed = computed_weights(model)
+    recorder = Recorder(_parameters(model, computed), RULES)
     recorder.add_input((example.args, dict(example.kwargs)))
-    with _untouched(model), torch.no_grad():
+    with _untouched(model), bare(model), watched(computed, recorder.add_parameter), torch.no_grad():
         try:
             with recorder:
                 output = model(*example.args, **example.kwargs)
@@ -99,6 +105,16 @@ def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
                 f"{example.described}: {type(error).__name__}: {_first_line(error)}"
             ) from error
     return recorder.graph(output, type(model).__name__)
+
+
+def _parameters(model: nn.Module, computed: Mapping[str, Computed]) -> dict[str, nn.Parameter]:
+    """The parameters by name, ties once, without those from which weights are computed."""
+    if not computed:
+        return dict(model.named_parameters())
+    parts = {part for weight in computed.values() for part in weight.parts}
+    every = list(model.named_parameters(remove_duplicate=False))
+    first = {id(param): (name, param) for name, param in reversed(every) if name not in parts}
+    return dict(reversed(first.values()))
 
 
 def _first_line(error: Exception) -> str:

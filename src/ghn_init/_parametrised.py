@@ -1,0 +1,331 @@
+"""Weights that a module computes from other parameters, and writing through that computation.
+
+`torch.nn.utils.parametrize` (with it `parametrizations.weight_norm`, `spectral_norm` and `orthogonal`) and
+the older hooks `torch.nn.utils.weight_norm` and `spectral_norm` replace a weight by parameters of their own.
+In the graph the computed weight stands for itself, under the name that it had; a prediction of it is
+solved for those parameters, by the parametrisation's own `right_inverse`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._errors import PredictError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+POWER_ITERATIONS: Final = 15
+"""Of a spectral norm's vectors for a new weight; as many as torch does for the first one."""
+
+
+@dataclass(frozen=True)
+class Computed(ABC):
+    """A weight that is computed from other parameters.
+
+    Attributes:
+        module: The module whose weight it is.
+        path: The module's qualified name.
+        attribute: The weight's name in the module.
+    """
+
+    module: nn.Module
+    path: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The weight's qualified name."""
+        return self._inside(self.attribute)
+
+    @property
+    @abstractmethod
+    def how(self) -> str:
+        """How it is computed, in words."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """Qualified names of the parameters that are solved for."""
+
+    @property
+    @abstractmethod
+    def own(self) -> tuple[str, ...]:
+        """Qualified names of the computation's other tensors; a solution sets the buffers among them."""
+
+    @property
+    def solved(self) -> tuple[str, ...]:
+        """Qualified names of all tensors that `solve` gives a value."""
+        return (*self.parts, *self.own)
+
+    @property
+    def obstacle(self) -> str:
+        """Why no value can be written through the computation, or ""."""
+        return ""
+
+    @abstractmethod
+    def watch(self, seen: Callable[[Tensor], None]) -> Any:
+        """Call `seen` with the weight whenever it was computed; returns the handle that ends this."""
+
+    @abstractmethod
+    def _solved(self, value: Tensor) -> dict[str, Tensor]: ...
+
+    def refresh(self) -> None:  # noqa: B027 most are computed when they are asked for
+        """Compute the weight anew where the module keeps it."""
+
+    @torch.no_grad()
+    def solve(self, value: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        """What the computation's tensors must be for the weight to become `value`, or come close.
+
+        A pure function: neither the module nor the global random state changes. A parametrisation that
+        cannot make every value, such as an orthogonal one, makes the one that its `right_inverse` finds.
+
+        Args:
+            value: The wanted weight, in the dtype and on the device of the parts.
+            seed: Of what is drawn at random.
+
+        Returns:
+            Names (`solved`) and values.
+
+        Raises:
+            PredictError: There is no solution.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_seed(self.name, seed))
+            try:
+                solution = self._solved(value)
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                raise PredictError(f"{self.name}: {self.how} cannot be inverted: {told}") from error
+        for name, tensor in solution.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise PredictError(f"{self.name}: {self.how} gives values that are not finite for {name}")
+        return solution
+
+    def _inside(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+@dataclass(frozen=True)
+class Parametrised(Computed):
+    """A weight under `torch.nn.utils.parametrize`."""
+
+    @property
+    def _chain(self) -> Any:
+        return self.module.parametrizations[self.attribute]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+
+    @property
+    def _functions(self) -> list[nn.Module]:
+        """The parametrisations, in the order in which they are applied."""
+        chain = self._chain
+        return [chain[index] for index in range(len(chain))]
+
+    @property
+    def of_parameters(self) -> bool:
+        """The originals are parameters; a parametrised buffer is none of our business."""
+        return len(dict(self._chain.named_parameters(recurse=False))) == len(self.parts)
+
+    @property
+    def how(self) -> str:
+        """The parametrisations' names."""
+        names = ", ".join(type(function).__name__.lstrip("_") for function in self._functions)
+        return f"parametrisation {names}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """`original`, or `original0`, `original1`, ..."""
+        chain = self._chain
+        names = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
+        return tuple(self._deep(name) for name in names)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The tensors of the parametrisations themselves."""
+        parts = set(self.parts)
+        tensors = (*self._chain.named_parameters(), *self._chain.named_buffers())
+        return tuple(name for inner, _ in tensors if (name := self._deep(inner)) not in parts)
+
+    @property
+    def solved(self) -> tuple[str, ...]:
+        """The originals and the parametrisations' buffers."""
+        return (*self.parts, *(self._deep(name) for name, _ in self._chain.named_buffers()))
+
+    @property
+    def obstacle(self) -> str:
+        """A parametrisation without `right_inverse`, or one that cannot work yet."""
+        for function in self._functions:
+            kind = type(function).__name__.lstrip("_")
+            if not hasattr(function, "right_inverse"):
+                return f"parametrised by {kind}, which has no right_inverse"
+            tensors = (*function.parameters(), *function.buffers())
+            if not _is_spectral(function) and any(tensor.is_meta for tensor in tensors):
+                return f"parametrised by {kind}, which is on the meta device itself"
+        return ""
+
+    def watch(self, seen: Callable[[Tensor], None]) -> Any:
+        """See `Computed.watch`."""
+        return self._chain.register_forward_hook(lambda _module, _args, output: seen(output))
+
+    def _solved(self, value: Tensor) -> dict[str, Tensor]:
+        functions = [copy.deepcopy(function) for function in self._functions]
+        for function in filter(_is_spectral, functions):
+            for name, vector in list(function.named_buffers()):
+                setattr(function, name, _direction(vector, value))
+        found: Any = value
+        for function in reversed(functions):
+            found = function.right_inverse(found)  # pyright: ignore[reportCallIssue]
+        originals = [found] if isinstance(found, Tensor) else list(found)
+        for name, tensor in zip(self.parts, originals, strict=True):
+            stored = self._chain.get_parameter(name.rpartition(".")[2])
+            if tensor.shape != stored.shape:
+                raise ValueError(f"{name} has shape {tuple(stored.shape)}, found {tuple(tensor.shape)}")
+        self._settle(functions, originals)
+        buffers = {
+            self._deep(f"{index}.{name}"): tensor
+            for index, function in enumerate(functions)
+            for name, tensor in function.named_buffers()
+        }
+        solution = dict(zip(self.parts, originals, strict=True)) | buffers
+        return {name: solution[name] for name in self.solved}
+
+    @staticmethod
+    def _settle(functions: list[nn.Module], originals: list[Tensor]) -> None:
+        """Let vectors that follow the weight, as those of a spectral norm, come to rest."""
+        if not any(map(_is_spectral, functions)):
+            return
+        for function in functions:
+            function.train()
+        for _ in range(POWER_ITERATIONS):
+            current: Any = originals
+            for function in functions:
+                current = [function(*current)]
+
+    def _deep(self, name: str) -> str:
+        return self._inside(f"parametrizations.{self.attribute}.{name}")
+
+
+@dataclass(frozen=True)
+class Hooked(Computed):
+    """A weight that a forward pre-hook of `torch.nn.utils` computes.
+
+    Attributes:
+        hook: The hook.
+    """
+
+    hook: Any
+
+    @property
+    def how(self) -> str:
+        """The hook's name."""
+        return f"{type(self.hook).__name__} hook"
+
+    def watch(self, seen: Callable[[Tensor], None]) -> Any:
+        """See `Computed.watch`."""
+        # The hooks run in the order in which they were registered.
+        return self.module.register_forward_pre_hook(
+            lambda module, _args: seen(getattr(module, self.attribute))
+        )
+
+
+@dataclass(frozen=True)
+class WeightNormHook(Hooked):
+    """`torch.nn.utils.weight_norm`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Magnitude and direction."""
+        return self._inside(f"{self.attribute}_g"), self._inside(f"{self.attribute}_v")
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def _solved(self, value: Tensor) -> dict[str, Tensor]:
+        magnitude, direction = self.parts
+        return {magnitude: torch.norm_except_dim(value, 2, self.hook.dim), direction: value}
+
+    def refresh(self) -> None:
+        """See `Computed.refresh`."""
+        setattr(self.module, self.attribute, self.hook.compute_weight(self.module))
+
+
+@dataclass(frozen=True)
+class SpectralNormHook(Hooked):
+    """`torch.nn.utils.spectral_norm`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The weight before it is normalised."""
+        return (self._inside(f"{self.attribute}_orig"),)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The two singular vectors."""
+        return self._inside(f"{self.attribute}_u"), self._inside(f"{self.attribute}_v")
+
+    def _solved(self, value: Tensor) -> dict[str, Tensor]:
+        twin = nn.Module()
+        setattr(twin, f"{self.attribute}_orig", value)
+        for end in ("_u", "_v"):
+            vector = getattr(self.module, f"{self.attribute}{end}")
+            setattr(twin, f"{self.attribute}{end}", _direction(vector, value))
+        for _ in range(POWER_ITERATIONS):
+            self.hook.compute_weight(twin, do_power_iteration=True)
+        vectors = {name: getattr(twin, name[len(self._inside("")) :]) for name in self.own}
+        return {self.parts[0]: value} | vectors
+
+    def refresh(self) -> None:
+        """See `Computed.refresh`."""
+        setattr(self.module, self.attribute, self.hook.compute_weight(self.module, do_power_iteration=False))
+
+
+_HOOKS: Final[dict[str, type[Hooked]]] = {"WeightNorm": WeightNormHook, "SpectralNorm": SpectralNormHook}
+
+
+def computed_weights(model: nn.Module) -> dict[str, Computed]:
+    """The computed weights of `model`, by qualified name."""
+    found: list[Computed] = []
+    for path, module in model.named_modules():
+        chains = module._modules.get("parametrizations")  # noqa: SLF001 hasattr takes ten times longer
+        if isinstance(chains, nn.ModuleDict):
+            weights = (Parametrised(module, path, attribute) for attribute in chains)
+            found += [weight for weight in weights if weight.of_parameters]
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 no public way to list hooks
+            kind = _HOOKS.get(type(hook).__name__)
+            if kind is not None and type(hook).__module__.startswith("torch.nn.utils."):
+                found.append(kind(module, path, hook.name, hook))
+    return {weight.name: weight for weight in found}
+
+
+@contextmanager
+def watched(weights: dict[str, Computed], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `seen(name, tensor)` is called whenever one of `weights` was computed."""
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            handle = weight.watch(lambda tensor, name=name: seen(name, tensor))
+            stack.callback(handle.remove)
+        yield
+
+
+def _is_spectral(function: nn.Module) -> bool:
+    return type(function).__name__ == "_SpectralNorm"
+
+
+def _direction(vector: Tensor, like: Tensor) -> Tensor:
+    """A random vector of length 1 like `vector`: where the power iteration starts, whatever was before."""
+    drawn = torch.empty(vector.shape, dtype=torch.float32).normal_()
+    return (drawn / drawn.norm()).to(like.device, like.dtype)
+
+
+def _seed(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

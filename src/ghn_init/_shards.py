@@ -1,0 +1,162 @@
+"""A streaming writer of sharded safetensors checkpoints.
+
+`safetensors.torch.save_file` wants all tensors of a file in memory, and the hub's `save_torch_model` those of
+the whole model. The format itself (https://huggingface.co/docs/safetensors) is made for streaming: eight
+bytes with the header's length, a JSON header with every tensor's dtype, shape and place, then the raw
+values. Which tensor goes into which file is left to huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+import torch
+
+from ghn_init._errors import PredictError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+PATTERN: Final = "model{suffix}.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+_DTYPES: Final = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a checkpoint says of a tensor before its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_checkpoint(
+    folder: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor], max_shard_size: int | str
+) -> Path:
+    """Write a checkpoint into `folder`, asking for one tensor at a time.
+
+    Args:
+        folder: An existing folder without a checkpoint.
+        specs: Every tensor of the checkpoint, in order.
+        value: A tensor by name; asked once for every name, shard by shard, in the order of `specs` among
+            tensors whose elements have the same size.
+        max_shard_size: Of a file's values: bytes, or text such as "5GB". A larger tensor gets a file of its
+            own.
+
+    Returns:
+        What to open: the only file, or the index.
+
+    Raises:
+        PredictError: Not a size, a dtype that safetensors has no name for, or a file that cannot be written.
+    """
+    files = _split(specs, max_shard_size)
+    try:
+        for file, names in files.items():
+            _write_file(folder / file, {name: specs[name] for name in names}, value)
+        if len(files) == 1:
+            return folder / next(iter(files))
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PredictError(f"{folder} cannot be written: {error}") from error
+    return folder / INDEX
+
+
+def _split(specs: Mapping[str, Spec], max_shard_size: int | str) -> dict[str, list[str]]:
+    """File names and the names of the tensors in them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    unknown = sorted({str(spec.dtype) for spec in specs.values() if spec.dtype not in _DTYPES})
+    if unknown:
+        raise PredictError(f"safetensors cannot hold {', '.join(unknown)}")
+    try:
+        if isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise ValueError("expected a positive number of bytes")
+        split = split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern=PATTERN,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise PredictError(f"max_shard_size={max_shard_size!r}: {error}") from error
+    return split.filename_to_tensors
+
+
+def _write_file(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor]) -> None:
+    # Wide elements first, as safetensors itself does: so every tensor is aligned to its element size.
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    with path.open("xb") as file:
+        file.write(_header(names, specs))
+        for name in names:
+            _write_values(file, name, specs[name], value(name))
+
+
+def _header(names: Sequence[str], specs: Mapping[str, Spec]) -> bytes:
+    """Length and JSON, padded to eight bytes."""
+    # The one entry that transformers asks for. With more, readers may order them as they like.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in names:
+        spec = specs[name]
+        end = start + spec.nbytes
+        header[name] = {"dtype": _DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_values(file: BinaryIO, name: str, spec: Spec, tensor: Tensor) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+        raise PredictError(f"{name}: expected {spec}, found {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.numel():
+        # numpy has no bfloat16; bytes it has. Little-endian, as every machine that torch is built for.
+        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Inside, a new folder to write into, which becomes `folder` at the end; after an error nothing is left.
+
+    Raises:
+        PredictError: `folder` exists and is not empty, or cannot be made.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise PredictError(f"{partial} cannot be made: {error}") from error
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise PredictError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone if it was renamed
