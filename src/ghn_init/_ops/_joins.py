@@ -1,0 +1,152 @@
+"""Sums, concatenations and products of branches; functions of each element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghn_init._graph import Node
+from ghn_init._ops._nodes import joined, main_parameter, note_others
+from ghn_init._ops._table import rule
+from ghn_init._record import Call, Carried, Derived, Flow, merged
+
+
+@rule("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
+      "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
+      "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
+      "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_",
+      "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_")  # fmt: skip
+def elementwise(call: Call) -> Any:
+    """No node; the output's shape is the input's, known without asking the (often slow) meta kernel."""
+    x = call.arg(0, "input")
+    value = merged(call.inputs())
+    if not isinstance(value, Flow):
+        return call.passed_on()
+    in_place = call.name.endswith("_") or call.kwargs.get("inplace", False)
+    return call.gives(x if in_place else torch.empty_like(x), value)
+
+
+@rule("add", "add_", "__add__", "__radd__", "__iadd__")
+def add(call: Call) -> Any:
+    """A `sum` of two branches; of a branch and a positional encoding; of a layer and its own bias."""
+    a, b = call.arg(0, "input"), call.arg(1, "other")
+    of_a, of_b = call.carried(a), call.carried(b)
+    output = _combined(call, a, b)
+    value = merged((of_a, of_b))
+    if isinstance(value, Flow) and value.role != "scores":
+        if isinstance(of_a, Flow) and isinstance(of_b, Flow):
+            value = joined(call, "sum", value.sources)
+        else:
+            value = _with_parameter(call, value, of_b if isinstance(of_a, Flow) else of_a)
+    elif isinstance(value, Flow):
+        note_others(call, [of_a, of_b], "relative position table")
+    return call.gives(output, value)
+
+
+def _combined(call: Call, a: Any, b: Any) -> Any:
+    """The output of a sum or product: known from the operands' shapes, but for constants and scalars."""
+    if (
+        not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta)
+        or a.dtype != b.dtype
+        or "out" in call.kwargs
+    ):
+        return call.run()
+    if call.name.startswith("__i") or (call.name.endswith("_") and not call.name.startswith("__")):
+        return a  # in place
+    return a.new_empty(a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
+
+
+def _with_parameter(call: Call, flow: Flow, derived: Carried) -> Flow:
+    """The sum of activations and something computed from parameters."""
+    if not isinstance(derived, Derived) or not derived.params:
+        return flow
+    param = main_parameter(call, derived)
+    shape = call.recorder.shapes[param]
+    if sum(size > 1 for size in shape) >= 2:
+        return _with_positions(call, flow, param, shape)
+    if len(shape) == 1 and flow.sources != (0,):
+        return Flow((call.recorder.add_node(Node("bias", param, shape), flow.sources),))
+    call.recorder.note_role((param,), "shift")
+    return flow
+
+
+def _with_positions(call: Call, flow: Flow, param: str, shape: tuple[int, ...]) -> Flow:
+    """A learned positional encoding and the sum that it feeds."""
+    canonical = shape if len(shape) in (3, 4) else (1, *shape)
+    node = Node("pos_enc", param, canonical, stored=None if canonical == shape else shape)
+    encoding = call.recorder.add_node(node, ())
+    return joined(call, "sum", (*flow.sources, encoding))
+
+
+@rule("cat", "concat", "concatenate")
+def concat(call: Call) -> Any:
+    """A `concat` of several branches; parameters that are joined to a branch are tokens."""
+    inputs = call.inputs()
+    value = merged(inputs)
+    output = _concatenated(call)
+    if isinstance(value, Flow):
+        note_others(call, inputs, "class token")
+        value = joined(call, "concat", value.sources)
+    return call.gives(output, value)
+
+
+def _concatenated(call: Call) -> Any:
+    """An empty tensor of a concatenation's shape where its parts agree; else what torch says."""
+    parts, dim = list(call.arg(0, "tensors")), call.arg(1, "dim", call.kwargs.get("axis", 0))
+    first = parts[0]
+    alike = all(
+        part.is_meta
+        and part.dtype == first.dtype
+        and part.ndim == first.ndim
+        and _but(part, dim) == _but(first, dim)
+        for part in parts
+    )
+    if not alike or "out" in call.kwargs:
+        return call.run()
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return first.new_empty(shape)
+
+
+def _but(tensor: Tensor, dim: int) -> list[int]:
+    """The sizes of `tensor` without that of `dim`."""
+    sizes = list(tensor.shape)
+    if -len(sizes) <= dim < len(sizes):
+        del sizes[dim]
+    return sizes
+
+
+@rule("mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply")
+def mul(call: Call) -> Any:
+    """A `cse` where a feature map meets a gate of its channels; products with parameters scale."""
+    a, b = call.arg(0, "input"), call.arg(1, "other")
+    of_a, of_b = call.carried(a), call.carried(b)
+    output = _combined(call, a, b)
+    value = merged((of_a, of_b))
+    if isinstance(value, Flow):
+        role = "scale of the attention" if value.role == "scores" else "layer scale"
+        note_others(call, [of_a, of_b], role)
+        if isinstance(of_a, Flow) and isinstance(of_b, Flow) and (_gates(a, b) or _gates(b, a)):
+            value = joined(call, "cse", value.sources)
+    return call.gives(output, value)
+
+
+def _gates(gate: Tensor, features: Tensor) -> bool:
+    """Whether `gate` has one value for every channel of a feature map: (N, C, 1, 1) to (N, C, H, W)."""
+    if gate.ndim != features.ndim or gate.ndim < 3 or gate.shape == features.shape:
+        return False
+    first = gate.shape[1] == features.shape[1] and all(size == 1 for size in gate.shape[2:])
+    last = gate.shape[-1] == features.shape[-1] and all(size == 1 for size in gate.shape[1:-1])
+    return (first or last) and gate.numel() > gate.shape[0]
+
+
+@rule("embedding")
+def embedding(call: Call) -> Any:
+    """A table of embeddings: no node type fits; positions looked up in it are a positional encoding."""
+    inputs = call.inputs()
+    value = merged(inputs)
+    if isinstance(value, Flow):
+        note_others(call, inputs, "embedding table")
+    return call.gives(call.run(), value)

@@ -1,0 +1,46 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghn_init._graph import Node
+from ghn_init._ops._nodes import add_vector, main_parameter
+from ghn_init._ops._table import rule
+from ghn_init._record import Call, Derived, Flow
+
+
+@rule("batch_norm")
+def batch_norm(call: Call) -> Any:
+    """A `bn` node for weight and bias."""
+    return _norm(call, "bn", call.arg(3, "weight"), call.arg(4, "bias"))
+
+
+@rule("instance_norm")
+def instance_norm(call: Call) -> Any:
+    """Statistics of one example: an `ln` node."""
+    return _norm(call, "ln", call.arg(3, "weight"), call.arg(4, "bias"))
+
+
+@rule("layer_norm", "group_norm", "rms_norm")
+def layer_norm(call: Call) -> Any:
+    """An `ln` node for weight and bias; group norm and RMS norm, of one example too, are alike."""
+    return _norm(call, "ln", call.arg(2, "weight"), call.arg(3, "bias") if call.name != "rms_norm" else None)
+
+
+def _norm(call: Call, kind: str, weight: Tensor | None, bias: Tensor | None) -> Any:
+    x = call.arg(0, "input")
+    flow, of_weight, of_bias = (call.carried(tensor) for tensor in (x, weight, bias))
+    if not isinstance(flow, Flow):
+        return call.passed_on()
+    output = torch.empty_like(x)
+    bias_name = main_parameter(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
+    if isinstance(of_weight, Derived) and of_weight.params and weight is not None:
+        node = add_vector(call, kind, of_weight, flow.sources, bias_name)
+    else:
+        shape = None if bias_name is None else call.recorder.shapes[bias_name]
+        node = call.recorder.add_node(Node(kind, None, shape, bias_name), flow.sources)
+    return call.gives(output, Flow((node,)))
