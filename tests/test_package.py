@@ -99,11 +99,11 @@ def test_metadata_version_and_typing_marker() -> None:
 def test_the_core_imports_in_one_direction_only() -> None:
     """deepnets, training and the command line use the core; the core knows none of them."""
     level_of = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-    core = {path.stem: path for path in PACKAGE.glob("_*.py") if not path.stem.startswith("__")}
+    core = core_modules()
     assert set(core) == set(level_of), "a module came or went: update LAYERS and docs/design.md"
-    for module, path in core.items():
-        imported = imports_of(path)
-        outer = {name for name in imported if name.split(".")[0] in {"cli", "training", "deepnets"}}
+    for module, paths in core.items():
+        imported = {name.split(".")[0] for path in paths for name in imports_of(path)}
+        outer = {name for name in imported if name in {"cli", "training", "deepnets"}}
         assert not outer, f"{module} imports {outer}"
         above = {name for name in imported if level_of.get(name, 0) > level_of[module]}
         assert not above, f"{module} imports {above}, which stand above it"
@@ -113,7 +113,7 @@ def test_the_core_imports_in_one_direction_only() -> None:
 def test_the_design_page_names_every_module() -> None:
     page = (PACKAGE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
     table = page[page.index("## Modules") : page.index("## Import direction")]
-    modules = {path.stem for path in PACKAGE.glob("_*.py")} - {"__init__", "__main__"}
+    modules = set(core_modules())
     assert not {name for name in modules if f"`{name}`" not in table}
     named = set(re.findall(r"`(_\w+)`", table))
     assert named == modules
@@ -146,6 +146,13 @@ def test_the_readme_has_the_two_commands_on_one_line_each() -> None:
         assert found, f"README.md: no one-line command marked {name!r}"
         assert found[1].startswith("python3 -m venv .venv && ")
         assert found[1].endswith(end)
+
+
+def core_modules() -> dict[str, list[Path]]:
+    """The core's modules and packages, and the files of each."""
+    files = {path.stem: [path] for path in PACKAGE.glob("_*.py") if not path.stem.startswith("__")}
+    packages = {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("_*/__init__.py")}
+    return files | packages
 
 
 def imports_of(path: Path) -> set[str]:
