@@ -234,10 +234,9 @@ against the published figure, in brackets their standard error: both are samples
 `wide` is the first 100 networks of `test`, four times as wide; here {samples:,} of them.
 "No smaller" is how probable it is that as many of our networks as were published include none smaller
 than the smallest published one. Where it is near zero we draw very small networks more often than the
-published sampler did; we have not found why. It is not that those are refused: our smallest are networks
-whose output uses only every second cell, and the reference networks have such ones too, the smallest
-(without norm) with 28 nodes. Refusing networks without a layer of weights in a used or in a normal cell
-leaves these probabilities as they are.
+published sampler did; we have not found why. There is no simple limit: the smallest of 130 reference
+networks has 28 nodes. Some of our smallest do not use all cells, but 9 of those 130 do not either. Refusing
+networks without a layer of weights in a used or in a normal cell hardly changes these probabilities.
 
 What the definition leaves open is what a rejection redraws. Of six readings we took the one whose node
 counts lie nearest the published ones (size drawn once, the rest redrawn), so that the means agree is
