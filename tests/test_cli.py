@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
@@ -354,3 +355,53 @@ def test_the_command_in_a_process_of_its_own(ghn_dir: Path, tmp_path: Path) -> N
         f"ghn-init: error: model.py:{line}: NameError: name 'undefined' is not defined "
         "(while importing model.py)\n"
     )
+
+
+# Shards ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_shards_is_written_from_the_meta_device(run: Callable[..., Result]) -> None:
+    with Path("model.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef build_net(num_classes=10):\n    net = Net(num_classes)\n")
+        file.write("    assert net.fc.weight.is_meta\n    return net\n")
+    result = run("model.py:build_net", "-o", "out", "--max-shard-size", "200KB", "--seed", "3", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["file"] == str(Path("out") / "model.safetensors.index.json")
+    names = sorted(path.name for path in Path("out").iterdir())
+    assert names[-1] == "model.safetensors.index.json"
+    assert len(names) == 3
+    assert report["bytes"] == sum(path.stat().st_size for path in Path("out").iterdir())
+    assert result.stderr.endswith(f"saved {report['file']}, {report['bytes'] / 1e6:.1f} MB\n")
+    loaded = build()
+    huggingface_hub.load_torch_model(loaded, "out")
+    assert run("model.py:Net", "-o", "one.safetensors").exit_code == 0
+    expected = load_file("one.safetensors")
+    assert all(
+        torch.equal(loaded.get_parameter(name), expected[name]) for name in ("stem.weight", "conv.weight")
+    )
+
+
+def test_a_folder_is_named_after_the_model_and_must_be_empty(run: Callable[..., Result]) -> None:
+    assert run("model.py:Net", "--max-shard-size", "1GB").exit_code == 0
+    assert [path.name for path in Path("Net").iterdir()] == ["model.safetensors"]
+    again = run("model.py:Net", "--max-shard-size", "1GB")
+    assert again.exit_code == 1
+    assert "Net exists and is not an empty folder" in again.stderr
+    wrong = run("model.py:Net", "--max-shard-size", "1 mile", "-o", "other")
+    assert wrong.exit_code == 1
+    assert "max_shard_size='1 mile'" in wrong.stderr
+    assert not Path("other").exists()
+    folder = run("model.py:Net", "-o", "Net")
+    assert folder.exit_code == 2
+    assert "Net is a folder" in folder.stderr
+
+
+def test_what_cannot_be_built_on_the_meta_device_is_built_in_memory(run: Callable[..., Result]) -> None:
+    with Path("model.py").open("a", encoding="utf-8") as file:
+        file.write("\nclass Counted(Net):\n    def __init__(self):\n")
+        file.write("        super().__init__(width=int(torch.tensor(16).item()))\n")
+    result = run("model.py:Counted", "--max-shard-size", "1GB")
+    assert result.exit_code == 0, result.output
+    assert "model.py:Counted is built in memory, because on the meta device: " in result.stderr
+    assert load_file("Counted/model.safetensors")["fc.weight"].shape == (10, 32)

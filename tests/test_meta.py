@@ -117,11 +117,12 @@ class Asked(Bare):
         self.scale = nn.Parameter(torch.empty(8))
         self.block = nn.ParameterList([torch.empty(2)])
         self.inner = nn.Module()
+        self.inner.layer = nn.Linear(2, 2)
         self.inner.register_buffer("table", torch.empty(3), persistent=False)
         self.inner.init_non_persistent_buffers = self.fill  # type: ignore[assignment]
 
     def fill(self) -> None:
-        self.inner.table = torch.arange(3.0)
+        self.inner.table = torch.arange(3.0, device=self.inner.layer.weight.device)
 
     def init_weights(self, mode: str = "") -> None:
         assert not mode

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ghn_init._errors import PredictError
 from ghn_init._select import listing
-from ghn_init._slots import Slot, hidden
+from ghn_init._slots import Slot, hidden, slots_of
 from ghn_init._usual import fill_usual
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ _RESETS: Final = ("reset_parameters", "_reset_parameters")
 
 _CHUNK: Final = 1 << 24
 """Elements that are looked at together: what is made on the way stays small."""
+
+_BUFFERS: Final = "init_non_persistent_buffers"
+"""timm's method that computes a module's buffers, on the device of its weights."""
 
 _AROUND: Final = ("init_weights", "reset_parameters")
 """Methods that initialise a module and what is inside it."""
@@ -118,9 +121,10 @@ class Initialiser:
             if is_pretrained(outer):
                 yield _dotted(place, "_init_weights"), _bound(outer, module)
         buffers = [name for name in dir(type(module)) if name.startswith("define_")]
-        for method in (*_RESETS, "init_non_persistent_buffers", *buffers):
+        for method in (*_RESETS, _BUFFERS, *buffers):
             if _takes(getattr(module, method, None), 0):
-                yield _dotted(path, method), getattr(module, method)
+                call = getattr(module, method)
+                yield _dotted(path, method), _as_if_on_cpu(module, call) if method == _BUFFERS else call
 
     def _around(self, path: str) -> Iterator[Source]:
         """What the module at `path` and those around it do for everything inside them."""
@@ -182,6 +186,24 @@ def is_pretrained(module: nn.Module) -> bool:
         cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__
     )
+
+
+def _as_if_on_cpu(module: nn.Module, call: Callable[[], object]) -> Callable[[], object]:
+    """`call`, for which the meta tensors in `module` are on the CPU: one NaN each, of any shape."""
+
+    def run() -> None:
+        before = [(slot, slot.get()) for slot in slots_of(module) if slot.get().is_meta]
+        try:
+            for slot, old in before:
+                # A value that is made of these is NaN, too, and taken for missing.
+                one = torch.full((), float("nan")).to(old.dtype).expand(old.shape)
+                slot.put(nn.Parameter(one, False) if isinstance(old, nn.Parameter) else one)
+            call()
+        finally:
+            for slot, old in before:
+                slot.put(old)
+
+    return run
 
 
 def _takes(function: object, required: int) -> bool:

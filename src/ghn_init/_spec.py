@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch
 from torch import nn
 
 from ghn_init._errors import ModelSpecError
@@ -113,7 +114,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def load_model(spec: ModelSpec, settings: Mapping[str, Any] | None = None) -> FoundModel:
+def load_model(
+    spec: ModelSpec, settings: Mapping[str, Any] | None = None, *, device: str | None = None
+) -> FoundModel:
     """Import what `spec` names and make the model.
 
     The file is imported, not run: code under `if __name__ == "__main__"` stays untouched. Its folder
@@ -122,6 +125,8 @@ def load_model(spec: ModelSpec, settings: Mapping[str, Any] | None = None) -> Fo
     Args:
         spec: From `parse_spec`.
         settings: Keyword arguments for the class or factory.
+        device: Where the class or factory makes tensors, if it does not say so itself; an instance is
+            taken as it is.
 
     Raises:
         ModelSpecError: Not found, ambiguous, not a model, or its own code fails; then the message
@@ -133,7 +138,8 @@ def load_model(spec: ModelSpec, settings: Mapping[str, Any] | None = None) -> Fo
         if spec.attribute is None:
             spec = ModelSpec(spec.source, _only_candidate(module, spec, settings))
         target = _resolve(module, spec)
-        return FoundModel(_build(target, spec, settings), spec)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            return FoundModel(_build(target, spec, settings), spec)
 
 
 def _is_dotted(text: str) -> bool:

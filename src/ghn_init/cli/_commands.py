@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ghn_init._errors import ModelSpecError
 from ghn_init.cli import _options as opt
 from ghn_init.cli._output import Steps, save, say, summary
 
@@ -26,6 +27,7 @@ def predict(
     *,
     settings: opt.Settings = None,
     output: opt.Output = None,
+    max_shard_size: opt.MaxShardSize = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
     include: opt.Include = None,
@@ -43,18 +45,21 @@ def predict(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
             )  # fmt: skip
-            target = output or Path(f"{request.spec.name}.safetensors")
-            if not target.parent.is_dir():
-                raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
-        found, plan = _compile(request, steps)
-        with steps("writing the weights"):
-            plan.apply()
-        with steps(f"saving {target}"):
-            size = save(found.model, target)
+            target = _target(output, request.spec.name, in_shards=max_shard_size is not None)
+        found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
+        if max_shard_size is None:
+            with steps("writing the weights"):
+                plan.apply()
+            with steps(f"saving {target}"):
+                opened, size = target, save(found.model, target)
+        else:
+            with steps(f"writing {target}"):
+                opened = plan.save(target, max_shard_size=max_shard_size)
+                size = sum(file.stat().st_size for file in target.iterdir())
     if as_json:
         report = _report(found, plan, steps)
-        typer.echo(json.dumps({**report, "file": str(target), "bytes": size}))
-    say(summary(found, plan, steps.milliseconds, target, size))
+        typer.echo(json.dumps({**report, "file": str(opened), "bytes": size}))
+    say(summary(found, plan, steps.milliseconds, opened, size))
 
 
 def inspect(
@@ -92,7 +97,22 @@ def inspect(
         say(f"drew {draw}")
 
 
-def _compile(request: opt.Request, steps: Steps) -> tuple[FoundModel, Plan]:
+def _target(output: Path | None, name: str, *, in_shards: bool) -> Path:
+    """The file to write, or the folder if it is to be in shards.
+
+    Raises:
+        typer.BadParameter: It cannot be there (exit status 2).
+    """
+    target = output or Path(name if in_shards else f"{name}.safetensors")
+    if not target.parent.is_dir() and not in_shards:
+        raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
+    if target.is_dir() and not in_shards:
+        hint = "give a file, or --max-shard-size to fill a folder"
+        raise typer.BadParameter(f"{target} is a folder; {hint}", param_hint="-o")
+    return target
+
+
+def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tuple[FoundModel, Plan]:
     """Load the GHN, make the model, and compute everything that would be written."""
     with steps("loading"):
         import torch
@@ -103,10 +123,22 @@ def _compile(request: opt.Request, steps: Steps) -> tuple[FoundModel, Plan]:
         ghn = ghn_init.load(request.weights)
     with steps(f"building {request.spec}"):
         torch.manual_seed(request.seed)  # what is kept starts the same every time, too
-        found = load_model(request.spec, request.settings)
+        found = _on_meta(request) if on_meta else load_model(request.spec, request.settings)
     with steps("predicting"):
         plan = ghn_init.plan(found.model, ghn, **request.arguments)
     return found, replace(plan, weights=request.weights)
+
+
+def _on_meta(request: opt.Request) -> FoundModel:
+    """The model on the meta device, where it takes no memory; in memory if it cannot be built there."""
+    from ghn_init._spec import load_model
+
+    try:
+        return load_model(request.spec, request.settings, device="meta")
+    except ModelSpecError as error:
+        found = load_model(request.spec, request.settings)
+        say(f"{request.spec} is built in memory, because on the meta device: {error}")
+        return found
 
 
 def _report(found: FoundModel, plan: Plan, steps: Steps) -> dict[str, Any]:

@@ -37,8 +37,16 @@ Output = Annotated[
         "-o",
         "--output",
         metavar="FILE",
-        dir_okay=False,
-        help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists.",
+        help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists. With "
+        "--max-shard-size a folder, NAME if left out, which must be new or empty.",
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Write a folder of files of at most this size, e.g. 5GB, tensor by tensor: a model that a class "
+        "or function builds takes memory for its largest tensor only.",
     ),
 ]
 Drawing = Annotated[
