@@ -7,8 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+_EXAMPLES = {"ci": 200, "nightly": 2_000}
+for _profile, _count in _EXAMPLES.items():
+    settings.register_profile(
+        _profile,
+        max_examples=_count,
+        deadline=None,
+        database=None,
+        derandomize=_profile == "ci",  # a commit is tested with the same examples every time, a night is not
+        print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+settings.load_profile("ci")  # `pytest --hypothesis-profile=nightly` for the long run
 
 
 @pytest.fixture(scope="session")

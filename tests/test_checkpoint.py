@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import ghn_init
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, load
 from ghn_init import _checkpoint as checkpoint
+from ghn_init._config import PUBLISHED_FIELDS
+from ghn_init.cli import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -397,3 +400,58 @@ def test_local_weights_need_no_hub(folder: Path) -> None:
         "print('loaded', [name for name in ('huggingface_hub', 'torchvision') if name in sys.modules])"
     )
     assert "loaded []" in in_new_process(code, folder, "http://127.0.0.1:9")
+
+
+# Published files of every kind, and what `convert` makes of them
+
+PUBLISHED = {
+    "ghn2-cifar10": (GHNConfig.ghn2(), 1_620_764, "GHN-2 for 10 classes, tensors up to 64x64x11x11"),
+    "ghn1-cifar10": (GHNConfig.ghn1(), 1_620_668, "GHN-1 for 10 classes, tensors up to 64x64x11x11"),
+    "mlp-cifar10": (GHNConfig.mlp(), 1_614_396, "MLP for 10 classes, tensors up to 64x64x11x11"),
+    "ghn2-imagenet": (GHNConfig.imagenet(), 2_319_720, "GHN-2 for 1000 classes, tensors up to 64x64x16x16"),
+    "ghn1-imagenet": (
+        GHNConfig.ghn1(1000, max_shape=(64, 64, 16, 16)), 2_319_624,
+        "GHN-1 for 1000 classes, tensors up to 64x64x16x16",
+    ),
+    "mlp-imagenet": (
+        GHNConfig.mlp(1000, max_shape=(64, 64, 16, 16)), 2_313_352,
+        "MLP for 1000 classes, tensors up to 64x64x16x16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_kind_loads_converts_and_predicts(name: str, tmp_path: Path) -> None:
+    config, parameters, described = PUBLISHED[name]
+    original = GHN(config)
+    values = {key: value for key, value in config.to_dict().items() if key in PUBLISHED_FIELDS}
+    published = tmp_path / f"{name}.pt"
+    torch.save(
+        {"state_dict": original.state_dict(), "config": values | {"max_shape": config.max_shape}, "epoch": 3},
+        published,
+    )
+    done = CliRunner().invoke(app, ["convert", str(published), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == f"{published}: {described}, {parameters:,} parameters; saved {tmp_path / 'out'}\n"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    read, converted = load(published), load(tmp_path / "out")
+    assert equal(read, original)
+    assert equal(converted, original)
+    layer = torch.nn.Conv2d(3, 8, 3)
+    same = [ghn_init.predict(layer, ghn, head="predict").weight.clone() for ghn in (read, converted)]
+    assert torch.equal(*same)
+
+
+def test_converting_a_damaged_file_writes_nothing(published: Path, tmp_path: Path) -> None:
+    published.write_bytes(published.read_bytes()[:5000])
+    done = CliRunner().invoke(app, ["convert", str(published), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"ghn-init: error: {published}: expected a checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def test_converting_to_where_nothing_can_be_written(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(app, ["convert", str(published), str(tmp_path / "file" / "out")])
+    assert done.exit_code == 1
+    assert "cannot be written" in done.stderr

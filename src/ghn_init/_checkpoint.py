@@ -1,15 +1,15 @@
 """Finding, reading and writing the weights of a GHN.
 
 Our own form is a directory of `model.safetensors` and `config.json`; published weights are `.pt` files.
-Loading is strict and never runs code from a file: every tensor must be there, in its shape, finite.
+Loading is strict and never runs code from a file: every tensor must be there, in its shape, finite, and as
+it was saved where the file has a checksum. docs/checkpoints.md describes the forms.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
+import textwrap
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch
 
 from ghn_init._config import GHNConfig
 from ghn_init._errors import CheckpointError, ConfigError
+from ghn_init._files import CHECKSUM, checksum, read_json, read_pickled
+from ghn_init._files import read_safetensors as read_tensors
 from ghn_init._model import GHN
 
 if TYPE_CHECKING:
@@ -34,11 +36,9 @@ WEIGHTS_FILE: Final = "model.safetensors"
 CONFIG_FILE: Final = "config.json"
 
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
-_TORCH_ERRORS: Final = (
-    RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-    AssertionError, zipfile.BadZipFile,
-)  # fmt: skip
-"""What `torch.load` raises for files that are damaged or something else."""
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_NAMED: Final = 8
+"""Wrong tensors that an error names; it counts the others."""
 
 
 def load(
@@ -89,7 +89,8 @@ def save(ghn: GHN, directory: str | PathLike[str]) -> None:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         draft = directory / f".{name}.part"
         if name == WEIGHTS_FILE:
-            save_file(state, draft, metadata={"format": "pt"})
+            # One entry of metadata: the order of several changes from run to run, and so would the bytes.
+            save_file(state, draft, metadata={CHECKSUM: checksum(ghn.config, state)})
         else:
             draft.write_text(json.dumps(ghn.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         draft.replace(directory / name)
@@ -104,41 +105,28 @@ def read_safetensors(
     weights: Path | Traversable, config: Path | Traversable, gnn: nn.Module | None = None
 ) -> GHN:
     """Read weights and the configuration that belongs to them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as parse
-
     for file in (weights, config):
         if not file.is_file():
             raise CheckpointError(
                 f"{file}: no such file; expected {WEIGHTS_FILE} and {CONFIG_FILE} in one directory, "
                 "as GHN.save_pretrained writes them"
             )
-    settings = _read_config(config)
-    try:
-        state = parse(weights.read_bytes())
-    except (SafetensorError, OSError) as error:
+    settings = _config_of(config)
+    ghn = _empty(settings, str(weights), gnn)
+    numel = sum(values.numel() for values in ghn.state_dict().values())
+    state, expected = read_tensors(weights, numel * torch.float64.itemsize)
+    filled = _filled(ghn, state, str(weights))
+    if expected is not None and (found := checksum(settings, state)) != expected:
         raise CheckpointError(
-            f"{weights}: expected a whole safetensors file, found {error}; the file is damaged or was not "
-            "copied to its end, so fetch or save it again"
-        ) from error
-    return build(settings, state, str(weights), gnn)
+            f"{weights}: expected the checksum {expected}, found {found}; the file or the {CONFIG_FILE} "
+            "beside it changed since they were saved, so fetch or save them again"
+        )
+    return filled
 
 
 def read_published(path: Path, gnn: nn.Module | None = None) -> GHN:
     """Read a published `.pt` file; its configuration is the one in the file."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of plain tensors, found a file that is damaged or that needs "
-            f"code to be run to read it, which is refused ({_refused(error)}); save only state_dict and "
-            "config with torch.save, or fetch the file again"
-        ) from error
-    except _TORCH_ERRORS as error:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint written by torch.save, found a file that torch cannot read "
-            f"({_first_line(error)}); it is damaged or something else, so fetch it again"
-        ) from error
+    found = read_pickled(path)
     missing = [key for key in ("state_dict", "config") if not isinstance(_get(found, key), dict)]
     if missing:
         keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
@@ -162,31 +150,53 @@ def build(config: GHNConfig, state: Mapping[str, Tensor], source: str, gnn: nn.M
         CheckpointError: Lists all tensors that are missing, unknown, of another shape, or not finite.
         ConfigError: A foreign graph network that is missing, or not wanted.
     """
+    return _filled(_empty(config, source, gnn), state, source)
+
+
+def _empty(config: GHNConfig, source: str, gnn: nn.Module | None) -> GHN:
+    """A GHN on the meta device, whose sizes may still be those of a lying configuration."""
     try:
         with torch.device("meta"):
-            ghn = GHN(config, gnn=gnn)
+            return GHN(config, gnn=gnn)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _filled(ghn: GHN, state: Mapping[str, Tensor], source: str) -> GHN:
+    """`ghn` with the weights in `state`, checked, in evaluation mode."""
     wanted = ghn.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in wanted]
-    for name in sorted(wanted.keys() & state.keys()):
-        found = state[name]
-        if not isinstance(found, torch.Tensor) or _is_float(found) != _is_float(wanted[name]):
-            problems.append(f"{name} is no tensor of {'floats' if _is_float(wanted[name]) else 'integers'}")
-        elif found.shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted[name].shape)}")
-        elif not found.sum().isfinite():
-            problems.append(f"{name} has values that are not finite")
+    faults = ((name, _fault(state[name], wanted[name])) for name in sorted(wanted.keys() & state.keys()))
+    problems += [f"{name} {fault}" for name, fault in faults if fault]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = "; ".join(textwrap.shorten(problem, 200) for problem in problems[:_MOST_NAMED])
+        more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise CheckpointError(
-            f"{source}: not the weights of a GHN with its configuration: {'; '.join(problems[:8])}{more}; "
-            f"use the configuration that they were trained with ({config})"
+            f"{source}: not the weights of a GHN with its configuration: {shown}{more}; "
+            f"use the configuration that they were trained with ({ghn.config})"
         )
     typed = {name: values.float() if _is_float(values) else values for name, values in state.items()}
     ghn.load_state_dict({name: values.contiguous() for name, values in typed.items()}, assign=True)
     return ghn.eval()
+
+
+def _fault(found: object, wanted: Tensor) -> str:
+    """What is wrong with a tensor, or ""."""
+    if not isinstance(found, torch.Tensor) or not _is_plain(found) or _is_float(found) != _is_float(wanted):
+        return f"is no tensor of {'floats' if _is_float(wanted) else 'integers'}"
+    if found.shape != wanted.shape:
+        return f"is {tuple(found.shape)}, expected {tuple(wanted.shape)}"
+    # As float32, which is what they become; added up in float64, where float32 cannot overflow.
+    if _is_float(found) and not found.float().sum(dtype=torch.float64).isfinite():
+        return "has values that are not finite"
+    return ""
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether the values are in memory, one by one, in a type that torch can compute with."""
+    known = values.dtype in _FLOATS or not (values.is_floating_point() or values.is_complex())
+    return values.layout == torch.strided and not values.is_meta and not values.is_quantized and known
 
 
 def _is_float(values: Tensor) -> bool:
@@ -225,17 +235,12 @@ def _read_hub(address: str, gnn: nn.Module | None) -> GHN:
     return read_hub(match["repo"], match["revision"], gnn)
 
 
-def _read_config(path: Path | Traversable) -> GHNConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise CheckpointError(f"{path}: expected JSON, found {error}; the file is damaged") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+def _config_of(file: Path | Traversable) -> GHNConfig:
+    values = read_json(file)
     try:
         return GHNConfig.from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def _bundled_folder() -> Traversable:
@@ -244,12 +249,3 @@ def _bundled_folder() -> Traversable:
 
 def _get(found: Any, key: str) -> Any:
     return found.get(key) if isinstance(found, dict) else None
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """What the safe unpickler objected to, without torch's advice to read the file unsafely."""
-    return str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition(" Please use")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

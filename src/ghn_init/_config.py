@@ -20,7 +20,14 @@ CIFAR10_SHAPE: Final = (64, 64, 11, 11)
 IMAGENET_SHAPE: Final = (64, 64, 16, 16)
 """Largest decoded tensor (O, I, K, K) of the models for ImageNet."""
 
-_INTEGERS: Final = {"num_classes": 1, "hid": 4, "depth_buckets": 0, "rounds": 1}
+_INTEGERS: Final = {
+    "num_classes": (1, 1_000_000), "hid": (4, 65_536), "depth_buckets": (0, 65_536), "rounds": (1, 1_000),
+}  # fmt: skip
+"""The range of every integer. The upper ends are far beyond use; past them a file's claim is not believed."""
+
+_LONGEST_SIDE: Final = 4096
+"""Of `max_shape`."""
+
 _BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip")
 _CHOICES: Final = {"decoder": ("conv",)}
 
@@ -66,10 +73,12 @@ class GHNConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))
-        for name, least in _INTEGERS.items():
+        for name, (least, most) in _INTEGERS.items():
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected an integer >= {least}")
+            if value > most:
+                raise ConfigError(f"GHN configuration: {name} is too large; expected at most {most:,}")
         for name in _BOOLEANS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
@@ -172,4 +181,8 @@ def _checked_shape(shape: object) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
     if len(sizes) != 4 or not all(_is_int(size) and size > 0 for size in sizes) or sizes[2] != sizes[3]:
         raise ConfigError(f"GHN configuration: max_shape={shape!r}; expected four sizes (O, I, K, K) > 0")
+    if max(sizes) > _LONGEST_SIDE:
+        raise ConfigError(
+            f"GHN configuration: max_shape has sizes past {_LONGEST_SIDE:,}, which are too large"
+        )
     return sizes

@@ -1,8 +1,8 @@
 """The command `ghn-init`.
 
-`_group` dispatches and reports errors, `_options` declares what the commands share, `_commands` are the
-commands themselves, `_output` is what they print and write. torch is loaded when a command runs, not for
-`--help`; `train` and `evaluate` load `ghn_init.training` when they run.
+`_group` dispatches and reports errors, `_options` declares what the commands share, `_commands` and
+`_convert` are the commands themselves, `_output` is what they print and write. torch is loaded when a
+command runs, not for `--help`; `train` and `evaluate` load `ghn_init.training` when they run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typer
 
 from ghn_init import __version__
 from ghn_init.cli._commands import inspect, predict
+from ghn_init.cli._convert import convert
 from ghn_init.cli._group import DEBUG, CommandGroup
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("predict")(predict)
 app.command("inspect")(inspect)
+app.command("convert")(convert)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,52 @@
+"""`ghn-init convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ghn_init.cli._output import say
+
+if TYPE_CHECKING:
+    from ghn_init._config import GHNConfig
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="IN", help="A published .pt file, a folder, a bundled name or hf://ORG/REPO\\[@REVISION]."
+    ),
+]
+Target = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        file_okay=False,
+        help="The folder for model.safetensors and config.json; made if need be, files in it are replaced.",
+    ),
+]
+
+
+def convert(source: Source, target: Target) -> None:
+    """Write a hypernetwork, e.g. a published .pt file, as model.safetensors and config.json."""
+    import ghn_init
+    from ghn_init._checkpoint import save
+    from ghn_init._errors import CheckpointError
+
+    ghn = ghn_init.load(source)
+    try:
+        save(ghn, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+    numel = sum(values.numel() for values in ghn.parameters())
+    say(f"{source}: {_described(ghn.config)}, {numel:,} parameters; saved {target}")
+
+
+def _described(config: GHNConfig) -> str:
+    """What kind of hypernetwork this is, in words."""
+    if config.hypernet == "mlp":
+        kind = "MLP"
+    else:
+        kind = "GHN-2" if config.ve and config.weight_norm and config.layernorm else "GHN-1"
+    return f"{kind} for {config.num_classes} classes, tensors up to {'x'.join(map(str, config.max_shape))}"

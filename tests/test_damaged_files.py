@@ -1,0 +1,248 @@
+"""Damage to weight files and configurations: an error of ours, or what was saved; no hang, no memory.
+
+More examples: `pytest tests/test_damaged_files.py --hypothesis-profile=nightly`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GHNInitError, load
+from ghn_init._checkpoint import save
+from ghn_init._config import PUBLISHED_FIELDS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = GHNConfig.ghn2(3, hid=4, max_shape=(3, 4, 3, 3))
+
+damage = st.one_of(
+    st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+    st.tuples(st.just("flip at the start"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+    st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True), st.just(0)),
+    st.tuples(st.just("double"), st.floats(0, 1, exclude_max=True), st.just(0)),
+)
+"""What happens to a file: a changed byte, its end lost, a part of it twice."""
+
+
+def damaged(content: bytes, how: str, where: float, mask: int) -> bytes:
+    place = int(where * (min(len(content), 4000) if "start" in how else len(content)))
+    if how == "cut":
+        return content[:place]
+    if how == "double":
+        return content[:place] + content[place // 2 :]
+    return content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
+
+
+@pytest.fixture(scope="module")
+def sound() -> GHN:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)
+        return GHN(TINY)
+
+
+@pytest.fixture(scope="module")
+def folder(sound: GHN, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved weights as files and, for the properties to restore them from, in memory."""
+    folder = tmp_path_factory.mktemp("damaged")
+    save(sound, folder)
+    config = {name: TINY.to_dict()[name] for name in PUBLISHED_FIELDS}
+    document = {"state_dict": sound.state_dict(), "config": config, "epoch": 3, "optimzer": {}}
+    torch.save(document, folder / "published.pt")
+    torch.save(document, folder / "old.pt", _use_new_zipfile_serialization=False)
+    return folder
+
+
+def loads_the_same_or_fails(path: Path, sound: GHN) -> bool:
+    """Whether `path` loads; if so, it is what was saved."""
+    try:
+        loaded = load(path)
+    except GHNInitError:
+        return False
+    assert loaded.config == sound.config
+    for name, values in sound.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], values), name
+    return True
+
+
+@given(what=damage)
+def test_damaged_safetensors(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+    target = folder / "one"
+    target.mkdir(exist_ok=True)
+    content = damaged((folder / "model.safetensors").read_bytes(), *what)
+    (target / "model.safetensors").write_bytes(content)
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    loads_the_same_or_fails(target / "model.safetensors", sound)
+
+
+@given(what=damage)
+def test_damaged_configuration(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+    target = folder / "two"
+    target.mkdir(exist_ok=True)
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (target / "config.json").write_bytes(damaged((folder / "config.json").read_bytes(), *what))
+    loads_the_same_or_fails(target / "model.safetensors", sound)
+
+
+@given(what=damage)
+def test_damaged_published_file(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+    (folder / "three.pt").write_bytes(damaged((folder / "published.pt").read_bytes(), *what))
+    loads_the_same_or_fails(folder / "three.pt", sound)
+
+
+@given(what=damage)
+def test_damaged_published_file_of_the_old_kind(folder: Path, what: tuple[str, float, int]) -> None:
+    """Files of torch before 1.6 have no checksums: a changed number cannot be told; but it is finite."""
+    (folder / "four.pt").write_bytes(damaged((folder / "old.pt").read_bytes(), *what))
+    try:
+        loaded = load(folder / "four.pt")
+    except GHNInitError:
+        return
+    assert all(values.isfinite().all() for values in loaded.state_dict().values())
+
+
+plain = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8)
+values = st.recursive(plain, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner))
+
+
+@given(key=st.sampled_from([*TINY.to_dict(), "more"]), value=values)
+def test_any_value_in_the_configuration(folder: Path, sound: GHN, key: str, value: Any) -> None:
+    target = folder / "five"
+    target.mkdir(exist_ok=True)
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (target / "config.json").write_text(json.dumps(TINY.to_dict() | {key: value}))
+    loads_the_same_or_fails(target / "model.safetensors", sound)
+
+
+# Particular damage
+
+
+def test_sound_files_load(folder: Path, sound: GHN) -> None:
+    for path in (folder / "model.safetensors", folder / "published.pt", folder / "old.pt"):
+        assert loads_the_same_or_fails(path, sound)
+
+
+def test_a_changed_number_or_field_does_not_match_the_checksum(
+    sound: GHN, tmp_path: Path, folder: Path
+) -> None:
+    save(sound, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"expected the checksum crc32:\w{8}, found crc32:\w{8}; the file"
+    ):
+        load(tmp_path)
+    save(sound, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict() | {"rounds": 2}))
+    with pytest.raises(CheckpointError, match="changed since they were saved"):
+        load(tmp_path)
+
+
+def test_files_without_a_checksum_load(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert loads_the_same_or_fails(tmp_path / "model.safetensors", sound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_unusable_types_are_named(sound: GHN, tmp_path: Path, dtype: torch.dtype) -> None:
+    save(sound, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["ln.weight"] = state["ln.weight"].to(dtype)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"ln\.weight is no tensor of floats"):
+        load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_tensors_in_unusable_forms_are_named(folder: Path, tmp_path: Path) -> None:
+    document = torch.load(folder / "published.pt", weights_only=True)
+    sparse = document["state_dict"]["embed.weight"].to_sparse()
+    for form in (sparse, torch.zeros(15, 4, device="meta"), [1.0]):
+        document["state_dict"]["embed.weight"] = form
+        torch.save(document, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match=r"embed\.weight is no tensor of floats"):
+            load(tmp_path / "odd.pt")
+
+
+def test_half_precision_sums_do_not_overflow(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["embed.weight"] = torch.full((15, 4), 6e4, dtype=torch.float16)
+    save_file(state, tmp_path / "model.safetensors")
+    assert float(load(tmp_path).embed.weight.detach()[0, 0]) == 60_000
+    state["embed.weight"] = torch.full((15, 4), 1e300, dtype=torch.float64)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"embed\.weight has values that are not finite"):
+        load(tmp_path)
+
+
+CLAIMS = {
+    "num_classes": 10**12, "hid": 4 * 10**15, "depth_buckets": 2 * 10**15, "rounds": 10**12,
+    "max_shape": [10**9, 10**9, 10**12, 10**12],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CLAIMS)
+def test_sizes_beyond_reason_are_refused(sound: GHN, tmp_path: Path, key: str) -> None:
+    save(sound, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict() | {key: CLAIMS[key]}))
+    with pytest.raises(ConfigError, match=rf"config\.json: GHN configuration: {key} .*too large"):
+        load(tmp_path)
+
+
+def test_the_largest_sizes_take_no_memory(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    largest = {"num_classes": 10**6, "hid": 65_536, "max_shape": [4096] * 4}
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict() | largest))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="not the weights of a GHN with its configuration"):
+        load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_brackets_without_end(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    (tmp_path / "config.json").write_text("[" * 60_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: expected JSON, found"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 70_000)
+    with pytest.raises(CheckpointError, match=r"configuration of at most 65,536 bytes, found a larger file"):
+        load(tmp_path)
+
+
+def test_a_larger_model_is_not_read(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)  # takes no disk
+    with pytest.raises(
+        CheckpointError, match=r"for this configuration, found 1,099,511,627,776; these are not"
+    ):
+        load(tmp_path)
+
+
+def test_a_header_that_lies_about_its_length(sound: GHN, tmp_path: Path) -> None:
+    save(sound, tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    for length in (0, 1, 10**9, 2**63 - 1, 2**64 - 1):
+        (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(CheckpointError, match="expected a whole safetensors file, found"):
+            load(tmp_path)
+
+
+def test_a_file_that_inflates_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\0" * 10**7)
+    with pytest.raises(CheckpointError, match=r"\(10,000,000 bytes packed into [\d,]+\); it is"):
+        load(tmp_path / "bomb.pt")
