@@ -119,7 +119,11 @@ class Asked(Bare):
         self.inner = nn.Module()
         self.inner.layer = nn.Linear(2, 2)
         self.inner.register_buffer("table", torch.empty(3), persistent=False)
+        self.inner.reset_parameters = self.reset  # type: ignore[assignment]
         self.inner.init_non_persistent_buffers = self.fill  # type: ignore[assignment]
+
+    def reset(self) -> None:
+        self.inner.register_buffer("table", torch.empty(3, device=self.inner.layer.weight.device))
 
     def fill(self) -> None:
         self.inner.table = torch.arange(3.0, device=self.inner.layer.weight.device)

@@ -158,8 +158,11 @@ class Initialiser:
 def initialising(
     model: nn.Module, lost: Sequence[Slot], others: Sequence[Slot], kinds: Mapping[str, str], seed: int
 ) -> Iterator[Initialiser]:
-    """Inside, the initialiser of `lost` may be used: `others`, the rest of the model, are hidden."""
-    with hidden(others):
+    """Inside, the initialiser of `lost` may be used: `others`, the rest of the model, are hidden.
+
+    At the end every place holds what it held before, whatever the initialisers put there.
+    """
+    with hidden([*others, *lost]):
         yield Initialiser(model, lost, kinds, seed)
 
 
@@ -192,16 +195,19 @@ def _as_if_on_cpu(module: nn.Module, call: Callable[[], object]) -> Callable[[],
     """`call`, for which the meta tensors in `module` are on the CPU: one NaN each, of any shape."""
 
     def run() -> None:
-        before = [(slot, slot.get()) for slot in slots_of(module) if slot.get().is_meta]
+        lent = []
+        for slot in [slot for slot in slots_of(module) if slot.get().is_meta]:
+            old = slot.get()
+            # A value that is made of these is NaN, too, and taken for missing.
+            one = torch.full((), float("nan")).to(old.dtype).expand(old.shape)
+            slot.put(nn.Parameter(one, False) if isinstance(old, nn.Parameter) else one)
+            lent.append((slot, old, slot.get()))
         try:
-            for slot, old in before:
-                # A value that is made of these is NaN, too, and taken for missing.
-                one = torch.full((), float("nan")).to(old.dtype).expand(old.shape)
-                slot.put(nn.Parameter(one, False) if isinstance(old, nn.Parameter) else one)
             call()
         finally:
-            for slot, old in before:
-                slot.put(old)
+            for slot, old, stand_in in lent:
+                if slot.get() is stand_in:  # else it is a buffer that was just computed
+                    slot.put(old)
 
     return run
 
