@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer
-from ghn_init.training._engine import Engine, Result
+from ghn_init.training._engine import Engine, Result, prepare_process
 from ghn_init.training._stream import Stream
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     chosen = arguments()
-    torch.set_num_threads(chosen.threads)
+    prepare_process(chosen.threads)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         torch.distributed.init_process_group("gloo")

@@ -21,6 +21,7 @@ from torch.func import functional_call
 import training_runs
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
+from ghn_init.deepnets._ops import FactorizedReduction, Layers
 from ghn_init.training import TrainConfig
 from ghn_init.training._engine import Engine, Result, inject
 from ghn_init.training._layers import prepare
@@ -127,10 +128,12 @@ def depthwise(kernel: int, dilation: int = 1) -> nn.Conv2d:
         depthwise(3), depthwise(5), depthwise(7), depthwise(9), depthwise(3, 2), depthwise(5, 2),
         nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
         nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+        FactorizedReduction(Layers("bnorm"), 6, 5), FactorizedReduction(Layers(None), 6, 6),
     ],
-    ids=str,
+    ids=lambda layer: str(layer).replace("\n", ""),
 )  # fmt: skip
 def test_prepared_layers_compute_what_the_original_ones_do(layer: nn.Module, size: int) -> None:
+    size += size % 2 if isinstance(layer, FactorizedReduction) else 0  # it takes even sides
     x = torch.randn(2, 6, size, size, requires_grad=True)
     inputs = [x, *layer.parameters()]
     expected = layer(x)

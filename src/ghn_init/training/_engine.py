@@ -8,8 +8,9 @@ operation, and two Python threads wait for each other.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,24 @@ from ghn_init.training._layers import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+KERNELS: Final = 8192
+"""Compiled kernels that oneDNN keeps in a process of ours; by default 1,024.
+
+Every shape of every layer needs some, every network brings shapes of its own, and compiling one takes as long
+as running it.
+"""
+
+
+def prepare_process(threads: int = 1) -> None:
+    """Settings of a process that runs many small networks, to be made before it runs the first.
+
+    One thread, because small networks are slower on several: cores are for processes. And room for compiled
+    kernels, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says how much.
+    """
+    torch.set_num_threads(threads)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 @dataclass(frozen=True)

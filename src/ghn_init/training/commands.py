@@ -54,15 +54,14 @@ def _trainer(
     data: Path, config: TrainConfig, options: RunOptions, start: str | None, soft_labels: Path | None
 ) -> Trainer:
     """A trainer on these images; this process meets the others of the run, if there are any."""
-    import torch
-
     from ghn_init import load
+    from ghn_init.training._engine import prepare_process
     from ghn_init.training._ranks import Ranks
     from ghn_init.training.data import hold_out, load_images
     from ghn_init.training.teacher import with_soft_labels
     from ghn_init.training.trainer import Trainer
 
-    torch.set_num_threads(1)  # small networks are slower on several threads; cores are for processes
+    prepare_process()
     Ranks.join()
     images, validation = hold_out(load_images(data, "train"))
     if soft_labels is not None:
@@ -137,13 +136,14 @@ def evaluate(
     import torch
 
     from ghn_init import load
+    from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import Job, cores, measure_all
     from ghn_init.training._progress import EvaluationBar
     from ghn_init.training._results import Results, table
     from ghn_init.training.data import Normalisation, load_images
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
 
-    torch.set_num_threads(1)
+    prepare_process()
     measure = Measure(
         load(weights), load_images(data, "test"), images=images,
         normalise=Normalisation.of(load_images(data, "train")),
