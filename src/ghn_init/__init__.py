@@ -20,6 +20,7 @@ from ghn_init._errors import (
     GraphError,
     ModelSpecError,
     PredictError,
+    RegistrationError,
     TraceError,
     TrainingError,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ghn_init._graph import Graph, Node
     from ghn_init._model import GHN
     from ghn_init._plan import Plan, plan
+    from ghn_init._ops._registered import register
     from ghn_init._predict import predict, predict_to
     from ghn_init._trace import trace
 
@@ -52,6 +54,7 @@ __all__ = [
     "Node",
     "Plan",
     "PredictError",
+    "RegistrationError",
     "TraceError",
     "TrainingError",
     "calibrate_batchnorm",
@@ -59,6 +62,7 @@ __all__ = [
     "plan",
     "predict",
     "predict_to",
+    "register",
     "trace",
 ]
 
@@ -74,6 +78,7 @@ _MODULE_OF = {
     "plan": "_plan",
     "predict": "_predict",
     "predict_to": "_predict",
+    "register": "_ops._registered",
     "trace": "_trace",
 }
 

@@ -11,6 +11,10 @@ class TraceError(GHNInitError):
     """The model could not be turned into a computational graph."""
 
 
+class RegistrationError(GHNInitError):
+    """A rule for a layer that is not one, or that is in the way of another: see `register`."""
+
+
 class GraphError(GHNInitError):
     """A `Graph` that breaks its own rules: unknown node type, cycle, edge to nowhere."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from ghn_init._errors import GHNInitError, TraceError
 from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._ops import RULES
+from ghn_init._ops._registered import registered_layers
 from ghn_init._parametrised import computed_weights, watched
 from ghn_init._record import Recorder
 from ghn_init._wrappers import bare, unwrapped
@@ -91,7 +93,13 @@ def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
     computed = computed_weights(model)
     recorder = Recorder(_parameters(model, computed), RULES)
     recorder.add_input((example.args, dict(example.kwargs)))
-    with _untouched(model), bare(model), watched(computed, recorder.add_parameter), torch.no_grad():
+    with (
+        _untouched(model),
+        bare(model),
+        registered_layers(model),
+        watched(computed, recorder.add_parameter),
+        torch.no_grad(),
+    ):
         try:
             with recorder:
                 output = model(*example.args, **example.kwargs)
@@ -102,7 +110,7 @@ def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
             place = _failing_module(model, error.__traceback__)
             raise TraceError(
                 f"{type(model).__name__}: the forward pass failed{place} on an input of shape "
-                f"{example.described}: {type(error).__name__}: {_first_line(error)}"
+                f"{example.described}: {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
             ) from error
     return recorder.graph(output, type(model).__name__)
 
@@ -115,6 +123,17 @@ def _parameters(model: nn.Module, computed: Mapping[str, Computed]) -> dict[str,
     every = list(model.named_parameters(remove_duplicate=False))
     first = {id(param): (name, param) for name, param in reversed(every) if name not in parts}
     return dict(reversed(first.values()))
+
+
+_NEEDS_MEMORY: Final = re.compile(r"(?i)\bmeta\b|memory|storage|data_ptr|numpy|not implemented")
+"""What kernels say that cannot run on tensors without values."""
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a layer that cannot run on meta tensors; '' if nothing points to one."""
+    if not (isinstance(error, NotImplementedError) or _NEEDS_MEMORY.search(str(error))):
+        return ""
+    return " (for a layer that cannot run on meta tensors, add a rule with ghn_init.register)"
 
 
 def _first_line(error: Exception) -> str:

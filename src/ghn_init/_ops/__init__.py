@@ -8,7 +8,14 @@ on to its output.
 
 from __future__ import annotations
 
-from ghn_init._ops import _attention, _joins, _layers, _norms, _pooling  # noqa: F401  # they fill RULES
+from ghn_init._ops import (  # noqa: F401  # they fill RULES
+    _attention,
+    _joins,
+    _layers,
+    _norms,
+    _pooling,
+    _registered,
+)
 from ghn_init._ops._table import RULES, Rule
 
 __all__ = ["RULES", "Rule"]

@@ -65,15 +65,16 @@ def _with_parameter(call: Call, flow: Flow, derived: Carried) -> Flow:
     param = main_parameter(call, derived)
     shape = call.recorder.shapes[param]
     if sum(size > 1 for size in shape) >= 2:
-        return _with_positions(call, flow, param, shape)
+        return with_positions(call, flow, param)
     if len(shape) == 1 and flow.sources != (0,):
         return Flow((call.recorder.add_node(Node("bias", param, shape), flow.sources),))
     call.recorder.note_role((param,), "shift")
     return flow
 
 
-def _with_positions(call: Call, flow: Flow, param: str, shape: tuple[int, ...]) -> Flow:
+def with_positions(call: Call, flow: Flow, param: str) -> Flow:
     """A learned positional encoding and the sum that it feeds."""
+    shape = call.recorder.shapes[param]
     canonical = shape if len(shape) in (3, 4) else (1, *shape)
     node = Node("pos_enc", param, canonical, stored=None if canonical == shape else shape)
     encoding = call.recorder.add_node(node, ())

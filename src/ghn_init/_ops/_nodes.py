@@ -57,6 +57,15 @@ def add_vector(
     return call.recorder.add_node(node, sources)
 
 
+def add_norm(call: Call, kind: str, of_weight: Carried, of_bias: Carried, sources: tuple[int, ...]) -> int:
+    """One node for the weight and the bias of a normalisation, or for neither."""
+    bias = main_parameter(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
+    if isinstance(of_weight, Derived) and of_weight.params:
+        return add_vector(call, kind, of_weight, sources, bias)
+    shape = None if bias is None else call.recorder.shapes[bias]
+    return call.recorder.add_node(Node(kind, None, shape, bias), sources)
+
+
 def main_parameter(call: Call, derived: Derived) -> str:
     """The largest of the parameters that a weight was computed from: the others reparametrise it."""
     shapes = call.recorder.shapes

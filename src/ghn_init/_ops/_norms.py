@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghn_init._graph import Node
-from ghn_init._ops._nodes import add_vector, main_parameter
+from ghn_init._ops._nodes import add_norm
 from ghn_init._ops._table import rule
-from ghn_init._record import Call, Derived, Flow
+from ghn_init._record import Call, Flow
 
 
 @rule("batch_norm")
@@ -33,14 +32,8 @@ def layer_norm(call: Call) -> Any:
 
 def _norm(call: Call, kind: str, weight: Tensor | None, bias: Tensor | None) -> Any:
     x = call.arg(0, "input")
-    flow, of_weight, of_bias = (call.carried(tensor) for tensor in (x, weight, bias))
+    flow = call.carried(x)
     if not isinstance(flow, Flow):
         return call.passed_on()
-    output = torch.empty_like(x)
-    bias_name = main_parameter(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
-    if isinstance(of_weight, Derived) and of_weight.params and weight is not None:
-        node = add_vector(call, kind, of_weight, flow.sources, bias_name)
-    else:
-        shape = None if bias_name is None else call.recorder.shapes[bias_name]
-        node = call.recorder.add_node(Node(kind, None, shape, bias_name), flow.sources)
-    return call.gives(output, Flow((node,)))
+    node = add_norm(call, kind, call.carried(weight), call.carried(bias), flow.sources)
+    return call.gives(torch.empty_like(x), Flow((node,)))
