@@ -13,9 +13,10 @@ from PIL import Image
 
 from ghn_init._errors import TrainingError
 from ghn_init.training import Images, Normalisation, hold_out, load_images
-from ghn_init.training.data import augment, batch_indices, generator, halve
+from ghn_init.training.data import _decode, augment, batch_indices, generator, halve
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
@@ -53,18 +54,32 @@ def expected(split: str) -> tuple[Tensor, Tensor]:
     return pixels, torch.arange(3).repeat_interleave(COUNTS[split])
 
 
-def check(images: Images, split: str) -> None:
+def same(images: Images, split: str) -> bool:
+    """Whether these are the images of `folder`, in its order."""
     pixels, labels = expected(split)
-    assert images.classes == CLASSES
-    assert torch.equal(images.labels, labels)
-    assert torch.equal(images.pixels, pixels)
+    found = images.pixels.shape == pixels.shape and images.classes == CLASSES
+    return found and torch.equal(images.labels, labels) and torch.equal(images.pixels, pixels)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_image_folder(folder: Path, split: str) -> None:
-    check(load_images(folder, split), split)
-    check(load_images(folder, split), split)  # from the cache
-    check(load_images(folder / split, split), split)
+    assert same(load_images(folder, split), split)
+    assert same(load_images(folder / split, split), split)
+    other = {"train": "test", "test": "train"}[split]
+    assert not same(load_images(folder, other), split)
+
+
+def test_decoded_images_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+
+    def decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
+        decoded.append(path)
+        return _decode(files, path)
+
+    monkeypatch.setattr("ghn_init.training.data._decode", decode)
+    assert same(load_images(folder, "train"), "train")
+    assert same(load_images(folder, "train"), "train")
+    assert decoded == [folder]
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
@@ -73,15 +88,15 @@ def test_archives_beside_each_other(folder: Path, tmp_path: Path, kind: str) -> 
     for split in COUNTS:
         with tarfile.open(tmp_path / f"set-{split}.{kind}", mode) as archive:
             archive.add(folder / split, arcname=split)
-    check(load_images(tmp_path / f"set-train.{kind}", "train"), "train")
-    check(load_images(tmp_path, "test"), "test")
+    assert same(load_images(tmp_path / f"set-train.{kind}", "train"), "train")
+    assert same(load_images(tmp_path, "test"), "test")
 
 
 def test_one_archive_of_both_splits(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(folder, arcname="set")
     for split in COUNTS:
-        check(load_images(tmp_path / "all.tar", split), split)
+        assert same(load_images(tmp_path / "all.tar", split), split)
 
 
 def test_an_npz(tmp_path: Path) -> None:
