@@ -35,3 +35,22 @@ def test_predict_refuses_unknown_models() -> None:
     done = run("--models", "resnet9000")
     assert done.returncode == 1
     assert "no torchvision classification model matches resnet9000" in done.stderr
+
+
+def test_stream_measures_and_cleans_up(tmp_path: Path) -> None:
+    size = ("--layers", "1", "--width", "128", "--hidden", "256", "--max-shard-size", "10MB")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(BENCHMARKS / "stream.py"),
+        "--folder",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run([*command, *size], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["parameters"] == 2 * 32_000 * 128 + 4 * 128 * 128 + 3 * 128 * 256 + 3 * 128
+    assert report["files"] == 2
+    assert report["extra_mb"] > 0
+    assert list(tmp_path.iterdir()) == []
