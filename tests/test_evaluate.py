@@ -47,6 +47,18 @@ def test_a_score_is_mean_error_and_best() -> None:
     assert score.standard_error == pytest.approx(np.std([10, 20, 60], ddof=1) / math.sqrt(3))
     assert Score.of("vit", [11.4], 640, 0.0).standard_error == 0
     assert score.to_dict()["accuracies"] == [10.0, 20.0, 60.0]
+    assert score.image_error == 0
+
+
+def test_the_error_of_measuring_on_some_images() -> None:
+    """For one network whose hits are known: the spread of its accuracy over samples of the images."""
+    hits = np.arange(1_000) < 300
+    rng = np.random.default_rng(0)
+    found = [100 * rng.choice(hits, 200, replace=False).mean() for _ in range(4_000)]
+    assert Score.of("vit", [30.0], 200, 0.0, available=1_000).image_error == pytest.approx(
+        np.std(found), rel=0.05
+    )
+    assert Score.of("vit", [30.0], 1_000, 0.0, available=1_000).image_error == 0
 
 
 def test_evaluate_measures_the_first_networks_of_a_split(ghn: GHN) -> None:
@@ -143,9 +155,10 @@ def test_results_of_something_else_are_refused(ghn: GHN, tmp_path: Path) -> None
 
 
 def test_the_table_has_published_figures_beside_ours() -> None:
-    lines = table([Score.of("test", [50.0, 60.0], 100, 0.0), Score.of("vit", [9.0], 100, 0.08)]).splitlines()
+    scores = [Score.of("test", [50.0, 60.0], 100, 0.0), Score.of("vit", [9.0], 100, 0.08, available=200)]
+    lines = table(scores).splitlines()
     assert lines[2] == "| test | 2 | 100 | 0 | 55.0 ± 5.0 | 60.0 | 66.9 |"
-    assert lines[3] == "| vit | 1 | 100 | 0.08 | 9.0 ± 0.0 | 9.0 | - |"
+    assert lines[3] == "| vit | 1 | 100 | 0.08 | 9.0 ± 0.0 ± 2.0 (images) | 9.0 | - |"
 
 
 def test_processes_measure_what_one_does(ghn: GHN) -> None:
@@ -195,6 +208,23 @@ def test_the_command_skips_what_the_file_has(ghn: GHN, tmp_path: Path) -> None:
     assert score["n"] == 2
     assert score["accuracies"]["0"] == 99.0
     assert f"| test | 2 | 8 | 0 | {score['mean']:.1f} ±" in done.stdout
+
+
+def test_the_command_measures_published_files_under_noise(shared: Path, tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"classes": np.array([f"class{i}" for i in range(10)])}
+    for split, images in (("train", random_images(20, 32)), ("test", random_images(16, 32, seed=1))):
+        arrays[f"{split}_images"] = images.pixels.permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = images.labels.numpy()
+    np.savez(tmp_path / "set.npz", **arrays)
+    arguments = ["evaluate", str(shared / "parity" / "ghn2_cifar10_random.pt")]
+    arguments += ["--data", str(tmp_path / "set.npz"), "--split", "vit", "--split", "resnet50", "--noise"]
+    done = CliRunner().invoke(app(), [*arguments, "--images", "8", "--bf16", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [row[1:5] for row in rows] == [
+        [split, "1", "8", noise] for split in ("resnet50", "vit") for noise in ("0", "0.08")
+    ]
+    assert [row[7] for row in rows] == ["58.6", "-", "11.4", "-"]
 
 
 @pytest.mark.parametrize(

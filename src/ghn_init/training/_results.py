@@ -39,7 +39,8 @@ class Results:
     """
 
     def __init__(self, measure: Measure, path: Path | None = None, weights: str = "") -> None:
-        self._path, self._images, self._weights = path, len(measure.data), weights
+        self._path, self._weights = path, weights
+        self._images, self._available = len(measure.data), measure.available
         self._header = {
             "weights_digest": digest(measure.ghn),
             "images": self._images,
@@ -77,7 +78,9 @@ class Results:
     def scores(self) -> list[Score]:
         """One score for each split and noise, in the order of `SPLITS`."""
         return [
-            Score.of(split, [by_index[index] for index in sorted(by_index)], self._images, noise)
+            Score.of(
+                split, [by_index[index] for index in sorted(by_index)], self._images, noise, self._available
+            )
             for (split, noise), by_index in self._sorted()
         ]
 
@@ -111,15 +114,20 @@ def digest(ghn: GHN) -> str:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Scores beside the published ones, as a Markdown table."""
+    """Scores beside the published ones, as a Markdown table.
+
+    The error of having measured on some of the images stands after that over networks, where there is one.
+    """
     lines = [
         "| networks | n | images | noise | top-1 % (mean ± standard error) | max | published GHN-2 |",
         "|---|---|---|---|---|---|---|",
     ]
     for score in scores:
         published = TARGETS.get((score.split, score.noise > 0))
+        errors = f"± {score.standard_error:.1f}"
+        errors += f" ± {score.image_error:.1f} (images)" if score.image_error else ""
         lines.append(
-            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f} ± "
-            f"{score.standard_error:.1f} | {score.maximum:.1f} | {published or '-'} |"
+            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f} {errors} | "
+            f"{score.maximum:.1f} | {published or '-'} |"
         )
     return "\n".join(lines)

@@ -44,7 +44,9 @@ class Score:
         split: Name of the split.
         n: Networks.
         mean: Mean over the networks.
-        standard_error: Of that mean; 0 for one network.
+        standard_error: Of that mean, from the spread over networks; 0 for one network.
+        image_error: Of that mean, from measuring on some of the test images only, which all networks share:
+            `sqrt(p (1 - p) / images * (1 - images / available))`, an upper bound; 0 for all images.
         maximum: Best network.
         images: Test images that every network saw.
         noise: Standard deviation of the noise on them.
@@ -55,19 +57,30 @@ class Score:
     n: int
     mean: float
     standard_error: float
+    image_error: float
     maximum: float
     images: int
     noise: float
     accuracies: tuple[float, ...]
 
     @classmethod
-    def of(cls, split: str, accuracies: Sequence[float], images: int, noise: float) -> Score:
-        """The score of these accuracies, in percent; at least one."""
+    def of(
+        cls, split: str, accuracies: Sequence[float], images: int, noise: float, available: int | None = None
+    ) -> Score:
+        """The score of these accuracies, in percent, at least one, on so many of the `available` images."""
         values = torch.tensor(accuracies, dtype=torch.float64)
-        n = len(accuracies)
-        error = (values.std(correction=1) / math.sqrt(n)).item() if n > 1 else 0.0
+        n, mean = len(accuracies), values.mean().item()
+        left_out = 1 - images / (available or images)
         return cls(
-            split, n, values.mean().item(), error, values.max().item(), images, noise, tuple(accuracies)
+            split=split,
+            n=n,
+            mean=mean,
+            standard_error=(values.std(correction=1) / math.sqrt(n)).item() if n > 1 else 0.0,
+            image_error=math.sqrt(mean * (100 - mean) / images * left_out),
+            maximum=values.max().item(),
+            images=images,
+            noise=noise,
+            accuracies=tuple(accuracies),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class Measure:
             raise TrainingError(f"{len(data.classes)} classes; the GHN predicts {ghn.config.num_classes}")
         if len(data) < 2 or (images is not None and images < 2):
             raise TrainingError("expected at least 2 images: batch norms use the statistics of a batch")
-        self.ghn, self.normalise = ghn, normalise or Normalisation.of(data)
+        self.ghn, self.normalise, self.available = ghn, normalise or Normalisation.of(data), len(data)
         if images is not None and images < len(data):
             data = data.take(torch.linspace(0, len(data) - 1, images).long())
         self.data, self.seed, self.precision = data, seed, precision
@@ -201,4 +214,4 @@ def evaluate(
     """
     measure = Measure(ghn, data, images=images, normalise=normalise, seed=seed, precision=precision)
     accuracies = [measure(network, noise) for network in Network.of(split, n)]
-    return Score.of(split, accuracies, len(measure.data), noise)
+    return Score.of(split, accuracies, len(measure.data), noise, measure.available)
