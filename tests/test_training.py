@@ -23,7 +23,7 @@ from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
 from ghn_init.training import TrainConfig
-from ghn_init.training._engine import Engine, Result, inject
+from ghn_init.training._engine import KERNELS, Engine, Result, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
 from ghn_init.training._ranks import Ranks, local_device
@@ -494,3 +494,14 @@ def test_accelerate_starts_the_processes_of_a_run(tmp_path: Path) -> None:
         assert done.stderr.count("done: step 1, 2 networks") == 1
         lines.append(json.loads((tmp_path / name / LOG).read_text().splitlines()[0]))
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-4)
+
+
+def test_a_process_is_prepared_but_for_what_its_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    prepare_process()
+    assert (os.environ[name], torch.get_num_threads()) == ("7", 1)
+    monkeypatch.delenv(name)
+    prepare_process()
+    assert os.environ[name] == str(KERNELS)
+    monkeypatch.delenv(name)
