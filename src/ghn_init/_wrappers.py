@@ -24,7 +24,6 @@ _INSIDE: Final = {
     ("torch", "DistributedDataParallel"): "module",
     ("torch", "OptimizedModule"): "_orig_mod",  # torch.compile
     ("torch", "AveragedModel"): "module",
-    ("timm", "ModelEma"): "ema",
     ("timm", "ModelEmaV2"): "module",
     ("timm", "ModelEmaV3"): "module",
     ("lightning_fabric", "_FabricModule"): "_original_module",
