@@ -23,7 +23,7 @@ PACKAGE = Path(ghn_init.__file__).parent
 LAYERS = [
     {"_errors"},
     {"_graph", "_draw"},
-    {"_inputs", "_ops", "_record", "_parametrised", "_wrappers", "_trace"},
+    {"_conventions", "_inputs", "_ops", "_record", "_parametrised", "_wrappers", "_trace"},
     {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_initialise",
      "_files", "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
     {"_sharded", "_select", "_diversify", "_slots", "_usual", "_initial", "_materialise", "_tiles", "_write",

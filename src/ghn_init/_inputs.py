@@ -9,6 +9,7 @@ from typing import Any, Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ghn_init._conventions import arguments
 from ghn_init._errors import TraceError
 
 _IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)
@@ -76,6 +77,9 @@ def _of_shape(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Examp
 
 def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
     """Inputs that the network may take, the likeliest first."""
+    for named in arguments(model):
+        described = ", ".join(f"{name} {tuple(value.shape)}" for name, value in named.items())
+        yield ExampleInput((), named, described)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[int, ...]] = set()
     for shape in (*_declared_shapes(model), *_shapes_of_first_layer(model)):
