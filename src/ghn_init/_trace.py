@@ -153,7 +153,8 @@ def _failing_module(model: nn.Module, traceback: TracebackType | None) -> str:
     return place
 
 
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_CONTAINERS: Final = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""What every module keeps in dictionaries: parameters, buffers, modules and hooks of several kinds."""
 
 
 @contextmanager
@@ -161,7 +162,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back whatever the forward pass changes on the model's modules and in the random states.
 
     In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins;
-    what can be changed is attributes (caches, counters), buffers that are assigned, random states.
+    what can be changed is attributes (caches, counters), buffers that are assigned, hooks, random states.
     """
     modules = list(model.modules())
     before = [(m, dict(vars(m)), [dict(vars(m)[c]) for c in _CONTAINERS]) for m in modules]
