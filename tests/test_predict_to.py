@@ -180,6 +180,12 @@ def test_what_does_not_fit_into_safetensors(ghn: GHN, tmp_path: Path) -> None:
     with pytest.raises(PredictError, match="holds _extra_state, which are no tensors"):
         predict_to(Extra(), tmp_path / "out", ghn)
     model = Net()
+    hook = model.register_state_dict_post_hook(
+        lambda _m, state, *_: state.update(twice=state["stem.bias"] * 2)
+    )
+    with pytest.raises(PredictError, match="twice in the state dict are neither parameters nor buffers"):
+        predict_to(model, tmp_path / "out", ghn)
+    hook.remove()
     model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
     with pytest.raises(PredictError, match=r"safetensors cannot hold torch.complex128"):
         predict_to(model, tmp_path / "out", ghn)

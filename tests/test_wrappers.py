@@ -115,6 +115,8 @@ def test_lazy_modules_are_refused_with_the_remedy(ghn: GHN) -> None:
         predict(model, ghn)
     model(torch.zeros(1, 3, 8, 8))
     assert predict(model, ghn, example_input=(1, 3, 8, 8)) is model
+    with pytest.raises(PredictError, match=r"running_mean, .* have no shape yet"):
+        predict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d(affine=False)), ghn)
 
 
 class PreTrainedModel(nn.Module):

@@ -49,7 +49,8 @@ def materialised(
     values = kept_values(model, predicted, kinds, seed)
     olds = {id(old): old for _, old in before}
     home = home_of(list(olds.values()))
-    made = {key: _in_place_of(old, values.get(key), home) for key, old in olds.items()}
+    # Each value goes when it is copied, so that none but the largest is there twice.
+    made = {key: _in_place_of(old, values.pop(key, None), home) for key, old in olds.items()}
     try:
         for slot, old in before:
             slot.put(made[id(old)])

@@ -114,7 +114,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = " (`ghn-init SPEC` on the command line takes names)" if isinstance(model, str) else ""
         raise PredictError(f"expected a torch.nn.Module, found {type(model).__name__} {model!r:.80}{hint}")
-    lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:
         raise PredictError(
             f"{type(model).__name__}: {listing(lazy)} have no shape yet (lazy module); "

@@ -63,7 +63,12 @@ def save(
     inner |= {id(slot.get()): slot.name for slot in lost}
     targets = targets_of(network, tiles)
     inner |= {id(target.param): target.names[0] for target in targets if target.computed is None}
-    named = {name: inner[id(tensor)] for name, tensor in stored.items()}
+    named = {name: inner.get(id(tensor), "") for name, tensor in stored.items()}
+    if made := [name for name, of in named.items() if not of]:
+        raise PredictError(
+            f"{type(network).__name__}: {listing(made)} in the state dict are neither parameters nor "
+            "buffers, but made by a hook; use ghn_init.predict and torch.save"
+        )
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     owners = {slot.name: slot.path for slot in lost}
     others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
