@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 KERNELS: Final = 8192
 """Compiled kernels that oneDNN keeps in a process of ours; by default 1,024.
 
-Every shape of every layer needs some, every network brings shapes of its own, and compiling one takes as long
-as running it.
+Every shape of every layer needs some, networks bring shapes of their own, and compiling those of a small
+layer takes as long as running them.
 """
 
 
