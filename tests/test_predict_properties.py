@@ -1,17 +1,16 @@
 """Random networks: never half-written, finite, the same bits twice, untouched after a failure.
 
-`GHN_INIT_EXAMPLES=2000 pytest tests/test_predict_properties.py` for a long run.
+More examples: `pytest tests/test_predict_properties.py --hypothesis-profile=nightly`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = (2, 3, 8, 8)
 LAYERS = ("conv", "depthwise", "bn", "gn", "residual", "tied", "concat", "gate", "up", "scale", "unused")
-
-examples = settings(
-    max_examples=int(os.environ.get("GHN_INIT_EXAMPLES", "40")),
-    deadline=None,
-    derandomize=True,
-    database=None,
-)
 
 
 @dataclass(frozen=True)
@@ -178,7 +170,6 @@ def _assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[key] == value
 
 
-@examples
 @given(recipe=recipes, options=choices)
 def test_predictions_are_complete_finite_and_repeatable(recipe: Recipe, options: dict[str, Any]) -> None:
     model, twin = recipe.build(0), recipe.build(1)
@@ -206,7 +197,6 @@ def test_predictions_are_complete_finite_and_repeatable(recipe: Recipe, options:
         assert torch.equal(buffer, before["values"][name])
 
 
-@examples
 @given(recipe=recipes)
 def test_tiles_written_in_place_are_the_full_tensors(recipe: Recipe) -> None:
     recipe = replace(recipe, dtype=torch.float32)
@@ -220,7 +210,6 @@ def test_tiles_written_in_place_are_the_full_tensors(recipe: Recipe) -> None:
             torch.testing.assert_close(found, full[row.name], rtol=1e-4, atol=1e-5)
 
 
-@examples
 @given(
     recipe=recipes,
     how=st.sampled_from(("raise", "missing", "shape", "nan", "inf", "-inf")),
@@ -236,7 +225,6 @@ def test_failures_leave_everything_untouched(recipe: Recipe, how: str, victim: i
     _assert_equal(_frozen_state(model), before)
 
 
-@examples
 @given(recipe=recipes, options=choices)
 def test_meta_models_get_the_same_predictions(recipe: Recipe, options: dict[str, Any]) -> None:
     recipe = replace(recipe, layers=tuple(layer for layer in recipe.layers if layer[0] != "scale"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ghn_init import _threads as _threads  # counts forks from here on
 from ghn_init._errors import (
     ArchitectureError,
     CheckpointError,
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from ghn_init._batchnorm import calibrate_batchnorm
     from ghn_init._checkpoint import load
     from ghn_init._config import GHNConfig
+    from ghn_init._familiarity import OutOfDistributionWarning
     from ghn_init._graph import Graph, Node
     from ghn_init._model import GHN
-    from ghn_init._plan import Plan, plan
     from ghn_init._ops._registered import register
+    from ghn_init._plan import Plan, plan
     from ghn_init._predict import predict, predict_to
     from ghn_init._trace import trace
 
@@ -52,6 +54,7 @@ __all__ = [
     "GraphError",
     "ModelSpecError",
     "Node",
+    "OutOfDistributionWarning",
     "Plan",
     "PredictError",
     "RegistrationError",
@@ -72,6 +75,7 @@ _MODULE_OF = {
     "Graph": "_graph",
     "GraphBatch": "_batch",
     "Node": "_graph",
+    "OutOfDistributionWarning": "_familiarity",
     "Plan": "_plan",
     "calibrate_batchnorm": "_batchnorm",
     "load": "_checkpoint",

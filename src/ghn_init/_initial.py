@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ghn_init._errors import PredictError
 from ghn_init._select import listing
 from ghn_init._slots import Slot, hidden, slots_of
+from ghn_init._threads import alone
 from ghn_init._usual import fill_usual
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Initialiser:
 
     def _run(self, path: str, marked: Sequence[tuple[Slot, Tensor, int]]) -> list[str]:
         """Ask one initialiser after the other until nothing is missing; returns what failed."""
-        with torch.random.fork_rng(devices=[]):
+        with alone(), torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the accelerators as well.
             torch.default_generator.manual_seed(_seed(path, self._seed))
             own = _ask(self._own(path), marked)

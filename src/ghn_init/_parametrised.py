@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError
+from ghn_init._threads import alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ class Computed(ABC):
         Raises:
             PredictError: There is no solution.
         """
-        with torch.random.fork_rng(devices=[]):
+        with alone(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(self.name, seed))
             try:
                 solution = self._solved(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError
+from ghn_init._familiarity import described, unfamiliar, warn
 from ghn_init._initial import kinds_of
 from ghn_init._materialise import materialised
 from ghn_init._select import KEEP, Options, as_patterns, check_model, forbid_kept, listing, select
@@ -75,6 +76,7 @@ class Plan(Generic[ModelT]):
         rows: One row for every parameter, in the order of `model.named_parameters()`.
         weights: The GHN's weights as the caller named them.
         options: The caller's choices.
+        unfamiliar: In which ways the network is unlike those that GHNs are trained on, see `_familiarity`.
     """
 
     model: ModelT
@@ -82,6 +84,7 @@ class Plan(Generic[ModelT]):
     rows: tuple[Row, ...]
     weights: str
     options: Options
+    unfamiliar: tuple[str, ...]
     _tiles: dict[str, Tile]
 
     def apply(self) -> ModelT:
@@ -161,6 +164,7 @@ class Plan(Generic[ModelT]):
             "head": self.options.head,
             "diversify": self.options.diversify,
             "seed": self.options.seed,
+            "unfamiliar": list(self.unfamiliar),
             "summary": summary,
             "rows": rows,
         }
@@ -183,7 +187,8 @@ class Plan(Generic[ModelT]):
             lines.append((action, str(parameters), f"{elements:,}", f"{elements / total:.1%}"))
         reasons = Counter(row.reason for row in self.rows if row.action == KEEP)
         kept = [f"kept, {count} of them: {reason}" for reason, count in reasons.most_common()]
-        return "\n".join([_aligned(lines, right=(1, 2, 3)), *kept])
+        far = [described(type(self.model).__name__, self.unfamiliar)] if self.unfamiliar else []
+        return "\n".join([_aligned(lines, right=(1, 2, 3)), *kept, *far])
 
     def _network(self) -> nn.Module:
         """The network inside the model's wrappers, its shards in place."""
@@ -206,7 +211,8 @@ def plan(
 ) -> Plan[ModelT]:
     """Compute and check everything that `predict` with the same arguments would write.
 
-    The model is not changed: neither weights nor buffers, modes, hooks or random state.
+    The model is not changed: neither weights nor buffers, modes, hooks or random state. Warns
+    (`OutOfDistributionWarning`) if the network is far from those that a GHN is trained on.
 
     Args:
         model: The network, on any device, meta included; wrapped (DistributedDataParallel, torch.compile,
@@ -249,13 +255,17 @@ def plan(
         forbid_kept(type(network).__name__, entries)
     label = type(weights).__name__ if isinstance(weights, torch.nn.Module) else str(weights)
     rows = tuple(_row(entry, tiles.get(entry.source)) for entry in entries)
-    return Plan(model, graph, rows, label, options, tiles)
+    far = unfamiliar(graph, entries, ghn.config.num_classes)
+    warn(type(network).__name__, far)
+    return Plan(model, graph, rows, label, options, far, tiles)
 
 
 def _solvable(
     network: nn.Module, entries: list[Entry], tiles: dict[str, Tile], options: Options
 ) -> tuple[list[Entry], dict[str, Tile]]:
     """The same without computed weights that cannot be made what was predicted."""
+    if not any(entry.through for entry in entries):
+        return entries, tiles
     refused: dict[str, str] = {}
     for target in targets_of(network, tiles):
         if target.computed is not None:

@@ -10,6 +10,7 @@ import torch
 
 from ghn_init._checkpoint import bundled_names, load
 from ghn_init._errors import GHNInitError, PredictError
+from ghn_init._threads import surviving_threads
 from ghn_init._select import PREDICT
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def plain_torch() -> Iterator[None]:
     """Inside, what the caller set for his own tensors does not reach ours.
 
     Undoes, only where it is set: `torch.device(...)` contexts and `torch.set_default_device`, autocast,
-    inference mode (its tensors could not be trained) and gradients.
+    inference mode (its tensors could not be trained) and gradients. In a forked process there is one thread.
     """
     with ExitStack() as stack:
+        stack.enter_context(surviving_threads())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

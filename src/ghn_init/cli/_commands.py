@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -118,14 +119,18 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
         import torch
 
         import ghn_init
+        from ghn_init._familiarity import described
         from ghn_init._spec import load_model
 
         ghn = ghn_init.load(request.weights)
     with steps(f"building {request.spec}"):
         torch.manual_seed(request.seed)  # what is kept starts the same every time, too
         found = _on_meta(request) if on_meta else load_model(request.spec, request.settings)
-    with steps("predicting"):
+    with steps("predicting"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)  # said in our own words
         plan = ghn_init.plan(found.model, ghn, **request.arguments)
+    if plan.unfamiliar:
+        say(f"warning: {described(found.name, plan.unfamiliar)}")
     return found, replace(plan, weights=request.weights)
 
 
