@@ -119,6 +119,15 @@ def test_lazy_modules_are_refused_with_the_remedy(ghn: GHN) -> None:
         predict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d(affine=False)), ghn)
 
 
+def test_offloaded_models_are_refused_with_the_remedy(ghn: GHN) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(network(), "cpu")
+    assert model[0].weight.is_meta
+    with pytest.raises(PredictError, match=r"values of 0, .*5 are elsewhere .* predict before"):
+        predict(model, ghn)
+    assert model(torch.zeros(1, 3, 8, 8)).isfinite().all()
+
+
 class PreTrainedModel(nn.Module):
     """As much of transformers' class as is looked at."""
 

@@ -105,7 +105,8 @@ def check_model(model: object) -> None:
     """Refuse what is not a module with initialised parameters.
 
     Raises:
-        PredictError: Not a `torch.nn.Module` instance, a module without parameters, or a lazy one.
+        PredictError: Not a `torch.nn.Module` instance, a module without parameters, a lazy one, or one
+            whose parameters are not there.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise PredictError(
@@ -121,8 +122,19 @@ def check_model(model: object) -> None:
             f"{type(model).__name__}: {listing(lazy)} have no shape yet (lazy module); "
             "call the model once on an example input, then predict"
         )
+    offloaded = [path for path, module in model.named_modules() if _is_offloaded(module)]
+    if offloaded:
+        raise PredictError(
+            f"{type(model).__name__}: the values of {listing(offloaded)} are elsewhere (offloaded by "
+            "accelerate); predict before dispatch_model, cpu_offload or disk_offload"
+        )
     if next(model.parameters(), None) is None:
         raise PredictError(f"{type(model).__name__} has no parameters: there is nothing to predict")
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """On the meta device only until accelerate's hook fetches the values."""
+    return "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
 
 
 def select(model: nn.Module, graph: Graph, options: Options, num_classes: int) -> list[Entry]:
