@@ -68,7 +68,7 @@ def main() -> None:
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
     )
     ghn_init.predict(model, weights=ghn)
-    print(f"predicted weights: mean square {model[0].weight.square().mean().item():.4f}")
+    print(f"predicted weights: mean square {next(model.parameters()).square().mean().item():.4f}")
 
 
 if __name__ == "__main__":
