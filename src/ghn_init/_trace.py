@@ -18,6 +18,7 @@ from ghn_init._ops import RULES
 from ghn_init._ops._registered import registered_layers
 from ghn_init._parametrised import computed_weights, watched
 from ghn_init._record import Recorder
+from ghn_init._threads import alone
 from ghn_init._wrappers import bare, unwrapped
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     before = [(m, dict(vars(m)), [dict(vars(m)[c]) for c in _CONTAINERS]) for m in modules]
-    with _random_states():
+    with alone(), _random_states():
         try:
             yield
         finally:
