@@ -32,8 +32,10 @@ class Flow:
     Attributes:
         sources: The graph nodes whose outputs it carries, ascending. Operations that have no node
             pass their inputs' sources on: that is how they are removed and their neighbours linked.
-        role: "" or the part of an attention that it is: "scores" (query times key) or "attention"
-            (scores after the softmax).
+        role: "", or the part of an operation written by hand that it is. Of attention: "scores" (query
+            times key) or "attention" (scores after the softmax). Of a normalisation: "square", "mean",
+            "moment" (the mean of squares, or what is computed from it), "batch moment" (over the
+            examples too), "normalised" (divided by a moment).
     """
 
     sources: tuple[int, ...]
@@ -42,9 +44,15 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A tensor computed from parameters and constants alone; `params` are the parameters' names."""
+    """A tensor computed from parameters and constants alone.
+
+    Attributes:
+        params: The parameters' names.
+        shifted: A number was added, as in (1 + weight): the parameter is not the weight itself.
+    """
 
     params: tuple[str, ...]
+    shifted: bool = False
 
 
 CONSTANT: Final = Derived(())
@@ -290,17 +298,26 @@ def merged(values: Iterable[Carried]) -> Carried:
     """What the result of an operation on such tensors carries."""
     sources: set[int] = set()
     params: dict[str, None] = {}
-    role, flows = "", 0
+    roles: set[str] = set()
+    shifted = False
     for value in values:
         if isinstance(value, Flow):
             sources.update(value.sources)
-            role = max(role, value.role)  # "" < "attention" < "scores"
-            flows += 1
+            roles.add(value.role)
         else:
             params.update(dict.fromkeys(value.params))
-    if flows:
-        return Flow(tuple(sorted(sources)), role)
-    return Derived(tuple(params)) if params else CONSTANT
+            shifted = shifted or value.shifted
+    if roles:
+        return Flow(tuple(sorted(sources)), _common_role(roles))
+    return Derived(tuple(params), shifted) if params else CONSTANT
+
+
+def _common_role(roles: set[str]) -> str:
+    """Parts of an attention stay what they are beside anything else; other roles only among their own."""
+    for role in ("scores", "attention"):
+        if role in roles:
+            return role
+    return roles.pop() if len(roles) == 1 else ""
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

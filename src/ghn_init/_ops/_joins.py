@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghn_init._graph import Node
 from ghn_init._ops._nodes import joined, main_parameter, note_others
+from ghn_init._ops._norms import normalised, takes_vector
 from ghn_init._ops._table import rule
 from ghn_init._record import Call, Carried, Derived, Flow, merged
 
@@ -24,6 +25,8 @@ def elementwise(call: Call) -> Any:
     value = merged(call.inputs())
     if not isinstance(value, Flow):
         return call.passed_on()
+    if value.role not in ("scores", "attention") and not call.name.startswith("clamp"):
+        value = Flow(value.sources)  # beyond an activation, no normalisation goes on
     in_place = call.name.endswith("_") or call.kwargs.get("inplace", False)
     return call.gives(x if in_place else torch.empty_like(x), value)
 
@@ -42,6 +45,8 @@ def add(call: Call) -> Any:
             value = _with_parameter(call, value, of_b if isinstance(of_a, Flow) else of_a)
     elif isinstance(value, Flow):
         note_others(call, [of_a, of_b], "relative position table")
+    elif value.params and any(not isinstance(x, Tensor) and x != 0 for x in (a, b)):
+        value = Derived(value.params, shifted=True)
     return call.gives(output, value)
 
 
@@ -60,7 +65,7 @@ def _combined(call: Call, a: Any, b: Any) -> Any:
 
 def _with_parameter(call: Call, flow: Flow, derived: Carried) -> Flow:
     """The sum of activations and something computed from parameters."""
-    if not isinstance(derived, Derived) or not derived.params:
+    if not isinstance(derived, Derived) or not derived.params or takes_vector(call, flow, derived, "bias"):
         return flow
     param = main_parameter(call, derived)
     shape = call.recorder.shapes[param]
@@ -125,13 +130,23 @@ def mul(call: Call) -> Any:
     a, b = call.arg(0, "input"), call.arg(1, "other")
     of_a, of_b = call.carried(a), call.carried(b)
     output = _combined(call, a, b)
-    value = merged((of_a, of_b))
+    value = normalised(call, of_a, of_b) or normalised(call, of_b, of_a) or merged((of_a, of_b))
     if isinstance(value, Flow):
-        role = "scale of the attention" if value.role == "scores" else "layer scale"
-        note_others(call, [of_a, of_b], role)
-        if isinstance(of_a, Flow) and isinstance(of_b, Flow) and (_gates(a, b) or _gates(b, a)):
-            value = joined(call, "cse", value.sources)
+        value = _scaled(call, value, (a, b), (of_a, of_b))
     return call.gives(output, value)
+
+
+def _scaled(call: Call, value: Flow, factors: tuple[Any, Any], carried: tuple[Carried, Carried]) -> Flow:
+    """What a product carries: a gate's `cse`, a norm with its weight, or the branch that is scaled."""
+    (a, b), (of_a, of_b) = factors, carried
+    if isinstance(of_a, Flow) and isinstance(of_b, Flow):
+        if a is b:
+            return Flow(value.sources, "square")
+        gated = value.role != "normalised" and (_gates(a, b) or _gates(b, a))
+        return joined(call, "cse", value.sources) if gated else value
+    if not takes_vector(call, value, of_b if isinstance(of_a, Flow) else of_a, "param"):
+        note_others(call, [of_a, of_b], "scale of the attention" if value.role == "scores" else "layer scale")
+    return value
 
 
 def _gates(gate: Tensor, features: Tensor) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ghn_init._graph import Node
 from ghn_init._record import Call, Carried, Derived, Flow, merged
+
+
+SHIFTED: Final = "a norm's weight, stored as its distance from a number"
+"""What Gemma's norms have: the parameter plus one is the weight, so it is not what a GHN predicts."""
 
 
 def add_layer(
@@ -61,7 +65,9 @@ def add_norm(call: Call, kind: str, of_weight: Carried, of_bias: Carried, source
     """One node for the weight and the bias of a normalisation, or for neither."""
     bias = main_parameter(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
     if isinstance(of_weight, Derived) and of_weight.params:
-        return add_vector(call, kind, of_weight, sources, bias)
+        if not of_weight.shifted:
+            return add_vector(call, kind, of_weight, sources, bias)
+        call.recorder.note_role(of_weight.params, SHIFTED)
     shape = None if bias is None else call.recorder.shapes[bias]
     return call.recorder.add_node(Node(kind, None, shape, bias), sources)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ghn_init._graph import Node
 from ghn_init._ops._nodes import as_tuple
+from ghn_init._ops._norms import mean_of_squares
 from ghn_init._ops._table import rule
 from ghn_init._record import Call, Flow
 
@@ -47,12 +48,18 @@ def adaptive_avg_pool(call: Call) -> Any:
 
 @rule("mean")
 def mean(call: Call) -> Any:
-    """A mean over all positions of a feature map is `glob_avg`; any other has no node."""
+    """A mean over all positions of a feature map is `glob_avg`; any other has no node.
+
+    The mean of squares is part of a normalisation; so is a mean that is then subtracted: see `_norms`.
+    """
     x = call.arg(0, "input")
     dims = call.arg(1, "dim")
+    flow = call.carried(x)
+    if isinstance(flow, Flow) and flow.role == "square":
+        return mean_of_squares(call)
     if dims is None or not _is_over_positions(x, {dim % x.ndim for dim in as_tuple(dims, 1)}):
         return call.passed_on()
-    return _glob_avg(call, call.run())
+    return _glob_avg(call, call.run(), "mean")
 
 
 def _is_over_positions(x: Tensor, dims: set[int]) -> bool:
@@ -62,8 +69,8 @@ def _is_over_positions(x: Tensor, dims: set[int]) -> bool:
     return x.ndim > 3 and dims in (set(range(2, x.ndim)), set(range(1, x.ndim - 1)))
 
 
-def _glob_avg(call: Call, output: Any) -> Any:
+def _glob_avg(call: Call, output: Any, role: str = "") -> Any:
     flow = call.carried(call.arg(0, "input"))
     if not isinstance(flow, Flow):
         return call.gives(output, flow)
-    return call.gives(output, Flow((call.recorder.add_node(Node("glob_avg"), flow.sources),)))
+    return call.gives(output, Flow((call.recorder.add_node(Node("glob_avg"), flow.sources),), role))
