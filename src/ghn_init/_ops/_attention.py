@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghn_init._graph import Node
 from ghn_init._ops._nodes import add_layer, add_vector, add_weight, note_others
+from ghn_init._ops._products import is_whole_parameter, weight_in_einsum, weight_of_experts
 from ghn_init._ops._table import rule
 from ghn_init._record import Call, Carried, Derived, Flow, merged
 
@@ -41,13 +42,27 @@ def matmul(call: Call) -> Any:
         value = merged(inputs)
         assert isinstance(value, Flow)
         return call.gives(output, Flow(value.sources, "scores"))
-    if call.name in ("matmul", "__matmul__") and len(flows) == 1 and isinstance(inputs[0], Flow):
-        weight = call.args[1]
-        if weight.ndim == 2:
-            return add_layer(call, output, call.args[0], weight, None, "conv", transposed=True)
     if flows:
+        layer = _layer(call, output, inputs)
+        if layer is not None:
+            return layer
         note_others(call, inputs, f"used by {call.name.strip('_')}")
     return call.gives(output, merged(inputs))
+
+
+def _layer(call: Call, output: Any, inputs: list[Carried]) -> Any | None:
+    """A product of activations and a weight; None if it is none of those that a node can stand for."""
+    if call.name == "einsum":
+        return weight_in_einsum(call, output)
+    if call.name not in ("matmul", "__matmul__", "bmm") or len(inputs) != 2:
+        return None
+    a, b = call.args
+    if isinstance(inputs[0], Flow) and b.ndim == 2:
+        return add_layer(call, output, a, b, None, "conv", transposed=True)
+    if isinstance(inputs[0], Flow):
+        return weight_of_experts(call, output, a, b)
+    whole = a.ndim == 2 and is_whole_parameter(call, a)
+    return add_layer(call, output, b, a, None, "conv") if whole else None
 
 
 @rule("softmax", "log_softmax", "softmin")

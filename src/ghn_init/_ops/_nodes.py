@@ -10,9 +10,12 @@ from torch import Tensor
 from ghn_init._graph import Node
 from ghn_init._record import Call, Carried, Derived, Flow, merged
 
-
 SHIFTED: Final = "a norm's weight, stored as its distance from a number"
 """What Gemma's norms have: the parameter plus one is the weight, so it is not what a GHN predicts."""
+
+
+IN_FIRST: Final = "weights of experts, stored as (experts, in, out)"
+"""No matrix has the outputs of all experts for rows then."""
 
 
 def add_layer(
@@ -40,7 +43,12 @@ def add_weight(
 ) -> int:
     param = main_parameter(call, derived)
     stored, shape = call.recorder.shapes[param], tuple(weight.shape)
-    if weight.numel() != torch.Size(stored).numel():
+    if len(stored) == 3 and stored[1:] == shape:  # one of several experts
+        if transposed:
+            call.recorder.note_role((param,), IN_FIRST)
+            return call.recorder.add_node(Node(kind), sources)
+        shape = (stored[0] * shape[0], shape[1])
+    elif weight.numel() != torch.Size(stored).numel():
         shape = stored  # the parameter was cut or resized on the way to the layer
     if len(shape) == 2 and stored == shape[::-1] != shape:
         transposed, shape = not transposed, stored
