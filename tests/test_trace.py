@@ -298,8 +298,8 @@ def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
 
 def test_no_input_fits() -> None:
     class Strange(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a + b
+        def forward(self, sides: dict[str, Tensor]) -> Tensor:
+            return sides["left"] + sides["right"]
 
     with pytest.raises(TraceError, match=r"Strange: found no example input.*Pass example_input="):
         trace(Strange())

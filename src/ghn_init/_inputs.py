@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
@@ -17,6 +19,11 @@ _IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 44
 
 _TOKENS: Final = 16
 """Length of a guessed sequence."""
+
+
+_POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+_LIST_OF_TENSORS: Final = re.compile(r"(?i)\b(list|sequence)\[[\w.]*tensor\]")
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,36 @@ def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
         yield ExampleInput((), named, described)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[int, ...]] = set()
+    count, listed = _images_wanted(model)
     for shape in (*_declared_shapes(model), *_shapes_of_first_layer(model)):
         if shape not in seen:
             seen.add(shape)
-            yield _of_shape(shape, dtype)
+            yield _images(shape, count, listed, dtype)
     if isinstance(_first_layer(model), nn.Embedding):
         yield _of_shape((1, _TOKENS), torch.long)
+
+
+def _images_wanted(model: nn.Module) -> tuple[int, bool]:
+    """How many images the forward pass has to get, and whether it says that it takes a list of images.
+
+    A forward pass with two arguments that have no default, as of optical flow, gets the same image twice.
+    """
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward that Python cannot look into
+        return 1, False
+    required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
+    listed = bool(required) and _LIST_OF_TENSORS.search(str(required[0].annotation)) is not None
+    return max(len(required), 1), listed
+
+
+def _images(shape: tuple[int, ...], count: int, listed: bool, dtype: torch.dtype) -> ExampleInput:
+    """`count` arguments of this shape; as a list of single images if `listed`."""
+    if listed:
+        one = _of_shape(shape[1:], dtype)
+        return ExampleInput((list(one.args),), {}, f"[{one.described}]")
+    one = _of_shape(shape, dtype)
+    return ExampleInput(one.args * count, {}, one.described if count == 1 else f"{count} x {one.described}")
 
 
 def _declared_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

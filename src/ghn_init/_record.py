@@ -63,10 +63,15 @@ Carried = Flow | Derived
 _PLAIN: Final = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
     "is_complex", "is_nonzero", "get_device", "element_size", "storage_offset", "data_ptr", "requires_grad_",
-    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__len__", "__repr__",
-    "__format__", "numpy", "__contains__", "__hash__", "is_same_size", "register_hook",
+    "__len__", "__repr__", "__format__", "__hash__", "is_same_size", "register_hook",
 })  # fmt: skip
-"""Functions that read a tensor and make none: called as they are."""
+"""Functions that read what a tensor is and make none: called as they are."""
+
+_VALUES: Final = frozenset({
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__",
+    "__contains__", "equal", "allclose",
+})  # fmt: skip
+"""Functions that read a tensor's values and make none."""
 
 _DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 
@@ -78,6 +83,21 @@ _FROM_NOTHING: Final = frozenset({
 
 _HOST_FACTORIES: Final = frozenset({"arange", "linspace", "tensor", "as_tensor", "eye", "scalar_tensor"})
 """Small constants that code may go on to read: made on the CPU even where it asks for x.device."""
+
+_FILLED: Final = frozenset({
+    "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full",
+})  # fmt: skip
+"""Constants that code may go on to read, if they are small: masks above all."""
+
+_SMALL: Final = 2**16
+"""Elements up to which a filled constant is made on the CPU."""
+
+_BUFFER: Final = 16
+"""Elements up to which a buffer's values can be read."""
+
+
+class UnknownValueError(Exception):
+    """The forward pass reads a value of an activation, which has none while it is recorded."""
 
 
 class Recorder(TorchFunctionMode):
@@ -99,6 +119,7 @@ class Recorder(TorchFunctionMode):
         # Keyed by id; the tensor is kept beside the value so that no id is used twice.
         self._carried: dict[int, tuple[Tensor, Carried]] = {}
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     # -- what tensors carry ---------------------------------------------------------------------
 
@@ -142,25 +163,59 @@ class Recorder(TorchFunctionMode):
         name = func.__name__
         if name in _PLAIN:
             return func(*args, **kwargs)
+        if name in _VALUES:
+            return self._values(func, args, kwargs)
         if name == "__get__":
             return self._attribute(func, args)
         if name in _HOST_FACTORIES and _is_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
+        target = args[0] if args else None
         inputs = list(tensors_in((args, kwargs)))
         if inputs:
-            args, kwargs = self._on_meta(inputs, args, kwargs)
-        call = Call(func, name, args, kwargs, self)
-        if name in _FROM_NOTHING:
+            args, kwargs = self._on_meta(inputs, args, kwargs, changed=target if _is_in_place(name) else None)
+        output = self._called(Call(func, name, args, kwargs, self))
+        if inputs and target is not args[0] and _is_in_place(name):
+            self.carry(target, self.carried(args[0]))  # the caller goes on with the tensor, not its stand-in
+            self._written(target)
+        return output
+
+    def _called(self, call: Call) -> Any:
+        """What `call`, its tensors on meta, gives."""
+        name, args, kwargs = call.name, call.args, call.kwargs
+        if name in _FROM_NOTHING or name in _FILLED:
             output = call.run()
-            self.carry(output, CONSTANT)
-            return output
+            if name in _FILLED and output.is_meta and output.numel() <= _SMALL:
+                output = call.func(*args, **{**kwargs, "device": "cpu"})
+            return call.gives(output, CONSTANT)
         if name in _DEVICE_MOVES:
             return args[0]
         if name == "to":
-            args, kwargs = _without_device(args, kwargs)
-            call = Call(func, name, args, kwargs, self)
+            call = Call(call.func, name, *_without_device(args, kwargs), self)
         rule = self._rules.get(name)
-        return rule(call) if rule is not None else call.passed_on()
+        output = rule(call) if rule is not None else call.passed_on()
+        if args and _is_in_place(name):
+            self._written(args[0])
+        return output
+
+    def _written(self, tensor: object) -> None:
+        """Something was written into `tensor`: if it is a view of another, that carries it too."""
+        base = tensor._base if isinstance(tensor, Tensor) else None  # noqa: SLF001  # torch's name for it
+        if base is not None:
+            value = merged((self.carried(base), self.carried(tensor)))
+            self.carry(base, value)
+            if id(base) in self._stand_ins:  # made before this was written
+                self.carry(self._stand_ins[id(base)][1], value)
+
+    def _values(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Values of the model's own tensors and of constants can be read, those of activations cannot."""
+        for tensor in tensors_in(args):
+            if isinstance(self.carried(tensor), Flow):
+                if func.__name__ == "__contains__" and not tensor.is_floating_point():
+                    return False  # no token is a special one, such as padding
+                raise UnknownValueError(
+                    f"Tensor.{func.__name__} needs the values of activations, which have none while tracing"
+                )
+        return func(*args, **kwargs)
 
     def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         output = func(*args)
@@ -172,23 +227,41 @@ class Recorder(TorchFunctionMode):
         return output
 
     def _on_meta(
-        self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], changed: object
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with everything on meta, unless all are constants made while recording."""
+        """The arguments with everything on meta, unless all are constants made while recording.
+
+        Constants without dimensions, which may be sizes, stay as they are unless they are `changed` in place.
+        """
         resolved = {id(tensor): self._resolve(tensor) for tensor in inputs}
-        if any(tensor.is_meta for tensor in resolved.values()):
-            resolved = {key: self._stand_in(tensor) for key, tensor in resolved.items()}
+        if any(tensor.is_meta or self.carried(tensor) != CONSTANT for tensor in resolved.values()):
+            resolved = {
+                key: tensor if tensor.ndim == 0 and self.carried(tensor) == CONSTANT and key != id(changed)
+                else self._stand_in(tensor)
+                for key, tensor in resolved.items()
+            }  # fmt: skip
         return _replaced(args, resolved), _replaced(kwargs, resolved)
 
     def _resolve(self, tensor: Tensor) -> Tensor:
         """`tensor` itself if it was made while recording, else its stand-in."""
         if id(tensor) in self._carried:
             return tensor
-        stand_in = self._stand_in(tensor)
+        stand_in = self._copy(tensor) if self._is_small_buffer(tensor) else self._stand_in(tensor)
         if id(stand_in) not in self._carried:
             name = self._names.get(id(tensor))
             self.carry(stand_in, Derived((name,)) if name is not None else CONSTANT)
         return stand_in
+
+    def _is_small_buffer(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer whose values the forward pass may go on to read, such as a padding."""
+        return id(tensor) not in self._names and tensor.device.type == "cpu" and tensor.numel() <= _BUFFER
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """A copy that may be changed, one for each tensor."""
+        entry = self._copies.get(id(tensor))
+        if entry is None:
+            entry = self._copies[id(tensor)] = (tensor, tensor.detach().clone())
+        return entry[1]
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """A meta tensor of the same shape and dtype, one for each tensor."""
@@ -204,14 +277,14 @@ class Recorder(TorchFunctionMode):
 
     # -- the result -----------------------------------------------------------------------------
 
-    def graph(self, output: object, name: str) -> Graph:
-        """The nodes that reach `output`, renumbered, as a `Graph`."""
-        live = self._live(output)
+    def graph(self, ends: Iterable[int], name: str) -> Graph:
+        """The nodes that reach one of `ends`, renumbered, as a `Graph`."""
+        live = self._live(ends)
         number = {old: new for new, old in enumerate(sorted(live))}
         nodes = tuple(self.nodes[old] for old in sorted(live))
         edges = tuple(sorted((number[u], number[v]) for v in live for u in self.predecessors[v]))
-        covered = {p for node in nodes for p in (node.param, node.bias) if p is not None}
-        dead = {p for node in self.nodes for p in (node.param, node.bias) if p is not None}
+        covered = _params_of(nodes)
+        dead = _params_of(self.nodes)
         unmatched = tuple(
             UnmatchedParameter(param, shape, self._role(param, dead))
             for param, shape in self.shapes.items()
@@ -219,11 +292,23 @@ class Recorder(TorchFunctionMode):
         )
         return Graph(nodes, edges, unmatched, name)
 
-    def _live(self, output: object) -> set[int]:
-        """Indices of the nodes from which `output` can be reached; the input is always one."""
-        live = {0}
+    def sources_of(self, output: object) -> set[int]:
+        """The nodes that any tensor in `output` carries."""
         flows = (self.carried(tensor) for tensor in tensors_in(output))
-        stack = [source for flow in flows if isinstance(flow, Flow) for source in flow.sources]
+        return {source for flow in flows if isinstance(flow, Flow) for source in flow.sources}
+
+    def ends(self) -> set[int]:
+        """The nodes that nothing follows."""
+        return set(range(len(self.nodes))) - {u for preds in self.predecessors for u in preds}
+
+    def all_used(self) -> bool:
+        """Whether every parameter was used by now."""
+        return self.shapes.keys() <= _params_of(self.nodes) | self.roles.keys()
+
+    def _live(self, ends: Iterable[int]) -> set[int]:
+        """Indices of the nodes from which `ends` can be reached; the input is always one."""
+        live = {0}
+        stack = list(ends)
         while stack:
             node = stack.pop()
             if node not in live:
@@ -320,6 +405,11 @@ def _common_role(roles: set[str]) -> str:
     return roles.pop() if len(roles) == 1 else ""
 
 
+def _params_of(nodes: Iterable[Node]) -> set[str]:
+    """Names of the parameters that `nodes` stand for."""
+    return {name for node in nodes for name in (node.param, node.bias) if name is not None}
+
+
 def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
     if isinstance(value, Tensor):
@@ -346,6 +436,11 @@ def _replaced(value: Any, resolved: dict[int, Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _replaced(item, resolved) for key, item in value.items()}
     return value
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
 
 
 def _is_meta(device: object) -> bool:

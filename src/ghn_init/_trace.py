@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._ops import RULES
 from ghn_init._ops._registered import registered_layers
 from ghn_init._parametrised import computed_weights, watched
-from ghn_init._record import Recorder
+from ghn_init._record import Recorder, UnknownValueError
 from ghn_init._threads import alone
 from ghn_init._wrappers import bare, unwrapped
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from ghn_init._graph import Graph
     from ghn_init._parametrised import Computed
+
+Mode = Literal["as it is", "evaluating"]
 
 
 def trace(model: nn.Module, example_input: object = None) -> Graph:
@@ -53,15 +55,39 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
     """
     _check(model)
     model = unwrapped(model)
-    if example_input is not None:
-        return _recorded(model, given_input(example_input))
+    given = None if example_input is None else given_input(example_input)
+    candidates = list(candidate_inputs(model)) if given is None else [given]
     failures: list[tuple[ExampleInput, TraceError]] = []
-    for candidate in candidate_inputs(model):
-        try:
-            return _recorded(model, candidate)
-        except TraceError as error:  # noqa: PERF203
-            failures.append((candidate, error))
-    raise _no_input_fits(model, failures)
+    for mode in _modes(model):
+        for candidate in candidates:
+            try:
+                return _with_every_layer(model, candidate, _recorded(model, candidate, mode))
+            except TraceError as error:  # noqa: PERF203
+                failures.append((candidate, error))
+    if given is not None:
+        raise failures[0][1]
+    raise _no_input_fits(model, failures[: len(candidates)])
+
+
+def _with_every_layer(model: nn.Module, example: ExampleInput, graph: Graph) -> Graph:
+    """`graph`, or the evaluating model's if that uses more parameters: layer drop skips some in training."""
+    unused = _unused(graph)
+    if not unused or len(_modes(model)) == 1:
+        return graph
+    try:
+        evaluating = _recorded(model, example, "evaluating")
+    except TraceError:  # it runs in training only
+        return graph
+    return evaluating if _unused(evaluating) < unused else graph
+
+
+def _unused(graph: Graph) -> int:
+    return sum(param.role == "unused" for param in graph.unmatched)
+
+
+def _modes(model: nn.Module) -> tuple[Mode, ...]:
+    """As the model is; and evaluating if it is training, as detectors then want the boxes to learn."""
+    return ("as it is", "evaluating") if any(module.training for module in model.modules()) else ("as it is",)
 
 
 def _check(model: object) -> None:
@@ -85,12 +111,16 @@ def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceErr
     )
 
 
-def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
+def _recorded(model: nn.Module, example: ExampleInput, mode: Mode) -> Graph:
     """Run the model's forward under a `Recorder`.
+
+    It may end where it reads a value, if every parameter was used by then: what would follow sorts out and
+    formats results, as detectors do, and the graph ends with the nodes that nothing follows.
 
     Raises:
         TraceError: The forward pass failed; from the original error.
     """
+    name = type(model).__name__
     computed = computed_weights(model)
     recorder = Recorder(_parameters(model, computed), RULES)
     recorder.add_input((example.args, dict(example.kwargs)))
@@ -101,19 +131,29 @@ def _recorded(model: nn.Module, example: ExampleInput) -> Graph:
         watched(computed, recorder.add_parameter),
         torch.no_grad(),
     ):
+        if mode == "evaluating":
+            _evaluating(model)
         try:
             with recorder:
                 output = model(*example.args, **example.kwargs)
+            return recorder.graph(recorder.sources_of(output), name)
         except GHNInitError:
             raise
         # The user's forward may raise anything; it is raised again with the place and the remedy.
         except Exception as error:
+            if isinstance(error, UnknownValueError) and recorder.all_used():
+                return recorder.graph(recorder.ends(), name)
             place = _failing_module(model, error.__traceback__)
             raise TraceError(
-                f"{type(model).__name__}: the forward pass failed{place} on an input of shape "
+                f"{name}: the forward pass failed{place} on an input of shape "
                 f"{example.described}: {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
             ) from error
-    return recorder.graph(output, type(model).__name__)
+
+
+def _evaluating(model: nn.Module) -> None:
+    """Like `model.eval()`, which a model may override; `_untouched` puts the modes back."""
+    for module in model.modules():
+        module.training = False
 
 
 def _parameters(model: nn.Module, computed: Mapping[str, Computed]) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ghn_init._ops import (  # noqa: F401  # they fill RULES
     _attention,
+    _choices,
     _joins,
     _layers,
     _norms,
