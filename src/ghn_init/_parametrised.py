@@ -107,7 +107,8 @@ class Computed(ABC):
                 told = f"{type(error).__name__}: {error}"
                 raise PredictError(f"{self.name}: {self.how} cannot be inverted: {told}") from error
         for name, tensor in solution.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            # isfinite() would make more than one tensor of this size; aminmax makes none, and NaN shows.
+            if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise PredictError(f"{self.name}: {self.how} gives values that are not finite for {name}")
         return solution
 
