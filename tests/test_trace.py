@@ -341,12 +341,46 @@ class Meddler(nn.Module):
         random.random(), np.random.rand(), torch.rand(3)  # noqa: NPY002
         self.count += 1
         self.conv.weight.data.mul_(2)
-        self.cache = self.conv(self.norm(x))
+        self.cache = self.conv(self.norm(self.norm(x)))
         self.new_attribute = 1
         self.norm.register_forward_hook(lambda *_: None)
         if fail:
             raise RuntimeError("on purpose")
         return self.cache
+
+
+class Masked(nn.Module):
+    """Makes constants on the input's device, writes into them and reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("padding", torch.tensor(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[-2:], device=x.device)
+        padding = int(self.padding) if bool(mask.all()) else 0
+        padded = torch.zeros(1, 3, *(size + 2 * padding for size in x.shape[-2:]), device=x.device)
+        padded[:, :, padding:-padding, padding:-padding] = x
+        return self.conv(padded)
+
+
+def test_constants_and_buffers_can_be_read_and_written_into() -> None:
+    graph = trace(Masked(), (1, 3, 6, 6))
+    assert [node.type for node in graph.nodes] == ["input", "conv", "bias"]
+    assert graph.edges == ((0, 1), (1, 2))
+
+
+def test_layers_that_are_dropped_in_training_are_in_the_graph() -> None:
+    class LayerDrop(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            for layer in self:
+                x = x if self.training else layer(x)
+            return x
+
+    model = LayerDrop(nn.Linear(4, 4), nn.Linear(4, 4)).train()
+    assert [node.type for node in trace(model).nodes] == ["input", "conv", "bias", "conv", "bias"]
+    assert model.training
 
 
 def random_states() -> tuple[Any, ...]:

@@ -174,8 +174,9 @@ class Recorder(TorchFunctionMode):
         if inputs:
             args, kwargs = self._on_meta(inputs, args, kwargs, changed=target if _is_in_place(name) else None)
         output = self._called(Call(func, name, args, kwargs, self))
-        if inputs and target is not args[0] and _is_in_place(name):
-            self.carry(target, self.carried(args[0]))  # the caller goes on with the tensor, not its stand-in
+        if id(target) in self._carried and target is not args[0] and _is_in_place(name):
+            # A constant that was made while recording: the caller goes on with it, not with its stand-in.
+            self.carry(target, self.carried(args[0]))
             self._written(target)
         return output
 
