@@ -129,6 +129,12 @@ def check_model(model: object) -> None:
             "accelerate); predict before dispatch_model, cpu_offload or disk_offload"
         )
     if next(model.parameters(), None) is None:
+        packed = [name for name, module in model.named_modules() if ".quantized." in type(module).__module__]
+        if packed:
+            raise PredictError(
+                f"{type(model).__name__} is quantised: {listing(packed, 3)} hold packed integers instead of "
+                "parameters; predict the float model, then quantise it"
+            )
         raise PredictError(f"{type(model).__name__} has no parameters: there is nothing to predict")
 
 
