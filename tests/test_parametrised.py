@@ -236,3 +236,16 @@ def test_tied_parts_are_kept(ghn: GHN) -> None:
     rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8)).rows}
     assert rows["0.parametrizations.weight.original"].reason.endswith("is tied")
     assert rows["2.weight"].action != "kept"
+
+
+def test_a_module_that_is_used_twice_is_written_once(ghn: GHN) -> None:
+    shared, plain = nn.Linear(8, 8), nn.Linear(8, 8)
+    doubled(shared)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(8, 10))
+    rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8)).rows}
+    row = rows["0.parametrizations.weight.original"]
+    assert (row.action, row.through) == ("predicted", "0.weight")
+    assert row.also == ("2.parametrizations.weight.original",)
+    predict(model, ghn, example_input=(1, 8))
+    expected = predict(nn.Sequential(plain, nn.ReLU(), plain, nn.Linear(8, 10)), ghn, example_input=(1, 8))
+    torch.testing.assert_close(shared.weight, expected[0].weight)

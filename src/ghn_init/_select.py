@@ -167,7 +167,7 @@ def select(model: nn.Module, graph: Graph, options: Options, num_classes: int) -
     )
     parts = {part: weight for weight in computed.values() for part in weight.parts}
     own = {name: weight for weight in computed.values() for name in weight.own}
-    blocked = _blocked(computed.values(), names)
+    blocked = _blocked(model, computed.values(), names)
     entries = []
     for param, aliases in names:
         through = parts.get(aliases[0])
@@ -184,14 +184,15 @@ def select(model: nn.Module, graph: Graph, options: Options, num_classes: int) -
 
 
 def _blocked(
-    computed: Iterable[Computed], names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]
+    model: nn.Module, computed: Iterable[Computed], names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]
 ) -> dict[str, str]:
     """Why computed weights cannot be written, by name; "" where nothing is in the way."""
     of_name = {name: (param, aliases) for param, aliases in names for name in aliases}
     blocked = {}
     for weight in computed:
         params = [of_name[part] for part in weight.parts]
-        tied = [part for part, (_, aliases) in zip(weight.parts, params, strict=True) if len(aliases) > 1]
+        shared = zip(weight.parts, params, strict=True)
+        tied = [part for part, (_, aliases) in shared if _owners(model, aliases) > 1]
         blocked[weight.name] = (
             weight.obstacle
             or next((f"{weight.how}, {part} is tied" for part in tied), "")
@@ -199,6 +200,11 @@ def _blocked(
             or next((cause for param, _ in params if (cause := unwritable(param))), "")
         )
     return blocked
+
+
+def _owners(model: nn.Module, aliases: Sequence[str]) -> int:
+    """In how many modules a parameter is registered; a module that is used twice counts once."""
+    return len({id(model.get_submodule(alias.rpartition(".")[0])) for alias in aliases})
 
 
 @dataclass(frozen=True, slots=True)
