@@ -158,7 +158,7 @@ def _gates(gate: Tensor, features: Tensor) -> bool:
     return (first or last) and gate.numel() > gate.shape[0]
 
 
-@rule("embedding")
+@rule("embedding", "embedding_bag")
 def embedding(call: Call) -> Any:
     """A table of embeddings: no node type fits; positions looked up in it are a positional encoding."""
     inputs = call.inputs()
