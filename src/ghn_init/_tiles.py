@@ -10,8 +10,8 @@ import torch
 
 from ghn_init._checkpoint import bundled_names, load
 from ghn_init._errors import GHNInitError, PredictError
-from ghn_init._threads import surviving_threads
 from ghn_init._select import PREDICT
+from ghn_init._threads import surviving_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
