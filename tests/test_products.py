@@ -89,3 +89,23 @@ def test_a_table_that_is_projected_is_no_weight() -> None:
     graph = trace(Relative(), (1, 6, 4))
     assert [node.type for node in graph.nodes] == ["input"]
     assert {param.name for param in graph.unmatched} == {"table", "key.weight"}
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recurrent_layers_pass_on_without_a_node(layer: type[nn.RNNBase], bidirectional: bool) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = layer(5, 7, 2, bidirectional=bidirectional)
+            self.head = nn.Linear(7 * (1 + bidirectional), 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, states = self.recurrent(x)
+            of_states = [states] if torch.is_tensor(states) else states
+            assert {tuple(state.shape) for state in of_states} == {(2 * (1 + bidirectional), 2, 7)}
+            return self.head(y), y
+
+    graph = trace(Recurrent(), (4, 2, 5))
+    assert [node.type for node in graph.nodes] == ["input", "conv", "bias"]
+    assert {param.role.split()[0] for param in graph.unmatched} == {"used"}

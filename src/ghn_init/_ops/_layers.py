@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ghn_init._ops._nodes import add_layer, as_tuple
+import torch
+
+from ghn_init._ops._nodes import add_layer, as_tuple, note_others
 from ghn_init._ops._table import rule
+from ghn_init._record import Flow, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,3 +76,18 @@ def addmm(call: Call) -> Any:
     """`torch.addmm(bias, x, w)`, a linear layer whose weight is stored (in, out)."""
     bias, x, weight = call.arg(0, "input"), call.arg(1, "mat1"), call.arg(2, "mat2")
     return add_layer(call, call.run(), x, weight, bias, "conv", transposed=True)
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(call: Call) -> Any:
+    """No node fits: the weights are kept. The output's shape is known without going through all steps."""
+    x, states, weights = call.args[:3]
+    value = merged(call.inputs())
+    if not isinstance(value, Flow) or not isinstance(weights, (list, tuple)):
+        return call.passed_on()  # constants; a packed sequence, which has batch sizes before its states
+    note_others(call, call.inputs(), f"used by {call.name}")
+    hidden = states if isinstance(states, torch.Tensor) else states[0]
+    bidirectional = call.args[7]
+    output = x.new_empty(*x.shape[:-1], hidden.shape[-1] * (2 if bidirectional else 1))
+    last = [states] if isinstance(states, torch.Tensor) else states
+    return call.gives((output, *(torch.empty_like(state, device=x.device) for state in last)), value)
