@@ -17,8 +17,9 @@ from ghn_init._record import Call, Carried, Derived, Flow, merged
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Any:
     """An `msa` node between the projections of query, key and value and the output projection."""
-    query, value = call.arg(0, "query"), call.arg(2, "value")
+    query, key, value = (call.arg(index, name) for index, name in enumerate(("query", "key", "value")))
     inputs = call.inputs()
+    note_others(call, [call.carried(part) for part in (query, key, value)], "learned queries")
     note_others(call, inputs, "relative position table")
     return _msa(call, query.new_empty(*query.shape[:-1], value.shape[-1]), inputs)
 
@@ -30,7 +31,7 @@ def _msa(call: Call, output: Any, inputs: list[Carried]) -> Any:
     return call.gives(output, Flow((call.recorder.add_node(Node("msa"), value.sources),)))
 
 
-@rule("matmul", "bmm", "__matmul__", "__rmatmul__", "einsum", "baddbmm")
+@rule("matmul", "bmm", "__matmul__", "__rmatmul__", "mm", "einsum", "baddbmm")
 def matmul(call: Call) -> Any:
     """A product: of attention and values it is `msa`, of activations and a weight a linear layer."""
     inputs = call.inputs()
@@ -54,9 +55,11 @@ def _layer(call: Call, output: Any, inputs: list[Carried]) -> Any | None:
     """A product of activations and a weight; None if it is none of those that a node can stand for."""
     if call.name == "einsum":
         return weight_in_einsum(call, output)
-    if call.name not in ("matmul", "__matmul__", "bmm") or len(inputs) != 2:
+    if call.name not in ("matmul", "__matmul__", "mm", "bmm") or len(inputs) != 2:
         return None
-    a, b = call.args
+    a, b = call.arg(0, "input"), call.arg(1, "other" if call.name == "matmul" else "mat2")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None  # given by other keywords
     if isinstance(inputs[0], Flow) and b.ndim == 2:
         return add_layer(call, output, a, b, None, "conv", transposed=True)
     if isinstance(inputs[0], Flow):

@@ -62,6 +62,15 @@ def transposed_convolution(call: Call) -> Any:
     return add_layer(call, call.run(), x, weight, call.arg(2, "bias"), kind, transposed=True)
 
 
+@rule("deform_conv2d")
+def deformable_convolution(call: Call) -> Any:
+    """Torchvision's: a `conv` of the feature map and the offsets that are computed beside it."""
+    x, weight, offset, mask, bias = call.args[:5]
+    both = torch.empty_like(x)
+    call.recorder.carry(both, merged(map(call.carried, (x, offset, mask))))
+    return add_layer(call, call.run(), both, weight, bias, "conv")
+
+
 @rule("linear")
 def linear(call: Call) -> Any:
     """A linear layer: a `conv` whose kernel is 1x1; then `bias`."""
