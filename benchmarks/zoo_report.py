@@ -161,8 +161,9 @@ def _general(reason: str) -> str:
 def _speed(timed: Sequence[Timing]) -> Iterator[str]:
     yield "## Speed\n"
     yield (
-        "`benchmarks/zoo.py time`: `predict`, tracing included, over building the same network with its own "
-        "random initialisation; each once, in the same process.\n"
+        "`benchmarks/zoo.py time --threads 1`: `predict`, tracing included, over building the same network with "
+        "its own random initialisation; each once, in one process, on a 2-core Xeon that did other work "
+        "too, so single ratios vary (SqueezeNet 1.1: 9.93 and 2.03 in two runs).\n"
     )
     rows = []
     for zoo, of_zoo in _by(timed, "zoo").items():
@@ -173,7 +174,11 @@ def _speed(timed: Sequence[Timing]) -> Iterator[str]:
         rows.append((zoo, str(len(of_zoo)), f"{mean:.2f}", f"{max(ratios):.2f}", str(past), f"{extra:.0f}"))
     head = ("zoo", "networks", "geometric mean", "largest", "past 3", "MB beyond the largest tensor, at most")
     yield _table([head, *rows])
-    yield "The ten with the largest ratio:\n"
+    yield (
+        "The ten with the largest ratio. RAFT repeats its update twelve times, and each is traced, with "
+        "samplings of the image on meta kernels written in Python; the others have few parameters to draw and "
+        "many layers to trace and to embed.\n"
+    )
     slowest = sorted(timed, key=lambda timing: -timing.ratio)[:10]
     cells = [
         (t.name, *(f"{ms:.0f}" for ms in (t.build_ms, t.trace_ms, t.predict_ms)), f"{t.ratio:.2f}")
