@@ -113,7 +113,7 @@ def normalised(call: Call, of_x: Carried, of_moment: Carried) -> Flow | None:
 
 def takes_vector(call: Call, flow: Flow, derived: Carried, part: Literal["param", "bias"]) -> bool:
     """Whether a parameter is weight or bias of the normalisation that `flow` comes from; its node is told."""
-    if flow.role != "normalised" or len(flow.sources) > 1:
+    if flow.role != "normalised" or len(flow.sources) != 1:
         return False
     if not isinstance(derived, Derived) or not derived.params:
         return False

@@ -179,7 +179,8 @@ def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **
     }
     params = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     every = tuple(module.parameters())
-    return handle_torch_function(registered_layer, every, rule, module, params, every, args, kwargs)
+    call = (rule, module, params, every, args, kwargs)
+    return handle_torch_function(registered_layer, every, *call)  # pyright: ignore[reportCallIssue]
 
 
 def _parameter(rule: LayerRule, module: nn.Module, path: str, name: str) -> Tensor | None:
