@@ -161,8 +161,8 @@ def _general(reason: str) -> str:
 def _speed(timed: Sequence[Timing]) -> Iterator[str]:
     yield "## Speed\n"
     yield (
-        "`benchmarks/zoo.py time --threads 1`: `predict`, tracing included, over building the same network with "
-        "its own random initialisation; each once, in one process, on a 2-core Xeon that did other work "
+        "`benchmarks/zoo.py time --threads 1`: `predict`, tracing included, over building the same network "
+        "with its own random initialisation; each once, in one process, on a 2-core Xeon that did other work "
         "too, so single ratios vary (SqueezeNet 1.1: 9.93 and 2.03 in two runs).\n"
     )
     rows = []
@@ -176,8 +176,8 @@ def _speed(timed: Sequence[Timing]) -> Iterator[str]:
     yield _table([head, *rows])
     yield (
         "The ten with the largest ratio. RAFT repeats its update twelve times, and each is traced, with "
-        "samplings of the image on meta kernels written in Python; the others have few parameters to draw and "
-        "many layers to trace and to embed.\n"
+        "samplings of the image on meta kernels written in Python; the others have few parameters to draw "
+        "and many layers to trace and to embed.\n"
     )
     slowest = sorted(timed, key=lambda timing: -timing.ratio)[:10]
     cells = [
