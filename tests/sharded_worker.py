@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -53,21 +54,22 @@ def run(rank: int, folder: Path, ghn_dir: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     ghn = load(ghn_dir)
     reference = predict(network(), ghn)
-    try:
-        for check in (
-            replicas,
-            fsdp,
-            fsdp_after_a_forward_pass,
-            fsdp_on_meta,
-            tensor_parallel,
-            both,
-            first_fsdp,
-        ):
-            check(reference, ghn)
-            if rank == 0:
-                (folder / check.__name__).touch()
-    finally:
-        dist.destroy_process_group()
+    for check in (
+        replicas,
+        fsdp,
+        fsdp_after_a_forward_pass,
+        fsdp_on_meta,
+        tensor_parallel,
+        both,
+        first_fsdp,
+    ):
+        check(reference, ghn)
+        if rank == 0:
+            (folder / check.__name__).touch()
+    dist.barrier()
+    # Without taking down the groups: torch's threads for gloo now and then abort a process that does,
+    # "terminate called without an active exception", when all checks are over.
+    os._exit(0)
 
 
 def assert_full(model: nn.Module, reference: nn.Module) -> None:
