@@ -49,27 +49,27 @@ def _zoo(name: str) -> dict[str, Network]:
     return {network.name: network for network in networks(name)}
 
 
-def _check(network: Network, ghn_dir: Path) -> None:
-    """Nothing is wrong with graph and plan, and 99 % of the elements are predicted, with the exceptions."""
+def _findings(network: Network, ghn_dir: Path) -> list[str]:
+    """What is wrong with graph and plan; less than 99 % predicted, but for the exceptions, is, too."""
     model = network.on_meta()
     plan = ghn_init.plan(model, ghn_dir, head="predict")
-    assert faults(model, plan) == []
     _, kept = plan.counts()["kept"]
     share = 1 - kept / sum(elements for _, elements in plan.counts().values())
-    assert (share < 0.99) == (network.name in LESS_PREDICTED), f"{share:.2%}"
+    expected = (share < 0.99) == (network.name in LESS_PREDICTED)
+    return faults(model, plan) + ([] if expected else [f"{share:.2%} of the elements are predicted"])
 
 
 @pytest.mark.filterwarnings("ignore")  # far from what the GHN was trained on
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name: str, ghn_dir: Path) -> None:
-    _check(_zoo("torchvision")[name], ghn_dir)
+    assert _findings(_zoo("torchvision")[name], ghn_dir) == []
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str, ghn_dir: Path) -> None:
     pytest.importorskip("timm")
-    _check(_zoo("timm")[name], ghn_dir)
+    assert _findings(_zoo("timm")[name], ghn_dir) == []
 
 
 def test_quantised_networks_are_refused_with_the_remedy() -> None:

@@ -248,16 +248,25 @@ def plan(
     with plain_torch():
         graph = trace(network, example_input)
         ghn = ghn_of(weights)
-        entries = select(network, graph, options, ghn.config.num_classes)
-        tiles = predicted_tiles(ghn, graph, entries)
-        entries, tiles = _solvable(network, entries, tiles, options)
+        entries, tiles = _predictions(network, graph, ghn, options)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
-    label = type(weights).__name__ if isinstance(weights, torch.nn.Module) else str(weights)
     rows = tuple(_row(entry, tiles.get(entry.source)) for entry in entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)
     warn(type(network).__name__, far)
-    return Plan(model, graph, rows, label, options, far, tiles)
+    return Plan(model, graph, rows, _label(weights), options, far, tiles)
+
+
+def _label(weights: str | PathLike[str] | GHN) -> str:
+    return type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
+
+
+def _predictions(
+    network: nn.Module, graph: Graph, ghn: GHN, options: Options
+) -> tuple[list[Entry], dict[str, Tile]]:
+    """What is to happen to every parameter, and predicted values by the name of what they are for."""
+    entries = select(network, graph, options, ghn.config.num_classes)
+    return _solvable(network, entries, predicted_tiles(ghn, graph, entries), options)
 
 
 def _solvable(
