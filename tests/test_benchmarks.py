@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -54,3 +56,25 @@ def test_stream_measures_and_cleans_up(tmp_path: Path) -> None:
     assert report["files"] == 2
     assert 0 <= report["extra_mb"] < 300  # a network so small may need no more than was there
     assert list(tmp_path.iterdir()) == []
+
+
+def test_familiarity_measures_networks_of_every_kind(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 8, 8, 3), generator=rng, dtype=torch.uint8).numpy()
+    labels = (torch.arange(64) % 10).numpy()
+    data = tmp_path / "data.npz"
+    np.savez(data, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "familiarity.py"), str(data)]
+    sizes = ("--images", "64", "--sample", "1", "--max-params", "0")
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    groups = [row[0].removeprefix("| DeepNets-1M ") for row in rows]
+    assert groups == [
+        "test, batch norm",
+        "deep, batch norm",
+        "bnfree, no norm",
+        "resnet50, batch norm",
+        "vit, batch norm",
+    ]
+    assert all(row[1] == "1" and 0 <= float(row[2]) <= 100 for row in rows)

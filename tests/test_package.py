@@ -24,10 +24,10 @@ LAYERS = [
     {"_errors", "_threads"},
     {"_graph", "_draw"},
     {"_conventions", "_inputs", "_ops", "_record", "_parametrised", "_wrappers", "_trace"},
-    {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_initialise",
+    {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_scaled_init",
      "_files", "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
-    {"_sharded", "_select", "_familiarity", "_diversify", "_slots", "_usual", "_initial", "_materialise",
-     "_tiles", "_write", "_shards", "_stream", "_plan", "_predict", "_batchnorm"},
+    {"_dtensor", "_select", "_familiarity", "_diversify", "_slots", "_usual", "_initial", "_materialise",
+     "_tiles", "_write", "_shard_files", "_stream", "_plan", "_predict", "_batchnorm"},
     {"_spec"},
 ]  # fmt: skip
 """The core, from the bottom up: a module imports from its own layer and those below."""

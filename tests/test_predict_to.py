@@ -131,10 +131,10 @@ def test_same_bits_every_time(ghn: GHN, tmp_path: Path) -> None:
 def test_nothing_is_left_behind_after_a_failure(
     ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ghn_init import _shards
+    from ghn_init import _shard_files
 
     written: list[str] = []
-    real = _shards._write_values
+    real = _shard_files._write_values
 
     def failing(file: Any, name: str, *rest: Any) -> None:
         if len(written) == 5:
@@ -142,7 +142,7 @@ def test_nothing_is_left_behind_after_a_failure(
         written.append(name)
         real(file, name, *rest)
 
-    monkeypatch.setattr(_shards, "_write_values", failing)
+    monkeypatch.setattr(_shard_files, "_write_values", failing)
     model = on_meta(Net)
     before = dict(model.named_parameters())
     with pytest.raises(PredictError, match=r"cannot be written: .*No space left on device"):

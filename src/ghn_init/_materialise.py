@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ghn_init._dtensor import home_of, is_sharded, like_sharded
 from ghn_init._initial import initialising
-from ghn_init._sharded import home_of, is_sharded, like_sharded
 from ghn_init._slots import Slot, slots_of
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ghn_init._dtensor import reshard
 from ghn_init._errors import PredictError
 from ghn_init._familiarity import described, unfamiliar, warn
 from ghn_init._initial import kinds_of
 from ghn_init._materialise import materialised
 from ghn_init._select import KEEP, Options, as_patterns, check_model, forbid_kept, listing, select
-from ghn_init._sharded import reshard
 from ghn_init._stream import save
 from ghn_init._tiles import ghn_of, plain_torch, predicted_tiles
 from ghn_init._trace import trace

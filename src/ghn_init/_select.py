@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ghn_init._dtensor import is_sharded
+from ghn_init._dtensor import refusal as sharding_refusal
 from ghn_init._errors import PredictError
 from ghn_init._parametrised import computed_weights
-from ghn_init._sharded import is_sharded
-from ghn_init._sharded import refusal as sharding_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ghn_init._dtensor import is_sharded
 from ghn_init._errors import PredictError
 from ghn_init._initial import initialising, is_pretrained
 from ghn_init._materialise import lost_slots
 from ghn_init._select import listing
-from ghn_init._sharded import is_sharded
-from ghn_init._shards import Spec, fresh_folder, write_checkpoint
+from ghn_init._shard_files import Spec, fresh_folder, write_checkpoint
 from ghn_init._write import names_of, targets_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._diversify import diversify
+from ghn_init._dtensor import is_sharded, part_of
 from ghn_init._errors import PredictError
 from ghn_init._initial import is_pretrained
 from ghn_init._parametrised import computed_weights
 from ghn_init._select import listing
-from ghn_init._sharded import is_sharded, part_of
 from ghn_init._tile import stored_form, tile_to
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
-from ghn_init._initialise import init_for_training
 from ghn_init._model import GHN
+from ghn_init._scaled_init import init_for_training
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
