@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ghn_init._graph import Graph, Node, UnmatchedParameter
+from ghn_init._kernels import Memo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ghn_init._ops import Rule
 
@@ -114,6 +115,7 @@ class Recorder(TorchFunctionMode):
         self.predecessors: list[tuple[int, ...]] = [()]
         self.roles: dict[str, str] = {}
         self.shapes = {name: tuple(param.shape) for name, param in params.items()}
+        self.memo = Memo()
         self._names = {id(param): name for name, param in params.items()}
         self._rules = rules
         # Keyed by id; the tensor is kept beside the value so that no id is used twice.
@@ -130,7 +132,7 @@ class Recorder(TorchFunctionMode):
 
     def carry(self, output: object, value: Carried) -> None:
         """Note that every tensor in `output` carries `value`."""
-        for tensor in tensors_in(output):
+        for tensor in (output,) if type(output) is Tensor else tensors_in(output):
             self._carried[id(tensor)] = (tensor, value)
 
     def add_input(self, value: object) -> None:
@@ -170,11 +172,11 @@ class Recorder(TorchFunctionMode):
         if name in _HOST_FACTORIES and _is_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         target = args[0] if args else None
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if inputs:
-            args, kwargs = self._on_meta(inputs, args, kwargs, changed=target if _is_in_place(name) else None)
+            args, kwargs = self._on_meta(inputs, args, kwargs, changed=target if is_in_place(name) else None)
         output = self._called(Call(func, name, args, kwargs, self))
-        if id(target) in self._carried and target is not args[0] and _is_in_place(name):
+        if id(target) in self._carried and target is not args[0] and is_in_place(name):
             # A constant that was made while recording: the caller goes on with it, not with its stand-in.
             self.carry(target, self.carried(args[0]))
             self._written(target)
@@ -194,7 +196,7 @@ class Recorder(TorchFunctionMode):
             call = Call(call.func, name, *_without_device(args, kwargs), self)
         rule = self._rules.get(name)
         output = rule(call) if rule is not None else call.passed_on()
-        if args and _is_in_place(name):
+        if args and is_in_place(name):
             self._written(args[0])
         return output
 
@@ -234,14 +236,15 @@ class Recorder(TorchFunctionMode):
 
         Constants without dimensions, which may be sizes, stay as they are unless they are `changed` in place.
         """
+        if all(tensor.is_meta and id(tensor) in self._carried for tensor in inputs):
+            return args, kwargs
         resolved = {id(tensor): self._resolve(tensor) for tensor in inputs}
         if any(tensor.is_meta or self.carried(tensor) != CONSTANT for tensor in resolved.values()):
-            resolved = {
-                key: tensor if tensor.ndim == 0 and self.carried(tensor) == CONSTANT and key != id(changed)
-                else self._stand_in(tensor)
-                for key, tensor in resolved.items()
-            }  # fmt: skip
-        return _replaced(args, resolved), _replaced(kwargs, resolved)
+            for key, tensor in resolved.items():
+                size = tensor.ndim == 0 and key != id(changed) and self.carried(tensor) == CONSTANT
+                if not (tensor.is_meta or size):
+                    resolved[key] = self._stand_in(tensor)
+        return _replaced(args, resolved), _replaced(kwargs, resolved) if kwargs else kwargs
 
     def _resolve(self, tensor: Tensor) -> Tensor:
         """`tensor` itself if it was made while recording, else its stand-in."""
@@ -354,7 +357,7 @@ class Call:
 
     def run(self) -> Any:
         """The function's own result on meta tensors."""
-        return self.func(*self.args, **self.kwargs)
+        return self.recorder.memo.run(self.func, self.name, self.args, self.kwargs)
 
     def gives(self, output: Any, value: Carried) -> Any:
         """`output`, noted to carry `value`."""
@@ -365,15 +368,19 @@ class Call:
         """What each of the tensor arguments carries."""
         return [self.recorder.carried(tensor) for tensor in tensors_in((self.args, self.kwargs))]
 
-    def passed_on(self) -> Any:
-        """The rule of every function that has no node: its output carries what its inputs do."""
+    def passed_on(self, output: Any = None) -> Any:
+        """The rule of every function that has no node: its output carries what its inputs do.
+
+        `output` is what it gives, where that is known without running it.
+        """
         inputs = self.inputs()
         value = merged(inputs)
         if isinstance(value, Flow):
             for other in inputs:
                 if isinstance(other, Derived):
                     self.recorder.note_role(other.params, f"used by {self.name.strip('_')}")
-        output = self.run()
+        if output is None:
+            output = self.run()
         if self.name == "__setitem__":
             self.recorder.carry(self.args[0], value)
         self.recorder.carry(output, value)
@@ -382,11 +389,14 @@ class Call:
 
 def merged(values: Iterable[Carried]) -> Carried:
     """What the result of an operation on such tensors carries."""
+    varying = [value for value in values if value is not CONSTANT]
+    if len(varying) == 1:
+        return varying[0]
     sources: set[int] = set()
     params: dict[str, None] = {}
     roles: set[str] = set()
     shifted = False
-    for value in values:
+    for value in varying:
         if isinstance(value, Flow):
             sources.update(value.sources)
             roles.add(value.role)
@@ -411,23 +421,38 @@ def _params_of(nodes: Iterable[Node]) -> set[str]:
     return {name for node in nodes for name in (node.param, node.bias) if name is not None}
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+_ATOMS: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, slice})
+"""Types of arguments without tensors in them: most arguments, looked through very often."""
+
+
+def tensors_in(value: object) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: object, found: list[Tensor]) -> None:
+    """Append the tensors in `value` to `found`."""
+    if type(value) in _ATOMS:
+        return
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_in(item)
+            _collect(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item)
+            _collect(item, found)
     elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         for item in vars(value).values():
-            yield from tensors_in(item)
+            _collect(item, found)
 
 
 def _replaced(value: Any, resolved: dict[int, Tensor]) -> Any:
     """`value` with the tensors in its tuples, lists and dicts replaced by id."""
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, Tensor):
         return resolved[id(value)]
     if type(value) in (tuple, list):
@@ -439,7 +464,7 @@ def _replaced(value: Any, resolved: dict[int, Tensor]) -> Any:
     return value
 
 
-def _is_in_place(name: str) -> bool:
+def is_in_place(name: str) -> bool:
     """Whether a function of this name changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
     return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
 

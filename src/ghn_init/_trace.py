@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import re
 from contextlib import contextmanager
@@ -205,26 +206,28 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins;
     what can be changed is attributes (caches, counters), buffers that are assigned, hooks, random states.
     """
-    modules = list(model.modules())
-    before = [(m, dict(vars(m)), [dict(vars(m)[c]) for c in _CONTAINERS]) for m in modules]
+    states = [vars(module) for module in model.modules()]
+    # Most of the dictionaries are empty, and there are a dozen for every module.
+    before = [
+        (state, state.copy(), [state[c].copy() if state[c] else {} for c in _CONTAINERS]) for state in states
+    ]
     with alone(), _random_states():
         try:
             yield
         finally:
-            for module, attributes, containers in before:
-                state = vars(module)
+            for state, attributes, containers in before:
                 if _differs(state, attributes):
                     state.clear()
                     state.update(attributes)
                 for container, content in zip(_CONTAINERS, containers, strict=True):
-                    if _differs(state[container], content):
+                    if (state[container] or content) and _differs(state[container], content):
                         state[container].clear()
                         state[container].update(content)
 
 
 def _differs(now: dict[str, object], before: dict[str, object]) -> bool:
-    """Whether a key is new, gone or holds another object."""
-    return len(now) != len(before) or any(now.get(key) is not value for key, value in before.items())
+    """Whether a key is new, gone, in another place or holds another object."""
+    return list(now) != list(before) or not all(map(operator.is_, now.values(), before.values()))
 
 
 @contextmanager

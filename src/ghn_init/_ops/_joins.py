@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ghn_init._graph import Node
-from ghn_init._ops._nodes import joined, main_parameter, note_others
+from ghn_init._kernels import like
+from ghn_init._ops._nodes import as_tuple, joined, main_parameter, note_others
 from ghn_init._ops._norms import normalised, takes_vector
 from ghn_init._ops._table import rule
 from ghn_init._record import Call, Carried, Derived, Flow, merged
@@ -28,7 +29,42 @@ def elementwise(call: Call) -> Any:
     if value.role not in ("scores", "attention") and not call.name.startswith("clamp"):
         value = Flow(value.sources)  # beyond an activation, no normalisation goes on
     in_place = call.name.endswith("_") or call.kwargs.get("inplace", False)
-    return call.gives(x if in_place else torch.empty_like(x), value)
+    return call.gives(x if in_place else like(x), value)
+
+
+@rule("grid_sample", "grid_sampler")
+def sampled(call: Call) -> Any:
+    """No node; features (N, C, ...) at the places of a grid (N, *places, 2 or 3) are (N, C, *places)."""
+    x, grid = call.arg(0, "input"), call.arg(1, "grid")
+    fits = (
+        x.is_meta
+        and x.dtype == grid.dtype
+        and x.ndim == grid.ndim == grid.shape[-1] + 2
+        and x.shape[0] == grid.shape[0]
+        and min(x.shape[2:]) > 0
+    )
+    return call.passed_on(x.new_empty(*x.shape[:2], *grid.shape[1:-1]) if fits else None)
+
+
+@rule("interpolate", "upsample")
+def resized(call: Call) -> Any:
+    """No node; features (N, C, *sizes) at other places are (N, C, *wanted sizes)."""
+    x, wanted = call.arg(0, "input"), call.arg(1, "size")
+    n = x.ndim - 2
+    known = call.arg(3, "mode", "nearest") in _MODES.get(n, ()) and call.arg(2, "scale_factor") is None
+    if wanted is None or not known or not (x.is_meta and x.is_contiguous()):
+        return call.passed_on()
+    sizes = as_tuple(wanted, n)
+    fits = len(sizes) == n and all(type(size) is int and size > 0 for size in (*sizes, *x.shape))
+    return call.passed_on(x.new_empty(*x.shape[:2], *sizes) if fits else None)
+
+
+_MODES: Final = {
+    1: ("nearest", "nearest-exact", "linear"),
+    2: ("nearest", "nearest-exact", "bilinear", "bicubic"),
+    3: ("nearest", "nearest-exact", "trilinear"),
+}
+"""Axes of places -> the interpolations that there are."""
 
 
 @rule("add", "add_", "__add__", "__radd__", "__iadd__")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ghn_init._graph import Node
+from ghn_init._kernels import like
 from ghn_init._ops._nodes import SHIFTED, add_norm, as_tuple, main_parameter
 from ghn_init._ops._table import rule
 from ghn_init._record import Call, Carried, Derived, Flow, merged
@@ -39,7 +40,7 @@ def _norm(call: Call, kind: str, weight: Tensor | None, bias: Tensor | None) -> 
         return call.passed_on()
     node = add_norm(call, kind, call.carried(weight), call.carried(bias), flow.sources)
     complete = call.recorder.nodes[node].param or call.recorder.nodes[node].bias
-    return call.gives(torch.empty_like(x), Flow((node,), "" if complete else "normalised"))
+    return call.gives(like(x), Flow((node,), "" if complete else "normalised"))
 
 
 # -- written by hand ----------------------------------------------------------------------------

@@ -33,10 +33,10 @@ _RULES: Final[dict[type[nn.Module], LayerRule]] = {}
 
 def _like_the_first(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """An output of the shape and dtype of the first tensor that comes in."""
-    first = next(tensors_in((args, kwargs)), None)
-    if first is None:
+    tensors = tensors_in((args, kwargs))
+    if not tensors:
         raise TraceError(f"{type(layer).__name__} was called without a tensor: its rule needs output=")
-    return torch.empty_like(first, device="meta")
+    return torch.empty_like(tensors[0], device="meta")
 
 
 @dataclass(frozen=True)
