@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ghn_init._config import GHNConfig
     from ghn_init._familiarity import OutOfDistributionWarning
     from ghn_init._graph import Graph, Node
+    from ghn_init._large_on_meta import large_on_meta
     from ghn_init._model import GHN
     from ghn_init._ops._registered import register
     from ghn_init._plan import Plan, plan
@@ -61,6 +62,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "calibrate_batchnorm",
+    "large_on_meta",
     "load",
     "plan",
     "predict",
@@ -78,6 +80,7 @@ _MODULE_OF = {
     "OutOfDistributionWarning": "_familiarity",
     "Plan": "_plan",
     "calibrate_batchnorm": "_batchnorm",
+    "large_on_meta": "_large_on_meta",
     "load": "_checkpoint",
     "plan": "_plan",
     "predict": "_predict",

@@ -149,9 +149,9 @@ class Initialiser:
         told = "".join(f"; {failure}" for failure in failures)
         return PredictError(
             f"{type(self._model).__name__} is on the meta device, and {names} would have no value: neither "
-            f"predicted nor initialised by a module, and there is no usual value{told}. Give it one first "
-            "(`module.name = nn.Parameter(torch.zeros(...))`, or `module.name = torch.arange(...)` for a "
-            "buffer), or build the model on the CPU"
+            f"predicted nor initialised by a module, and there is no usual value{told}. Build the model "
+            "inside `with ghn_init.large_on_meta():`, which keeps values of small tensors, or give it one "
+            "first (`module.name = nn.Parameter(torch.zeros(...))`, or `= torch.arange(...)` for a buffer)"
         )
 
 

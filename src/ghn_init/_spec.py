@@ -20,13 +20,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import torch
 from torch import nn
 
 from ghn_init._errors import ModelSpecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from types import ModuleType
 
 FACTORY_NAME = re.compile(
@@ -115,7 +115,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def load_model(
-    spec: ModelSpec, settings: Mapping[str, Any] | None = None, *, device: str | None = None
+    spec: ModelSpec,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    inside: AbstractContextManager[object] | None = None,
 ) -> FoundModel:
     """Import what `spec` names and make the model.
 
@@ -125,8 +128,8 @@ def load_model(
     Args:
         spec: From `parse_spec`.
         settings: Keyword arguments for the class or factory.
-        device: Where the class or factory makes tensors, if it does not say so itself; an instance is
-            taken as it is.
+        inside: What the class or factory is called in, such as `large_on_meta()`; an instance is taken as
+            it is.
 
     Raises:
         ModelSpecError: Not found, ambiguous, not a model, or its own code fails; then the message
@@ -138,7 +141,7 @@ def load_model(
         if spec.attribute is None:
             spec = ModelSpec(spec.source, _only_candidate(module, spec, settings))
         target = _resolve(module, spec)
-        with contextlib.nullcontext() if device is None else torch.device(device):
+        with inside or contextlib.nullcontext():
             return FoundModel(_build(target, spec, settings), spec)
 
 

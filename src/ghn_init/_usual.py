@@ -2,12 +2,18 @@
 
 The last resort for tensors of a meta model that their modules cannot initialise (`_initial`). Only
 where one value is usual: a scale that multiplies activations, say, may be 1e-6 or 20, and gets none.
+The default of a constructor's argument does not tell either: timm's CaiT, XCiT, MetaFormer and SwiftFormer
+pass others.
 
 | tensor | value |
 |---|---|
 | class token, position embedding, relative position table | normal, std 0.02, cut at two std (ViT, Swin) |
 | layer scale, if it is called so | 1e-6 (ConvNeXt, arXiv 2201.03545) |
 | `logit_scale` of an attention, one for each head | log 10 (Swin V2, arXiv 2111.09883) |
+| `temperature` of an attention, one for each head | 1 (XCiT, arXiv 2106.09681) |
+| `gating_param` | 1 (ConViT, arXiv 2103.10697, section 3) |
+| `skipinit_gain` | 0 (SkipInit, arXiv 2002.10444) |
+| weight and bias of GlobalResponseNorm | 0 (ConvNeXt V2, arXiv 2301.00808) |
 | weight and bias of a norm | 1 and 0 |
 | other biases and shifts | 0 |
 | weight of a convolution or linear layer | uniform as nn.Linear draws it (Kaiming, a = sqrt 5) |
@@ -36,6 +42,14 @@ _NORMS: Final = frozenset({"bn", "ln"})
 _ZERO: Final = frozenset({"bias", "shift", "bias of the attention's keys or values"})
 _WEIGHTS: Final = frozenset({"conv", "sep_conv", "dil_conv"})
 
+_NAMED: Final = {
+    ("scale of the attention", "logit_scale"): math.log(10),
+    ("scale of the attention", "temperature"): 1.0,
+    ("layer scale", "gating_param"): 1.0,
+    ("layer scale", "skipinit_gain"): 0.0,
+}
+"""What a parameter is, and the name that its paper's code gives it -> its value."""
+
 _FROZEN_NORM: Final = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
@@ -57,8 +71,10 @@ def fill_usual(slot: Slot, kind: str) -> None:
         tensor.copy_(nn.init.trunc_normal_(drawn, std=TOKEN_STD, a=-2 * TOKEN_STD, b=2 * TOKEN_STD))
     elif kind == "layer scale" and "layer_scale" in attribute:
         tensor.fill_(LAYER_SCALE)
-    elif kind == "scale of the attention" and attribute == "logit_scale":
-        tensor.fill_(math.log(10))
+    elif (kind, attribute) in _NAMED:
+        tensor.fill_(_NAMED[kind, attribute])
+    elif type(slot.module).__name__ == "GlobalResponseNorm":
+        tensor.zero_()
     elif kind in _NORMS:
         tensor.fill_(1)
     elif kind in _ZERO:

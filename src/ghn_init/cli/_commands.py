@@ -125,7 +125,7 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
         ghn = ghn_init.load(request.weights)
     with steps(f"building {request.spec}"):
         torch.manual_seed(request.seed)  # what is kept starts the same every time, too
-        found = _on_meta(request) if on_meta else load_model(request.spec, request.settings)
+        found = _mostly_on_meta(request) if on_meta else load_model(request.spec, request.settings)
     with steps("predicting"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)  # said in our own words
         plan = ghn_init.plan(found.model, ghn, **request.arguments)
@@ -134,12 +134,13 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
     return found, replace(plan, weights=request.weights)
 
 
-def _on_meta(request: opt.Request) -> FoundModel:
-    """The model on the meta device, where it takes no memory; in memory if it cannot be built there."""
+def _mostly_on_meta(request: opt.Request) -> FoundModel:
+    """The model, its large tensors on the meta device; all of it in memory if it cannot be built so."""
+    from ghn_init import large_on_meta
     from ghn_init._spec import load_model
 
     try:
-        return load_model(request.spec, request.settings, device="meta")
+        return load_model(request.spec, request.settings, inside=large_on_meta())
     except ModelSpecError as error:
         found = load_model(request.spec, request.settings)
         say(f"{request.spec} is built in memory, because on the meta device: {error}")
