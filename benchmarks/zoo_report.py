@@ -42,7 +42,11 @@ class Kept:
 
 @dataclass
 class Survey:
-    """What came of planning one network. Times in milliseconds; `elements` by action."""
+    """What came of planning one network.
+
+    Times are milliseconds of CPU time; `plan_ms` includes tracing. `input` is the shape that the network was
+    traced with, `path` how that was found. `elements` are by action.
+    """
 
     zoo: str
     kind: str
@@ -50,22 +54,26 @@ class Survey:
     status: Status = "failed"
     error: str = ""
     build_ms: float = 0.0
+    trace_ms: float = 0.0
     plan_ms: float = 0.0
+    input: str = ""
+    path: str = ""
     nodes: int = 0
     elements: dict[str, int] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
 
     def line(self) -> str:
         """For the terminal."""
-        return f"{self.zoo:12} {self.name:44} {self.status:8} {self.plan_ms:8.0f} ms  {self.error[:160]}"
+        said = self.error[:160] or f"{self.input} from {self.path}"
+        return f"{self.zoo:12} {self.name:44} {self.status:8} {self.plan_ms:8.0f} ms  {said}"
 
 
 @dataclass
 class Timing:
-    """Milliseconds of one network: building it with its own initialisation, tracing and predicting it.
+    """Milliseconds of CPU time: building a network with its own initialisation, tracing and predicting it.
 
-    `predict_ms` includes tracing; it is 0 where the network is refused. Memory in megabytes (10^6 bytes):
-    `extra_mb` is the peak of `predict` beyond the model.
+    The smallest of `runs`. `predict_ms` includes tracing; it is 0 where the network is refused. Memory in
+    megabytes (10^6 bytes): `extra_mb` is the peak of `predict` beyond the model.
     """
 
     zoo: str
@@ -74,6 +82,7 @@ class Timing:
     build_ms: float = 0.0
     trace_ms: float = 0.0
     predict_ms: float = 0.0
+    runs: int = 1
     extra_mb: float = 0.0
     largest_mb: float = 0.0
 
@@ -94,7 +103,8 @@ def report(surveys: Iterable[dict[str, Any]], times: Iterable[dict[str, Any]]) -
     """The whole document."""
     found = [Survey(**{**s, "kept": [Kept(**kept) for kept in s["kept"]]}) for s in surveys]
     timed = [timing for timing in (Timing(**t) for t in times) if timing.predict_ms]
-    parts = [_INTRODUCTION, *_zoos(found), *_failures(found), *_reasons(found), *_kinds(found)]
+    parts = [_INTRODUCTION, *_zoos(found), *_failures(found), *_paths(found)]
+    parts += [*_reasons(found), *_kinds(found)]
     if timed:
         parts.extend(_speed(timed))
     return "\n".join(parts)
@@ -113,13 +123,17 @@ def _zoos(found: Sequence[Survey]) -> Iterator[str]:
 
 def _kinds(found: Sequence[Survey]) -> Iterator[str]:
     yield "## By kind of network\n"
-    head = ("kind", "networks", "planned or refused", "predicted", "tiled", "kept", "most kept in")
+    head = (
+        "kind", "networks", "planned or refused", "predicted", "tiled", "kept", "most kept in",
+        "trace, ms", "plan, ms",
+    )  # fmt: skip
     for zoo, of_zoo in _by(found, "zoo").items():
         yield f"### {zoo}\n"
         rows = []
         for kind, of_kind in sorted(_by(of_zoo, "kind").items()):
             good = sum(s.status in ("planned", "refused") for s in of_kind)
-            rows.append((kind, str(len(of_kind)), str(good), *_shares(of_kind), _most_kept(of_kind)))
+            shares = (*_shares(of_kind), _most_kept(of_kind))
+            rows.append((kind, str(len(of_kind)), str(good), *shares, *_medians(of_kind)))
         yield _table([head, *rows])
 
 
@@ -130,6 +144,37 @@ def _failures(found: Sequence[Survey]) -> Iterator[str]:
         yield "Nothing.\n"
         return
     yield _table([("network", "status", "error"), *((s.name, s.status, _cell(s.error, 300)) for s in bad)])
+
+
+def _paths(found: Sequence[Survey]) -> Iterator[str]:
+    """How the inputs were found, by zoo, with the milliseconds that networks of that sort take."""
+    yield "## How the input is found\n"
+    yield (
+        "`default_cfg` is timm's; `config` and `image_size` are attributes of the network; `first layer`: "
+        "the first of the usual sizes that the network takes. `2 times`: the forward pass needs so many "
+        "arguments; `a list`: it says that it takes one; `evaluating`: it takes no input while training, or "
+        "uses more of its parameters then. Milliseconds of CPU time, medians: tracing, and all of `plan`, on "
+        "the meta device.\n"
+    )
+    head = ("zoo", "where its shape is from", "networks", "for example", "trace, ms", "plan, ms")
+    rows = []
+    for zoo, of_zoo in _by(found, "zoo").items():
+        paths = _by([s for s in of_zoo if s.status == "planned"], "path")
+        for path, alike in sorted(paths.items(), key=lambda item: -len(item[1])):
+            example = f"{alike[0].input} of {alike[0].name}"
+            rows.append((zoo, path, str(len(alike)), example, *_medians(alike)))
+    yield _table([head, *rows])
+
+
+def _medians(found: Sequence[Survey]) -> tuple[str, str]:
+    """Medians of the times for tracing and planning; "-" for networks that were not planned."""
+    planned = [survey for survey in found if survey.status == "planned"]
+    if not planned:
+        return "-", "-"
+    return (
+        f"{statistics.median(survey.trace_ms for survey in planned):.0f}",
+        f"{statistics.median(survey.plan_ms for survey in planned):.0f}",
+    )
 
 
 def _reasons(found: Sequence[Survey]) -> Iterator[str]:
@@ -162,8 +207,8 @@ def _speed(timed: Sequence[Timing]) -> Iterator[str]:
     yield "## Speed\n"
     yield (
         "`benchmarks/zoo.py time --threads 1`: `predict`, tracing included, over building the same network "
-        "with its own random initialisation; each once, in one process, on a 2-core Xeon that did other work "
-        "too, so single ratios vary (SqueezeNet 1.1: 9.93 and 2.03 in two runs).\n"
+        "with its own random initialisation, in one process: CPU time, the smallest of three runs (of one or "
+        "two where they take seconds), on a 2-core Xeon that did other work too.\n"
     )
     rows = []
     for zoo, of_zoo in _by(timed, "zoo").items():
@@ -175,9 +220,8 @@ def _speed(timed: Sequence[Timing]) -> Iterator[str]:
     head = ("zoo", "networks", "geometric mean", "largest", "past 3", "MB beyond the largest tensor, at most")
     yield _table([head, *rows])
     yield (
-        "The ten with the largest ratio. RAFT repeats its update twelve times, and each is traced, with "
-        "samplings of the image on meta kernels written in Python; the others have few parameters to draw "
-        "and many layers to trace and to embed.\n"
+        "The ten with the largest ratio. They have few parameters to draw and many layers to trace and to "
+        "embed; RAFT repeats its update twelve times, which is 430 nodes for a million parameters.\n"
     )
     slowest = sorted(timed, key=lambda timing: -timing.ratio)[:10]
     cells = [

@@ -16,8 +16,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.source
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "predict.py"), *arguments]
+def run(*arguments: str, script: str = "predict.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -37,6 +37,33 @@ def test_predict_refuses_unknown_models() -> None:
     done = run("--models", "resnet9000")
     assert done.returncode == 1
     assert "no torchvision classification model matches resnet9000" in done.stderr
+
+
+def test_an_interrupted_survey_of_the_zoos_goes_on(tmp_path: Path) -> None:
+    survey, times = tmp_path / "zoo.jsonl", tmp_path / "times.jsonl"
+    chosen = ("--zoo", "torchvision", "--threads", "1", "--only")
+    first = run("survey", str(survey), *chosen, "squeezenet1_1", script="zoo.py")
+    assert first.returncode == 0, first.stderr
+    (record,) = map(json.loads, survey.read_text().splitlines())
+    assert (record["status"], record["path"], record["input"]) == (
+        "planned",
+        "first layer",
+        "(1, 3, 224, 224)",
+    )
+    assert 0 < record["trace_ms"] < record["plan_ms"]
+    with survey.open("a") as file:
+        file.write('{"zoo": "torchvision", "na')
+    second = run("survey", str(survey), *chosen, "squeezenet1_*", script="zoo.py")
+    assert second.returncode == 0, second.stderr
+    assert [line.split()[1] for line in second.stdout.splitlines()] == ["squeezenet1_0"]
+    records = [json.loads(line) for line in survey.read_text().splitlines()]
+    assert [record["name"] for record in records] == ["squeezenet1_1", "squeezenet1_0"]
+    timed = run("time", str(times), *chosen, "squeezenet1_1", script="zoo.py")
+    assert timed.returncode == 0, timed.stderr
+    report = run("report", str(survey), str(times), script="zoo.py").stdout
+    assert "| torchvision | 2, a sample of 121 | 2 | 0 | 0 | 0 |" in report
+    assert "| torchvision | first layer | 2 | (1, 3, 224, 224) of squeezenet1_1 |" in report
+    assert "| squeezenet1_1 |" in report[report.index("## Speed") :]
 
 
 def test_stream_measures_and_cleans_up(tmp_path: Path) -> None:

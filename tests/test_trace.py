@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ghn_init import Graph, Node, TraceError, trace
 from ghn_init._graph import graph_from_edges
+from ghn_init._trace import traced
 from networks import bridged, reference_network, without_initialisation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 REFERENCE = (
@@ -286,6 +288,7 @@ def test_the_image_size_is_found() -> None:
 def test_default_cfg_is_believed() -> None:
     model = LeNet()
     model.default_cfg = {"input_size": (1, 32, 32)}  # type: ignore[assignment]
+    assert traced(model).example.origin == "default_cfg"
     assert len(trace(model)) == 9
 
 
@@ -408,6 +411,51 @@ def test_the_model_and_the_random_states_are_untouched(fail: bool, training: boo
         assert torch.equal(tensor, state[name][1])
     assert not model._forward_hooks
     assert not model.norm._forward_hooks
+
+
+class Once(nn.Module):
+    """Takes images of 64 pixels, and breaks when it is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.calls: int = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        assert self.calls == 1
+        assert x.shape[-1] == 64
+        return self.conv(x)
+
+
+def test_every_attempt_finds_the_model_as_it_was() -> None:
+    model = Once()
+    assert [node.type for node in trace(model).nodes] == ["input", "conv", "bias"]
+    assert model.calls == 0
+
+
+def _detector() -> nn.Module:
+    return torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "found"),
+    [
+        (Once, None, ("(1, 3, 64, 64)", "first layer", "as it is")),
+        (lambda: nn.Linear(3, 4), (7, 3), ("(7, 3)", "given", "as it is")),
+        (lambda: nn.Embedding(5, 4), None, ("(1, 16)", "first layer", "as it is")),
+        (_detector, None, ("[(3, 224, 224)]", "first layer, a list", "evaluating")),
+    ],
+    ids=["image", "given", "tokens", "detector"],
+)
+def test_how_the_input_was_found_is_told(
+    make: Callable[[], nn.Module], example: object, found: tuple[str, str, str]
+) -> None:
+    with without_initialisation():
+        model = make()
+    result = traced(model, example)
+    assert (result.example.described, result.example.origin, result.mode) == found
+    assert result.graph == trace(model, example)
 
 
 def test_a_model_on_meta_gives_the_same_graph() -> None:

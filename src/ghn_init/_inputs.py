@@ -20,6 +20,8 @@ _IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 44
 _TOKENS: Final = 16
 """Length of a guessed sequence."""
 
+_FIRST_LAYER: Final = "first layer"
+"""Origin of usual sizes that the first layer takes."""
 
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -28,11 +30,19 @@ _LIST_OF_TENSORS: Final = re.compile(r"(?i)\b(list|sequence)\[[\w.]*tensor\]")
 
 @dataclass(frozen=True)
 class ExampleInput:
-    """Arguments of one call of the network, on meta."""
+    """Arguments of one call of the network, on meta.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        described: Their shapes, for messages.
+        origin: Where the shapes are from.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     described: str = ""
+    origin: str = "given"
 
 
 def given_input(example_input: object) -> ExampleInput:
@@ -78,24 +88,28 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _of_shape(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> ExampleInput:
-    return ExampleInput((torch.empty(tuple(shape), dtype=dtype, device="meta"),), {}, str(tuple(shape)))
+def _of_shape(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, origin: str = "given"
+) -> ExampleInput:
+    image = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return ExampleInput((image,), {}, str(tuple(shape)), origin)
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
     """Inputs that the network may take, the likeliest first."""
     for named in arguments(model):
         described = ", ".join(f"{name} {tuple(value.shape)}" for name, value in named.items())
-        yield ExampleInput((), named, described)
+        yield ExampleInput((), named, described, "config, by names of arguments")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[int, ...]] = set()
     count, listed = _images_wanted(model)
-    for shape in (*_declared_shapes(model), *_shapes_of_first_layer(model)):
+    usual = ((_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model))
+    for origin, shape in (*_declared_shapes(model), *usual):
         if shape not in seen:
             seen.add(shape)
-            yield _images(shape, count, listed, dtype)
+            yield _images(_of_shape(shape, dtype, origin), count, listed)
     if isinstance(_first_layer(model), nn.Embedding):
-        yield _of_shape((1, _TOKENS), torch.long)
+        yield _of_shape((1, _TOKENS), torch.long, _FIRST_LAYER)
 
 
 def _images_wanted(model: nn.Module) -> tuple[int, bool]:
@@ -112,29 +126,30 @@ def _images_wanted(model: nn.Module) -> tuple[int, bool]:
     return max(len(required), 1), listed
 
 
-def _images(shape: tuple[int, ...], count: int, listed: bool, dtype: torch.dtype) -> ExampleInput:
-    """`count` arguments of this shape; as a list of single images if `listed`."""
+def _images(one: ExampleInput, count: int, listed: bool) -> ExampleInput:
+    """`count` arguments like that of `one`; as a list of single images if `listed`."""
     if listed:
-        one = _of_shape(shape[1:], dtype)
-        return ExampleInput((list(one.args),), {}, f"[{one.described}]")
-    one = _of_shape(shape, dtype)
-    return ExampleInput(one.args * count, {}, one.described if count == 1 else f"{count} x {one.described}")
+        single = _of_shape(one.args[0].shape[1:], one.args[0].dtype)
+        return ExampleInput((list(single.args),), {}, f"[{single.described}]", f"{one.origin}, a list")
+    if count == 1:
+        return one
+    return ExampleInput(one.args * count, {}, f"{count} x {one.described}", f"{one.origin}, {count} times")
 
 
-def _declared_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """What the model's own attributes say: timm's default_cfg, image_size, transformers' config."""
+def _declared_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What the model's attributes say, and which: timm's default_cfg, image_size, a config."""
     for attribute in ("pretrained_cfg", "default_cfg"):
         size = _get(getattr(model, attribute, None), "input_size")
         if size is not None:
-            yield (1, *size)
+            yield "default_cfg", (1, *size)
     config = getattr(model, "config", None)
     channels = _get(config, "num_channels") or _channels(model)
-    for owner in (model, config):
+    for origin, owner in (("image_size", model), ("config", config)):
         side = _get(owner, "image_size") or _get(owner, "img_size")
         if isinstance(side, int):
-            yield (1, channels, side, side)
+            yield origin, (1, channels, side, side)
         elif isinstance(side, (tuple, list)) and len(side) == 2:
-            yield (1, channels, *side)
+            yield origin, (1, channels, *side)
 
 
 def _get(owner: object, key: str) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import operator
 import random
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ghn_init._errors import GHNInitError, TraceError
+from ghn_init._graph import Graph
 from ghn_init._inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._ops import RULES
 from ghn_init._ops._registered import registered_layers
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-    from ghn_init._graph import Graph
     from ghn_init._parametrised import Computed
 
 Mode = Literal["as it is", "evaluating"]
+
+Record = Callable[[ExampleInput, Mode], Graph]
+"""Records one forward pass."""
 
 
 def trace(model: nn.Module, example_input: object = None) -> Graph:
@@ -54,15 +60,35 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
         TraceError: `model` is not a module, has lazy parameters, or fails on every input tried; the
             message names the module in which it failed.
     """
+    return traced(model, example_input).graph
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What `trace` found: the graph, and how.
+
+    Attributes:
+        graph: The graph.
+        example: What the network was called with.
+        mode: Whether the network was traced as if it were evaluating.
+    """
+
+    graph: Graph
+    example: ExampleInput
+    mode: Mode
+
+
+def traced(model: nn.Module, example_input: object = None) -> Traced:
+    """See `trace`."""
     _check(model)
     model = unwrapped(model)
     given = None if example_input is None else given_input(example_input)
     candidates = list(candidate_inputs(model)) if given is None else [given]
     failures: list[tuple[ExampleInput, TraceError]] = []
-    for mode in _modes(model):
-        for candidate in candidates:
+    with _recordings(model) as record:
+        for mode, candidate in product(_modes(model), candidates):
             try:
-                return _with_every_layer(model, candidate, _recorded(model, candidate, mode))
+                return _with_every_layer(model, Traced(record(candidate, mode), candidate, mode), record)
             except TraceError as error:  # noqa: PERF203
                 failures.append((candidate, error))
     if given is not None:
@@ -70,16 +96,16 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
     raise _no_input_fits(model, failures[: len(candidates)])
 
 
-def _with_every_layer(model: nn.Module, example: ExampleInput, graph: Graph) -> Graph:
-    """`graph`, or the evaluating model's if that uses more parameters: layer drop skips some in training."""
-    unused = _unused(graph)
+def _with_every_layer(model: nn.Module, found: Traced, record: Record) -> Traced:
+    """`found`, or the evaluating model's if that uses more parameters: layer drop skips some in training."""
+    unused = _unused(found.graph)
     if not unused or len(_modes(model)) == 1:
-        return graph
+        return found
     try:
-        evaluating = _recorded(model, example, "evaluating")
+        evaluating = record(found.example, "evaluating")
     except TraceError:  # it runs in training only
-        return graph
-    return evaluating if _unused(evaluating) < unused else graph
+        return found
+    return Traced(evaluating, found.example, "evaluating") if _unused(evaluating) < unused else found
 
 
 def _unused(graph: Graph) -> int:
@@ -112,8 +138,27 @@ def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceErr
     )
 
 
-def _recorded(model: nn.Module, example: ExampleInput, mode: Mode) -> Graph:
-    """Run the model's forward under a `Recorder`.
+@contextmanager
+def _recordings(model: nn.Module) -> Iterator[Record]:
+    """A function that records a forward pass and puts the model back as it was, for several attempts."""
+    computed = computed_weights(model)
+    params = _parameters(model, computed)
+    with alone(), bare(model), registered_layers(model), torch.no_grad():
+        put_back = _snapshot(model)
+
+        def record(example: ExampleInput, mode: Mode) -> Graph:
+            recorder = Recorder(params, RULES)
+            try:
+                with watched(computed, recorder.add_parameter):
+                    return _recorded(model, recorder, example, mode)
+            finally:
+                put_back()
+
+        yield record
+
+
+def _recorded(model: nn.Module, recorder: Recorder, example: ExampleInput, mode: Mode) -> Graph:
+    """Run the model's forward under a recorder.
 
     It may end where it reads a value, if every parameter was used by then: what would follow sorts out and
     formats results, as detectors do, and the graph ends with the nodes that nothing follows.
@@ -122,33 +167,26 @@ def _recorded(model: nn.Module, example: ExampleInput, mode: Mode) -> Graph:
         TraceError: The forward pass failed; from the original error.
     """
     name = type(model).__name__
-    computed = computed_weights(model)
-    recorder = Recorder(_parameters(model, computed), RULES)
     recorder.add_input((example.args, dict(example.kwargs)))
-    with (
-        _untouched(model),
-        bare(model),
-        registered_layers(model),
-        watched(computed, recorder.add_parameter),
-        torch.no_grad(),
-    ):
-        if mode == "evaluating":
-            _evaluating(model)
-        try:
-            with recorder:
-                output = model(*example.args, **example.kwargs)
-            return recorder.graph(recorder.sources_of(output), name)
-        except GHNInitError:
-            raise
-        # The user's forward may raise anything; it is raised again with the place and the remedy.
-        except Exception as error:
-            if isinstance(error, UnknownValueError) and recorder.all_used():
-                return recorder.graph(recorder.ends(), name)
+    if mode == "evaluating":
+        _evaluating(model)
+    try:
+        with recorder:
+            output = model(*example.args, **example.kwargs)
+    except GHNInitError:
+        raise
+    # The user's forward may raise anything; it is raised again with the place and the remedy.
+    except Exception as error:
+        if not (isinstance(error, UnknownValueError) and recorder.all_used()):
             place = _failing_module(model, error.__traceback__)
             raise TraceError(
                 f"{name}: the forward pass failed{place} on an input of shape "
                 f"{example.described}: {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
             ) from error
+        ends = recorder.ends()
+    else:
+        ends = recorder.sources_of(output)
+    return recorder.graph(ends, name)
 
 
 def _evaluating(model: nn.Module) -> None:
@@ -199,9 +237,8 @@ _CONTAINERS: Final = tuple(name for name, value in vars(nn.Module()).items() if 
 """What every module keeps in dictionaries: parameters, buffers, modules and hooks of several kinds."""
 
 
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back whatever the forward pass changes on the model's modules and in the random states.
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that puts back whatever a forward pass changes on the model's modules and in random states.
 
     In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins;
     what can be changed is attributes (caches, counters), buffers that are assigned, hooks, random states.
@@ -211,18 +248,20 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     before = [
         (state, state.copy(), [state[c].copy() if state[c] else {} for c in _CONTAINERS]) for state in states
     ]
-    with alone(), _random_states():
-        try:
-            yield
-        finally:
-            for state, attributes, containers in before:
-                if _differs(state, attributes):
-                    state.clear()
-                    state.update(attributes)
-                for container, content in zip(_CONTAINERS, containers, strict=True):
-                    if (state[container] or content) and _differs(state[container], content):
-                        state[container].clear()
-                        state[container].update(content)
+    put_back_random_states = _random_states()
+
+    def put_back() -> None:
+        put_back_random_states()
+        for state, attributes, containers in before:
+            if _differs(state, attributes):
+                state.clear()
+                state.update(attributes)
+            for container, content in zip(_CONTAINERS, containers, strict=True):
+                if (state[container] or content) and _differs(state[container], content):
+                    state[container].clear()
+                    state[container].update(content)
+
+    return put_back
 
 
 def _differs(now: dict[str, object], before: dict[str, object]) -> bool:
@@ -230,16 +269,16 @@ def _differs(now: dict[str, object], before: dict[str, object]) -> bool:
     return list(now) != list(before) or not all(map(operator.is_, now.values(), before.values()))
 
 
-@contextmanager
-def _random_states() -> Iterator[None]:
-    """Restore Python's, numpy's and torch's random states: layer drop and the like draw from them."""
+def _random_states() -> Callable[[], None]:
+    """A function that restores Python's, numpy's and torch's random states: layer drop and the like draw."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.random.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    return restore
