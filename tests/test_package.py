@@ -26,8 +26,9 @@ LAYERS = [
     {"_conventions", "_inputs", "_kernels", "_ops", "_record", "_parametrised", "_wrappers", "_trace"},
     {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_scaled_init",
      "_files", "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
-    {"_dtensor", "_select", "_familiarity", "_diversify", "_slots", "_usual", "_initial", "_materialise",
-     "_large_on_meta", "_tiles", "_write", "_shard_files", "_stream", "_plan", "_predict", "_batchnorm"},
+    {"_dtensor", "_select", "_familiarity", "_diversify", "_transpose", "_slots", "_usual", "_initial",
+     "_materialise", "_large_on_meta", "_tiles", "_write", "_shard_files", "_stream", "_plan", "_predict",
+     "_batchnorm"},
     {"_spec"},
 ]  # fmt: skip
 """The core, from the bottom up: a module imports from its own layer and those below."""

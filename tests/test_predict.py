@@ -21,7 +21,9 @@ from ghn_init import (
     GHNConfig,
     PredictError,
     _checkpoint,
+    _diversify,
     _tiles,
+    _transpose,
     calibrate_batchnorm,
     load,
     plan,
@@ -599,6 +601,35 @@ def test_orthogonal_keeps_the_norm(shape: tuple[int, ...]) -> None:
     gram = matrix @ matrix.T
     torch.testing.assert_close(weight.norm(), before, rtol=0.02, atol=0)
     torch.testing.assert_close(gram, torch.eye(len(gram)) * gram.diagonal().mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (43, 8), (8, 8), (1, 5), (5, 1), (9, 2, 2, 2)])
+@pytest.mark.parametrize("small", [0, 1 << 22])
+def test_the_orthogonal_factor_is_that_of_torch(
+    shape: tuple[int, ...], small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_transpose, "_SMALL", small)
+    monkeypatch.setattr(_transpose, "_BLOCK", 3)
+    monkeypatch.setattr(_diversify, "NOISE_STRENGTH", 0.0)
+    weight = torch.randn(shape)
+    matrix = weight.clone().flatten(1)
+    q, r = torch.linalg.qr(matrix.T if shape[0] < matrix.shape[1] else matrix)
+    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0) * (matrix.norm() / min(matrix.shape) ** 0.5)
+    diversify(weight, weight.clone(), "orthogonal", name="w", seed=0)
+    expected = q.T if shape[0] < matrix.shape[1] else q
+    torch.testing.assert_close(weight.flatten(1), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (7, 3), (12, 4), (1030, 1030), (600, 513)])
+@pytest.mark.parametrize("small", [0, 1 << 22])
+def test_transposing_in_place(shape: tuple[int, int], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_transpose, "_SMALL", small)
+    matrix = torch.randn(shape)
+    values = matrix.flatten().clone()
+    _transpose.transpose(values, *shape)
+    assert torch.equal(values.view(shape[::-1]), matrix.T)
+    _transpose.transpose_back(values, *shape)
+    assert torch.equal(values.view(shape), matrix)
 
 
 # Running statistics ------------------------------------------------------------------------------------

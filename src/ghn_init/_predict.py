@@ -88,7 +88,7 @@ def predict_to(
         head: See `plan`.
         include: See `plan`.
         exclude: See `plan`.
-        diversify: See `plan`. Takes memory for some float32 copies of the largest tensor.
+        diversify: See `plan`.
         seed: See `plan`.
         strict: See `plan`.
 

@@ -14,7 +14,7 @@ from ghn_init._errors import PredictError
 from ghn_init._initial import is_pretrained
 from ghn_init._parametrised import computed_weights
 from ghn_init._select import listing
-from ghn_init._tile import stored_form, tile_to
+from ghn_init._tile import copy_tiled, stored_form
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -92,8 +92,8 @@ def full_value(
         tile.copy_into(full)
         return full
     block = tile.values.cpu()
-    full = tile_to(block.unsqueeze(0), tile.shape)[0]
-    full = full.clone() if full.data_ptr() == block.data_ptr() else full
+    full = torch.empty(tile.shape, dtype=block.dtype)
+    copy_tiled(full, block)
     assert options.diversify is not None  # see `diversified`
     diversify(full, block, options.diversify, name=name, seed=options.seed)
     return stored_form(full.unsqueeze(0), tile.stored, tile.transposed)[0].to(device, dtype)
