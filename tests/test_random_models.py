@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -122,6 +123,7 @@ PLACES = (
     error=st.sampled_from((RuntimeError, MemoryError, KeyboardInterrupt, GHNInitError)),
     calls=st.integers(0, 5),
 )
+@hypothesis.example(kind="image", numbers=[0], place="_trace.Recorder.graph", error=RuntimeError, calls=0)
 def test_an_injected_failure_leaves_the_model_as_it_was(
     kind: str, numbers: list[int], place: str, error: type[BaseException], calls: int
 ) -> None:

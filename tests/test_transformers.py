@@ -36,6 +36,7 @@ SAMPLE = {
     "LlamaForCausalLM": (2, {"embedding table"}),
     "Gemma2ForCausalLM": (2, {"a norm's weight, stored as its distance from a number"}),
     "T5ForConditionalGeneration": (6, {"relative position table"}),
+    "SwitchTransformersForConditionalGeneration": (26, {"relative position table"}),
     "ViTForImageClassification": (2, {"class token"}),
     "ConvNextForImageClassification": (0, {"layer scale"}),
     "ResNetForImageClassification": (0, set()),

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghn_init._graph import Graph, Node, UnmatchedParameter
 from ghn_init._kernels import Memo
+from ghn_init._nested import replaced, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -122,6 +123,7 @@ class Recorder(TorchFunctionMode):
         self._carried: dict[int, tuple[Tensor, Carried]] = {}
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: set[int] = set()
 
     # -- what tensors carry ---------------------------------------------------------------------
 
@@ -134,6 +136,21 @@ class Recorder(TorchFunctionMode):
         """Note that every tensor in `output` carries `value`."""
         for tensor in (output,) if type(output) is Tensor else tensors_in(output):
             self._carried[id(tensor)] = (tensor, value)
+
+    def assume(self, output: object, value: Carried) -> None:
+        """Note that tensors in `output` carry `value` and that their values, on the CPU, can be relied on."""
+        self.carry(output, value)
+        self._known.update(id(tensor) for tensor in tensors_in(output) if not tensor.is_meta)
+
+    def _forget(self, written: Any) -> None:
+        """Nothing is known any longer of tensors that share memory with the tensor that was written."""
+        memory = written.untyped_storage().data_ptr()
+        shared = [key for key in self._known if self._carried[key][0].untyped_storage().data_ptr() == memory]
+        self._known.difference_update(shared)
+
+    def is_known(self, tensor: object) -> bool:
+        """Whether it depends on the network's input in name only: its values were assumed."""
+        return id(tensor) in self._known
 
     def add_input(self, value: object) -> None:
         """Make every tensor in `value` an input of the network."""
@@ -173,13 +190,34 @@ class Recorder(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         target = args[0] if args else None
         inputs = tensors_in((args, kwargs))
+        if self._known and name not in _FROM_NOTHING and self._all_known(inputs):
+            return self._on_known(Call(func, name, args, kwargs, self))
         if inputs:
             args, kwargs = self._on_meta(inputs, args, kwargs, changed=target if is_in_place(name) else None)
         output = self._called(Call(func, name, args, kwargs, self))
         if id(target) in self._carried and target is not args[0] and is_in_place(name):
             # A constant that was made while recording: the caller goes on with it, not with its stand-in.
+            self._forget(target)
             self.carry(target, self.carried(args[0]))
             self._written(target)
+        return output
+
+    def _all_known(self, inputs: list[Tensor]) -> bool:
+        """All are known or constants that were made while recording, and not all are constants."""
+        return any(id(tensor) in self._known for tensor in inputs) and all(
+            id(tensor) in self._known
+            or (not tensor.is_meta and id(tensor) in self._carried and self.carried(tensor) == CONSTANT)
+            for tensor in inputs
+        )
+
+    def _on_known(self, call: Call) -> Any:
+        """What `call` gives, computed, where all values are known."""
+        if call.name in _DEVICE_MOVES:
+            return call.args[0]
+        if call.name == "to":
+            call = Call(call.func, call.name, *_without_device(call.args, call.kwargs), self)
+        output = call.func(*call.args, **call.kwargs)
+        self.assume((output, call.args[0] if is_in_place(call.name) else None), merged(call.inputs()))
         return output
 
     def _called(self, call: Call) -> Any:
@@ -212,7 +250,7 @@ class Recorder(TorchFunctionMode):
     def _values(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Values of the model's own tensors and of constants can be read, those of activations cannot."""
         for tensor in tensors_in(args):
-            if isinstance(self.carried(tensor), Flow):
+            if isinstance(self.carried(tensor), Flow) and not self.is_known(tensor):
                 if func.__name__ == "__contains__" and not tensor.is_floating_point():
                     return False  # no token is a special one, such as padding
                 raise UnknownValueError(
@@ -234,17 +272,18 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with everything on meta, unless all are constants made while recording.
 
-        Constants without dimensions, which may be sizes, stay as they are unless they are `changed` in place.
+        Constants and known values without dimensions, which may be sizes or places, stay as they are unless
+        they are `changed` in place.
         """
         if all(tensor.is_meta and id(tensor) in self._carried for tensor in inputs):
             return args, kwargs
         resolved = {id(tensor): self._resolve(tensor) for tensor in inputs}
         if any(tensor.is_meta or self.carried(tensor) != CONSTANT for tensor in resolved.values()):
             for key, tensor in resolved.items():
-                size = tensor.ndim == 0 and key != id(changed) and self.carried(tensor) == CONSTANT
-                if not (tensor.is_meta or size):
+                has_value = self.carried(tensor) == CONSTANT or self.is_known(tensor)
+                if not (tensor.is_meta or (tensor.ndim == 0 and key != id(changed) and has_value)):
                     resolved[key] = self._stand_in(tensor)
-        return _replaced(args, resolved), _replaced(kwargs, resolved) if kwargs else kwargs
+        return replaced(args, resolved), replaced(kwargs, resolved) if kwargs else kwargs
 
     def _resolve(self, tensor: Tensor) -> Tensor:
         """`tensor` itself if it was made while recording, else its stand-in."""
@@ -419,49 +458,6 @@ def _common_role(roles: set[str]) -> str:
 def _params_of(nodes: Iterable[Node]) -> set[str]:
     """Names of the parameters that `nodes` stand for."""
     return {name for node in nodes for name in (node.param, node.bias) if name is not None}
-
-
-_ATOMS: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, slice})
-"""Types of arguments without tensors in them: most arguments, looked through very often."""
-
-
-def tensors_in(value: object) -> list[Tensor]:
-    """The tensors in nested tuples, lists, dicts and dataclass-like outputs, in order."""
-    found: list[Tensor] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: object, found: list[Tensor]) -> None:
-    """Append the tensors in `value` to `found`."""
-    if type(value) in _ATOMS:
-        return
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, found)
-    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        for item in vars(value).values():
-            _collect(item, found)
-
-
-def _replaced(value: Any, resolved: dict[int, Tensor]) -> Any:
-    """`value` with the tensors in its tuples, lists and dicts replaced by id."""
-    if type(value) in _ATOMS:
-        return value
-    if isinstance(value, Tensor):
-        return resolved[id(value)]
-    if type(value) in (tuple, list):
-        return type(value)([_replaced(item, resolved) for item in value])
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*[_replaced(item, resolved) for item in value])
-    if isinstance(value, dict):
-        return {key: _replaced(item, resolved) for key, item in value.items()}
-    return value
 
 
 def is_in_place(name: str) -> bool:

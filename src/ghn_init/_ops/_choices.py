@@ -2,17 +2,23 @@
 
 Detectors choose boxes by their scores and go on with those. The graph does not depend on how many there
 are, so every element is taken for chosen, and all values for equal where each distinct one is looped over.
+
+A mixture of experts goes on with those that some token has chosen, and gives each of them its tokens. Here
+every expert is chosen by every token. Which ones they are is known then: code can go by their numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ghn_init._ops._table import rule
-from ghn_init._record import CONSTANT, Call, merged
+from ghn_init._record import CONSTANT, Call, Derived, merged
+
+_COUNTED: Final = 1024
+"""Elements up to which their positions are known numbers: as many experts as there may be, not boxes."""
 
 
 @rule("nonzero", "argwhere")
@@ -21,9 +27,10 @@ def nonzero(call: Call) -> Any:
     x = call.arg(0, "input")
     if not _unknown(x):
         return call.passed_on()
-    if call.kwargs.get("as_tuple", False):
-        return call.gives(_positions(x), merged(call.inputs()))
-    return call.gives(_indices(x, x.numel(), x.ndim), merged(call.inputs()))
+    positions = _positions(x)
+    if not call.kwargs.get("as_tuple", False):
+        positions = torch.stack(positions, 1) if positions else _indices(x, x.numel(), 0)
+    return _chosen(call, positions)
 
 
 @rule("where")
@@ -32,7 +39,7 @@ def where(call: Call) -> Any:
     condition = call.arg(0, "condition")
     if len(call.args) + len(call.kwargs) > 1 or not _unknown(condition):
         return call.passed_on()
-    return call.gives(_positions(condition), merged(call.inputs()))
+    return _chosen(call, _positions(condition))
 
 
 @rule("masked_select")
@@ -80,16 +87,19 @@ def all_true(call: Call) -> Any:
 
 @rule("__getitem__")
 def getitem(call: Call) -> Any:
-    """Indexing by a mask: every element is chosen."""
+    """Indexing by a mask: every element is chosen. Known positions choose from a weight as numbers do."""
     x, index = call.args
     items = index if isinstance(index, tuple) else (index,)
+    indices = [item for item in items if isinstance(item, Tensor)]
+    if isinstance(call.carried(x), Derived) and indices and all(map(call.recorder.is_known, indices)):
+        return call.gives(call.run(), call.carried(x))
     if not any(isinstance(item, Tensor) and item.dtype == torch.bool for item in items) or not _unknown(x):
         return call.passed_on()
     value = merged(call.inputs())
     chosen: list[Any] = []
     for item in items:
         is_mask = isinstance(item, Tensor) and item.dtype == torch.bool and item.ndim
-        chosen.extend(_positions(item) if is_mask else (item,))
+        chosen.extend((p.to("meta") for p in _positions(item)) if is_mask else (item,))
     return call.gives(call.func(x, tuple(chosen)), value)
 
 
@@ -97,8 +107,16 @@ def _unknown(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_meta
 
 
+def _chosen(call: Call, positions: Any) -> Any:
+    """The positions of all elements: they depend on the input, and are nonetheless known."""
+    call.recorder.assume(positions, merged(call.inputs()))
+    return positions
+
+
 def _positions(mask: Tensor) -> tuple[Tensor, ...]:
-    """For each dimension of `mask` an index of every element."""
+    """For each dimension of `mask` an index of every element; with values if there are not many."""
+    if mask.numel() <= _COUNTED:
+        return torch.ones(mask.shape, dtype=torch.bool).nonzero(as_tuple=True)
     return tuple(_indices(mask, mask.numel()) for _ in range(mask.ndim))
 
 

@@ -86,6 +86,17 @@ def add(call: Call) -> Any:
     return call.gives(output, value)
 
 
+@rule("index_add", "index_add_", "scatter_add", "scatter_add_")
+def add_at(call: Call) -> Any:
+    """A `sum` of two branches, one of which has only some rows: an expert's, say."""
+    x, added = call.arg(0, "input"), call.arg(3, "src" if call.name.startswith("scatter") else "source")
+    value = merged((call.carried(x), call.carried(added)))
+    if not isinstance(value, Flow) or not isinstance(call.carried(added), Flow):
+        return call.passed_on()
+    output = call.run()
+    return call.gives(output, joined(call, "sum", value.sources))
+
+
 def _combined(call: Call, a: Any, b: Any) -> Any:
     """The output of a sum or product: known from the operands' shapes, but for constants and scalars."""
     if (

@@ -14,10 +14,11 @@ from torch.overrides import handle_torch_function
 
 from ghn_init._errors import RegistrationError, TraceError
 from ghn_init._graph import NORM_TYPES, WEIGHT_TYPES, Node
+from ghn_init._nested import tensors_in
 from ghn_init._ops import _table
 from ghn_init._ops._joins import with_positions
 from ghn_init._ops._nodes import add_norm, add_vector, add_weight, main_parameter, note_others
-from ghn_init._record import CONSTANT, Call, Derived, Flow, merged, tensors_in
+from ghn_init._record import CONSTANT, Call, Derived, Flow, merged
 
 if TYPE_CHECKING:
     from types import TracebackType
