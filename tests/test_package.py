@@ -23,7 +23,8 @@ PACKAGE = Path(ghn_init.__file__).parent
 LAYERS = [
     {"_errors", "_threads"},
     {"_graph", "_draw"},
-    {"_conventions", "_inputs", "_kernels", "_nested", "_ops", "_record", "_parametrised", "_wrappers", "_trace"},
+    {"_conventions", "_inputs", "_kernels", "_nested", "_ops", "_record", "_parametrised", "_wrappers",
+     "_trace"},
     {"_config", "_batch", "_gated", "_passes", "_decoder", "_tile", "_model", "_scaled_init",
      "_files", "_checkpoint", "_hub"},  # GHN.save_pretrained and GHN.from_pretrained reach down to the files
     {"_dtensor", "_select", "_familiarity", "_diversify", "_transpose", "_slots", "_usual", "_initial",
