@@ -68,7 +68,8 @@ def _deepnets(sample: int) -> Iterator[tuple[str, str, Network]]:
 
 def _torchvision(max_params: int) -> Iterator[tuple[str, str, nn.Module]]:
     for name in torchvision.models.list_models(module=torchvision.models):
-        with torch.device("meta"):
+        # RegNets read values while they are built, which plain meta tensors do not have
+        with ghn_init.large_on_meta():
             # Inception v3 and GoogLeNet have heads for training, which need larger images
             extra = {"aux_logits": False, "init_weights": False} if name in _HEADS else {}
             model = torchvision.models.get_model(name, num_classes=10, **extra)

@@ -102,6 +102,6 @@ def test_familiarity_measures_networks_of_every_kind(tmp_path: Path) -> None:
         "deep, batch norm",
         "bnfree, no norm",
         "resnet50, batch norm",
-        "vit, batch norm",
+        "vit, layer norm",
     ]
     assert all(row[1] == "1" and 0 <= float(row[2]) <= 100 for row in rows)
