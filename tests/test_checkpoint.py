@@ -84,6 +84,13 @@ def test_saving_over_weights_leaves_no_trace_of_them(ghn: GHN, folder: Path) -> 
     assert not equal(load(folder), ghn)
 
 
+def test_saved_files_can_be_read_by_whom_the_umask_says(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir() if file.is_file()}
+    assert {"model.safetensors", "config.json"} <= set(modes)
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_model_card_says_what_was_saved(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "library_name: ghn-init" in card

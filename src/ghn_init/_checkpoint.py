@@ -81,7 +81,7 @@ def save(ghn: GHN, directory: str | PathLike[str]) -> None:
 
     The files are written beside their places and moved there, so that a reader never finds half of one.
     """
-    from safetensors.torch import save_file
+    import safetensors.torch
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,8 @@ def save(ghn: GHN, directory: str | PathLike[str]) -> None:
         draft = directory / f".{name}.part"
         if name == WEIGHTS_FILE:
             # One entry of metadata: the order of several changes from run to run, and so would the bytes.
-            save_file(state, draft, metadata={CHECKSUM: checksum(ghn.config, state)})
+            # As bytes, because safetensors' `save_file` makes files that only their owner can read.
+            draft.write_bytes(safetensors.torch.save(state, {CHECKSUM: checksum(ghn.config, state)}))
         else:
             draft.write_text(json.dumps(ghn.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         draft.replace(directory / name)
