@@ -54,15 +54,7 @@ def run(rank: int, folder: Path, ghn_dir: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     ghn = load(ghn_dir)
     reference = predict(network(), ghn)
-    for check in (
-        replicas,
-        fsdp,
-        fsdp_after_a_forward_pass,
-        fsdp_on_meta,
-        tensor_parallel,
-        both,
-        first_fsdp,
-    ):
+    for check in CHECKS:
         check(reference, ghn)
         if rank == 0:
             (folder / check.__name__).touch()

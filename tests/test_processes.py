@@ -139,6 +139,7 @@ class Predicting(torch.utils.data.Dataset[str]):
         return digest(ghn_init.predict(nn.Sequential(nn.Conv2d(3, 8 + index, 3), nn.BatchNorm2d(8 + index))))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_of_a_data_loader_give_the_same_bits() -> None:
     dataset = Predicting()
     expected = [[dataset[index]] for index in range(len(dataset))]

@@ -61,7 +61,7 @@ def plain_torch() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":  # before 2.7, get_default_device() overlooks contexts
             stack.enter_context(torch.device("cpu"))
         for kind in _DEVICES:
             if torch.is_autocast_enabled(kind):
