@@ -73,7 +73,8 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
             "a process that measures networks died, perhaps for want of memory; take fewer workers"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Waiting, because Python's end would close what the pool's own thread is still writing to.
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(data: bytes) -> None:
