@@ -462,3 +462,22 @@ def test_a_model_on_meta_gives_the_same_graph() -> None:
     with torch.device("meta"):
         on_meta = torchvision.models.resnet18(num_classes=10)
     assert trace(on_meta) == trace(torchvision.models.resnet18(num_classes=10))
+
+
+@pytest.mark.parametrize("classes", [4, 2**16])
+def test_places_written_out_one_hot_take_no_memory(classes: int) -> None:
+    made = []
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(classes, 3, device="meta"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = nn.functional.one_hot(torch.arange(x.shape[1]).clamp(max=3), num_classes=classes)
+            made.append(places)
+            return x + places.to(x) @ self.table
+
+    graph = trace(Places(), (2, 32, 3))
+    assert [(places.shape, places.is_meta) for places in made] == [((32, classes), classes > 4)]
+    assert [node.param for node in graph.nodes if node.param] == ["table"]

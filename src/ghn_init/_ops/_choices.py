@@ -20,6 +20,9 @@ from ghn_init._record import CONSTANT, Call, Derived, merged
 _COUNTED: Final = 1024
 """Elements up to which their positions are known numbers: as many experts as there may be, not boxes."""
 
+_LARGE: Final = 2**20
+"""Elements past which constants are not written out one-hot: Gemma's table of places would take 377 MB."""
+
 
 @rule("nonzero", "argwhere")
 def nonzero(call: Call) -> Any:
@@ -75,6 +78,15 @@ def unique(call: Call) -> Any:
         extra.append(_indices(x, 1))
     found = x.new_empty(1)
     return call.gives((found, *extra) if extra else found, value)
+
+
+@rule("one_hot")
+def one_hot(call: Call) -> Any:
+    """(*shape, classes), without values if it is large."""
+    x, classes = call.arg(0, "tensor"), call.arg(1, "num_classes", -1)
+    if _unknown(x) or x.numel() * classes <= _LARGE:  # -1: as many as the values say
+        return call.passed_on()
+    return call.passed_on(torch.empty(*x.shape, classes, dtype=torch.long, device="meta"))
 
 
 @rule("_is_all_true")
