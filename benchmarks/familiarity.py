@@ -70,7 +70,7 @@ def _predicted(module: nn.Module, measure: Measure) -> float:
     """Top-1 accuracy of a network that has parameters, such as layer scales, that no GHN predicts."""
     size = measure.data.size
     ghn_init.predict(module, measure.ghn, head="predict", example_input=(1, 3, size, size))
-    prepare(module).to(measure.precision, memory_format=torch.channels_last).eval()
+    prepare(module).to(measure.precision).to(memory_format=torch.channels_last).eval()
     hits = sum(int((module(x).argmax(1) == y).sum()) for x, y in measure.batches())
     return 100 * hits / len(measure.data)
 
