@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ghn_init._errors import PredictError
+from ghn_init._nested import tensors_in
 from ghn_init._record import is_in_place
 
 if TYPE_CHECKING:
@@ -111,14 +112,8 @@ def _check_target(name: str, target: Tensor) -> None:
 
 def _is_mixed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether there are tensors both on the meta device and on the CPU among the arguments."""
-    devices = {tensor.device.type for tensor in _tensors((args, tuple(kwargs.values())))}
+    devices = {tensor.device.type for tensor in tensors_in((args, kwargs))}
     return {"meta", "cpu"} <= devices
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
 def _on_meta(value: Any) -> Any:
