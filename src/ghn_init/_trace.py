@@ -244,9 +244,12 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     what can be changed is attributes (caches, counters), buffers that are assigned, hooks, random states.
     """
     states = [vars(module) for module in model.modules()]
-    # Most of the dictionaries are empty, and there are a dozen for every module.
+    # Most of the dictionaries are empty, and there are a dozen for every module: one copy does for all of
+    # them, because thousands of new objects would have Python's garbage collector look through every object.
+    empty: dict[str, object] = {}
     before = [
-        (state, state.copy(), [state[c].copy() if state[c] else {} for c in _CONTAINERS]) for state in states
+        (state, state.copy(), [state[c].copy() if state[c] else empty for c in _CONTAINERS])
+        for state in states
     ]
     put_back_random_states = _random_states()
 
