@@ -105,3 +105,39 @@ def test_familiarity_measures_networks_of_every_kind(tmp_path: Path) -> None:
         "vit, layer norm",
     ]
     assert all(row[1] == "1" and 0 <= float(row[2]) <= 100 for row in rows)
+
+
+def finished_run(folder: Path, accuracies: list[float], **settings: object) -> Path:
+    config = {"ghn": {"hid": 32}, "seed": 1, "lr": 1e-3} | settings
+    lines = [
+        {"loss": 2.3, "accuracy": 0.1, "done": 0.5},
+        {"loss": 1.5, "accuracy": 0.4, "done": 0.95},
+        {"loss": None, "accuracy": 0.2, "done": 0.98},
+        {"validation": 0.0, "accuracies": accuracies},
+    ]
+    (folder / "ghn").mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = {"config": config, "steps": 1200, "networks": 2400}
+    (folder / "ghn" / "training.json").write_text(json.dumps(figures))
+    return folder
+
+
+def test_recipes_are_compared_network_by_network(tmp_path: Path) -> None:
+    base = finished_run(tmp_path / "base", [30.0, 40.0, 50.0])
+    other = finished_run(tmp_path / "other", [32.0, 42.0, 55.0], lr=3e-3, ghn={"hid": 64})
+    done = run(str(base), str(other), script="recipes.py")
+    assert done.returncode == 0, done.stderr
+    _, _, first, second = done.stdout.splitlines()
+    assert first == "| as above | 1,200 | 2,400 | 1.50, 40.0 % | 40.0 ± 5.8, 40.0 |  |"
+    assert second == (
+        "| `ghn.hid=64`, `lr=0.003` | 1,200 | 2,400 | 1.50, 40.0 % | 43.0 ± 6.7, 42.0 | +3.0 ± 1.0 |"
+    )
+
+
+def test_recipes_need_finished_runs_on_the_same_networks(tmp_path: Path) -> None:
+    base = finished_run(tmp_path / "base", [30.0, 40.0])
+    fewer = finished_run(tmp_path / "fewer", [30.0])
+    assert (
+        "fewer: validated on 1 networks; expected 2" in run(str(base), str(fewer), script="recipes.py").stderr
+    )
+    assert "no finished run" in run(str(tmp_path), script="recipes.py").stderr

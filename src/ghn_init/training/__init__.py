@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._curve import draw_curve
+from ghn_init.training._run import RunOptions
 from ghn_init.training.data import Images, Normalisation, hold_out, load_images
 from ghn_init.training.evaluate import Score, evaluate
-from ghn_init.training.trainer import RunOptions, Trainer
+from ghn_init.training.trainer import Trainer
 
 __all__ = [
     "Images",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from ghn_init._config import GHNConfig
     from ghn_init.training._config import TrainConfig
-    from ghn_init.training.trainer import RunOptions, Trainer
+    from ghn_init.training._run import RunOptions
+    from ghn_init.training.trainer import Trainer
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
     tensorboard: opt.TensorBoard = False,
 ) -> None:
     """Train a graph hypernetwork; run the same command again to take up where it stopped."""
-    from ghn_init.training.trainer import RunOptions
+    from ghn_init.training._run import RunOptions
 
     wanted = opt.training_config(config, settings, steps, duration)
     options = RunOptions(

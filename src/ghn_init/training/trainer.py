@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
-import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +24,7 @@ from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
+from ghn_init.training._run import RunOptions, State, Termination
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._stream import MetaBatch, Prefetcher, Stream
 from ghn_init.training._validation import Validation
@@ -41,77 +40,6 @@ if TYPE_CHECKING:
 
 _FIRST_STEPS = 100
 """Steps before the fraction of skipped ones is judged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """How a run is kept and watched; none of it changes its result.
-
-    Attributes:
-        output: Folder for checkpoint, log and weights; with several machines, one that all see.
-        time_limit: Seconds after which this part of the run stops cleanly, to be resumed; None: no limit.
-            At least one step is made.
-        save_every: Seconds between checkpoints.
-        validate_every: Seconds between quick validations; 0: none but the last.
-        validation_networks: Held-out architectures of a quick validation.
-        validation_images: Validation images of a quick validation.
-        log_every: Steps between lines of the log.
-        tensorboard: Write the log for TensorBoard, too.
-    """
-
-    output: Path
-    time_limit: float | None = None
-    save_every: float = 60.0
-    validate_every: float = 300.0
-    validation_networks: int = 12
-    validation_images: int = 320
-    log_every: int = 10
-    tensorboard: bool = False
-
-
-@dataclass
-class State:
-    """What changes during a run, beside weights and optimizer. All randomness is a function of these.
-
-    Attributes:
-        step: Optimizer steps tried, skipped ones included.
-        skipped: Steps that were not taken because loss or gradient were not finite.
-        position: Place in the stream of networks after the last step.
-        seconds: Time spent training, over all parts of the run.
-        networks: (network, batch) pairs run.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    networks: int = 0
-
-
-class _Termination:
-    """Notes SIGTERM and the first Ctrl-C, so that a run ends after its step; a context manager.
-
-    A second Ctrl-C interrupts at once. Threads other than the main one get no signals.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Termination:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.asked = True
-        if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
 
 
 class Trainer:
@@ -250,7 +178,7 @@ class Trainer:
         folder = options.output if first else None
         log = Log(folder, options.log_every, resume_at=state.step, tensorboard=options.tensorboard)
         prefetcher = Prefetcher(self.config, self.image_size, state.position, self.ranks)
-        with log, prefetcher, _Termination() as termination:
+        with log, prefetcher, Termination() as termination:
             batches, stop = iter(prefetcher), False
             while self.done < 1 and not stop:
                 record = self.step(next(batches))

@@ -1,0 +1,82 @@
+"""How a run is kept, how far it is, and how it is asked to end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run is kept and watched; none of it changes its result.
+
+    Attributes:
+        output: Folder for checkpoint, log and weights; with several machines, one that all see.
+        time_limit: Seconds after which this part of the run stops cleanly, to be resumed; None: no limit.
+            At least one step is made.
+        save_every: Seconds between checkpoints.
+        validate_every: Seconds between quick validations; 0: none but the last.
+        validation_networks: Held-out architectures of a quick validation.
+        validation_images: Validation images of a quick validation.
+        log_every: Steps between lines of the log.
+        tensorboard: Write the log for TensorBoard, too.
+    """
+
+    output: Path
+    time_limit: float | None = None
+    save_every: float = 60.0
+    validate_every: float = 300.0
+    validation_networks: int = 12
+    validation_images: int = 320
+    log_every: int = 10
+    tensorboard: bool = False
+
+
+@dataclass
+class State:
+    """What changes during a run, beside weights and optimizer. All randomness is a function of these.
+
+    Attributes:
+        step: Optimizer steps tried, skipped ones included.
+        skipped: Steps that were not taken because loss or gradient were not finite.
+        position: Place in the stream of networks after the last step.
+        seconds: Time spent training, over all parts of the run.
+        networks: (network, batch) pairs run.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    position: int = 0
+    seconds: float = 0.0
+    networks: int = 0
+
+
+class Termination:
+    """Notes SIGTERM and the first Ctrl-C, so that a run ends after its step; a context manager.
+
+    A second Ctrl-C interrupts at once. Threads other than the main one get no signals.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Termination:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
