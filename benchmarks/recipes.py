@@ -4,8 +4,12 @@
 
 The first run is the reference. A row is named by the settings in which a run differs from it. Validation
 is that at the end of each run, so all of them need the same `--validation-networks` and
-`--validation-images`; the last column is the mean difference over the same networks with its standard
+`--validation-images`; its difference to the first row is the mean over the same networks with its standard
 error. What another seed changes is in neither: run the reference with two.
+
+Runs that draw the same networks and images are compared step by step as well, on their training batches:
+the mean difference in accuracy over the second half of the steps that both made. That is far more
+sensitive, and knows nothing about the time of a step or of what a falling learning rate gives at the end.
 """
 
 from __future__ import annotations
@@ -25,9 +29,16 @@ if TYPE_CHECKING:
 LAST = 0.9
 """Training figures are those from this fraction of a run on."""
 
+SAME_STREAM = (
+    "seed", "meta_batch", "batch_size", "image_size", "max_nodes", "max_params", "curriculum",
+    "curriculum_nodes",
+)  # fmt: skip
+"""Settings on which the networks and images of a step depend."""
+
 HEADER = (
     "recipe", "steps", "pairs", "training loss (median), accuracy in the last tenth",
-    "validation, % (mean, standard error, median)", "to the first row",
+    "validation, % (mean, standard error, median)", "validation to the first row",
+    "training accuracy to the first row, same steps",
 )  # fmt: skip
 
 
@@ -43,6 +54,7 @@ class Run:
         loss: Median of the training loss in the last tenth.
         accuracy: Mean accuracy on the training batches there, in percent.
         validation: Accuracy of every validation network, in percent.
+        training: Accuracy on the training batches, in percent, by the steps at which it was logged.
     """
 
     name: str
@@ -52,6 +64,7 @@ class Run:
     loss: float
     accuracy: float
     validation: tuple[float, ...]
+    training: Mapping[int, float]
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -67,7 +80,8 @@ class Run:
             raise SystemExit(f"{folder}: no finished run ({error})") from error
         config = dict(figures["config"])
         settings = {f"ghn.{name}": value for name, value in config.pop("ghn").items()} | config
-        last = [line for line in log if "loss" in line and line["done"] >= LAST and line["loss"] is not None]
+        lines = [line for line in log if line.get("loss") is not None]
+        last = [line for line in lines if line["done"] >= LAST]
         return cls(
             name=folder.name,
             settings=settings,
@@ -76,6 +90,7 @@ class Run:
             loss=statistics.median(line["loss"] for line in last),
             accuracy=100 * statistics.mean(line["accuracy"] for line in last),
             validation=tuple([line for line in log if "validation" in line][-1]["accuracies"]),
+            training={line["step"]: 100 * line["accuracy"] for line in lines},
         )
 
     def row(self, reference: Run) -> tuple[str, ...]:
@@ -91,15 +106,25 @@ class Run:
             )
         mean, error = mean_and_error(self.validation)
         values = zip(self.validation, reference.validation, strict=True)
-        gain, gain_error = mean_and_error([mine - theirs for mine, theirs in values])
         return (
             self.label(reference),
             f"{self.steps:,}",
             f"{self.pairs:,}",
             f"{self.loss:.2f}, {self.accuracy:.1f} %",
             f"{mean:.1f} ± {error:.1f}, {statistics.median(self.validation):.1f}",
-            "" if self is reference else f"{gain:+.1f} ± {gain_error:.1f}",
+            "" if self is reference else gain([mine - theirs for mine, theirs in values]),
+            "" if self is reference else gain(self.same_steps(reference)),
         )
+
+    def same_steps(self, reference: Run) -> list[float]:
+        """Differences in training accuracy, in the second half of the steps that both runs made.
+
+        Empty if networks or images were not the same.
+        """
+        if any(self.settings.get(name) != reference.settings.get(name) for name in SAME_STREAM):
+            return []
+        both = sorted(self.training.keys() & reference.training.keys())
+        return [self.training[step] - reference.training[step] for step in both[len(both) // 2 :]]
 
     def label(self, reference: Run) -> str:
         """The settings that differ from the reference's."""
@@ -117,6 +142,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return statistics.mean(values), deviation / math.sqrt(len(values))
+
+
+def gain(differences: Sequence[float]) -> str:
+    """Mean and standard error of differences, nothing if there are none."""
+    if not differences:
+        return ""
+    mean, error = mean_and_error(differences)
+    return f"{mean:+.1f} ± {error:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -110,9 +110,9 @@ def test_familiarity_measures_networks_of_every_kind(tmp_path: Path) -> None:
 def finished_run(folder: Path, accuracies: list[float], **settings: object) -> Path:
     config = {"ghn": {"hid": 32}, "seed": 1, "lr": 1e-3} | settings
     lines = [
-        {"loss": 2.3, "accuracy": 0.1, "done": 0.5},
-        {"loss": 1.5, "accuracy": 0.4, "done": 0.95},
-        {"loss": None, "accuracy": 0.2, "done": 0.98},
+        {"step": 600, "loss": 2.3, "accuracy": 0.1, "done": 0.5},
+        {"step": 1100, "loss": 1.5, "accuracy": accuracies[0] / 100, "done": 0.95},
+        {"step": 1150, "loss": None, "accuracy": 0.2, "done": 0.98},
         {"validation": 0.0, "accuracies": accuracies},
     ]
     (folder / "ghn").mkdir(parents=True)
@@ -128,10 +128,14 @@ def test_recipes_are_compared_network_by_network(tmp_path: Path) -> None:
     done = run(str(base), str(other), script="recipes.py")
     assert done.returncode == 0, done.stderr
     _, _, first, second = done.stdout.splitlines()
-    assert first == "| as above | 1,200 | 2,400 | 1.50, 40.0 % | 40.0 ± 5.8, 40.0 |  |"
+    assert first == "| as above | 1,200 | 2,400 | 1.50, 30.0 % | 40.0 ± 5.8, 40.0 |  |  |"
     assert second == (
-        "| `ghn.hid=64`, `lr=0.003` | 1,200 | 2,400 | 1.50, 40.0 % | 43.0 ± 6.7, 42.0 | +3.0 ± 1.0 |"
+        "| `ghn.hid=64`, `lr=0.003` | 1,200 | 2,400 | 1.50, 32.0 % | 43.0 ± 6.7, 42.0 "
+        "| +3.0 ± 1.0 | +2.0 ± 0.0 |"
     )
+
+    another = finished_run(tmp_path / "another", [32.0, 42.0, 55.0], seed=2)
+    assert run(str(base), str(another), script="recipes.py").stdout.endswith("| +3.0 ± 1.0 |  |\n")
 
 
 def test_recipes_need_finished_runs_on_the_same_networks(tmp_path: Path) -> None:
