@@ -65,14 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-@torch.no_grad()
 def _predicted(module: nn.Module, measure: Measure) -> float:
     """Top-1 accuracy of a network that has parameters, such as layer scales, that no GHN predicts."""
     size = measure.data.size
     ghn_init.predict(module, measure.ghn, head="predict", example_input=(1, 3, size, size))
     prepare(module).to(measure.precision).to(memory_format=torch.channels_last).eval()
-    hits = sum(int((module(x).argmax(1) == y).sum()) for x, y in measure.batches())
-    return 100 * hits / len(measure.data)
+    return measure.accuracy(module)
 
 
 def _deepnets(sample: int) -> Iterator[tuple[str, str, Network]]:

@@ -83,7 +83,6 @@ SIMPLE = Architecture(genotype(("conv_3x3", 0), ("skip_connect", 1)), n_cells=4)
 # -- agreement with the published implementation ------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_parameter_counts_equal_the_reference(visible: list[dict[str, Any]]) -> None:
     for entry in visible:
         arch = Architecture.from_net_args(entry["net_args"])
@@ -112,7 +111,6 @@ def gate_path(graph: Graph, number: int) -> str:
     return bias.removesuffix(".excite.bias")
 
 
-@pytest.mark.slow
 def test_graphs_equal_the_reference(visible: list[dict[str, Any]]) -> None:
     for index, entry in enumerate(visible):
         arch = Architecture.from_net_args(entry["net_args"])

@@ -161,7 +161,6 @@ def test_the_table_has_published_figures_beside_ours() -> None:
     assert lines[3] == "| vit | 1 | 100 | 0.08 | 9.0 ± 0.0 ± 2.0 (images) | 9.0 | - |"
 
 
-@pytest.mark.slow
 def test_processes_measure_what_one_does(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=32))
     jobs = [Job(network, 0.0) for network in (*Network.of("test", 2), Network("vit", 0))]

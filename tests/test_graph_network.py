@@ -180,7 +180,6 @@ def test_the_command_trains_a_network_in_a_file(tmp_path: Path) -> None:
     assert not torch.equal(trained.gnn.layer.weight, first)
 
 
-@pytest.mark.slow
 @pytest.mark.source
 def test_the_example_runs() -> None:
     script = Path(__file__).parent.parent / "examples" / "custom_graph_network.py"

@@ -79,7 +79,6 @@ CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR.exists(), reason="Linux tells how much memory was used, other systems do not")
 @pytest.mark.parametrize("name", CASES)
 def test_beyond_the_model_there_is_room_for_its_largest_tensor(name: str) -> None:

@@ -94,7 +94,6 @@ def test_the_vectors_of_a_spectral_norm_follow_the_new_weight(wrap: Any, ghn: GH
     assert torch.linalg.matrix_norm(model[3].weight, 2).item() == pytest.approx(1, rel=0.02)
 
 
-@pytest.mark.slow
 def test_an_orthogonal_weight_is_made_orthogonal(ghn: GHN) -> None:
     model, again = network(parametrizations.orthogonal), network(parametrizations.orthogonal)
     random_state = torch.get_rng_state()
@@ -106,7 +105,6 @@ def test_an_orthogonal_weight_is_made_orthogonal(ghn: GHN) -> None:
     assert torch.equal(again[3].weight, weight)  # what is drawn to complete the basis is seeded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrap", THROUGH)
 def test_tensors_and_a_checkpoint_are_what_apply_writes(wrap: Any, ghn: GHN, tmp_path: Path) -> None:
     model = network(wrap)

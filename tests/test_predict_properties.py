@@ -170,7 +170,6 @@ def _assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[key] == value
 
 
-@pytest.mark.slow
 @given(recipe=recipes, options=choices)
 def test_predictions_are_complete_finite_and_repeatable(recipe: Recipe, options: dict[str, Any]) -> None:
     model, twin = recipe.build(0), recipe.build(1)
@@ -198,7 +197,6 @@ def test_predictions_are_complete_finite_and_repeatable(recipe: Recipe, options:
         assert torch.equal(buffer, before["values"][name])
 
 
-@pytest.mark.slow
 @given(recipe=recipes)
 def test_tiles_written_in_place_are_the_full_tensors(recipe: Recipe) -> None:
     recipe = replace(recipe, dtype=torch.float32)
@@ -227,7 +225,6 @@ def test_failures_leave_everything_untouched(recipe: Recipe, how: str, victim: i
     _assert_equal(_frozen_state(model), before)
 
 
-@pytest.mark.slow
 @given(recipe=recipes, options=choices)
 def test_meta_models_get_the_same_predictions(recipe: Recipe, options: dict[str, Any]) -> None:
     recipe = replace(recipe, layers=tuple(layer for layer in recipe.layers if layer[0] != "scale"))

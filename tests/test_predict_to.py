@@ -221,7 +221,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_is_that_of_the_largest_tensor(ghn_dir: Path, tmp_path: Path) -> None:
     """A checkpoint of 336 MB, of which 84 MB are not predicted; the largest tensor has 8 MB."""

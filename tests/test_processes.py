@@ -115,7 +115,6 @@ def _spawned(model: nn.Module, answers: multiprocessing.SimpleQueue[tuple[str, i
     _child(model, answers)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_a_child_process_gives_the_same_bits(how: str, tmp_path: Path) -> None:
     if how not in multiprocessing.get_all_start_methods():

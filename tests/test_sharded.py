@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
 def test_every_rank_writes_its_part(tmp_path: Path, ghn_dir: Path) -> None:
     mp.spawn(sharded_worker.run, (tmp_path, ghn_dir), nprocs=sharded_worker.RANKS)  # raises if a rank does
     done = {path.name for path in tmp_path.iterdir()} - {"rendezvous"}

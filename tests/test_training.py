@@ -251,7 +251,6 @@ def test_a_run_that_stops_and_goes_on_equals_an_undisturbed_one(tmp_path: Path, 
     assert json.loads((tmp_path / "ghn" / "training.json").read_text())["networks"] == 12
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_where_its_checkpoint_is(tmp_path: Path, undisturbed: Any) -> None:
     killed = start_run(output=str(tmp_path), kill_at=4, options={"save_every": 0.0}, config={"prefetch": 2})
     output, _ = killed.communicate(timeout=120)
@@ -270,7 +269,6 @@ def test_sigterm_stops_a_run_after_its_step(tmp_path: Path) -> None:
     assert tiny_trainer(tmp_path).state.step == 2  # the signal came when the first was over
 
 
-@pytest.mark.slow
 def test_two_processes_make_the_update_of_one_and_a_lost_one_ends_the_run(
     tmp_path: Path, undisturbed: Any
 ) -> None:

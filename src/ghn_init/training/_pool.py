@@ -21,6 +21,7 @@ from ghn_init._errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from multiprocessing.synchronize import Event
 
     from ghn_init.training.evaluate import Measure, Network
 
@@ -59,13 +60,13 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
         for job in jobs:
             yield job, measure(job.network, job.noise)
         return
-    # As bytes: tensors handed to processes would need shared memory, which containers have little of.
-    start = (pickle.dumps(measure),)
     context = multiprocessing.get_context("spawn")
-    with _environment(_ALLOCATOR):
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, start)
-        futures: dict[Future[float], Job] = {pool.submit(_run, job): job for job in jobs}
+    all_started = context.Event()
+    # As bytes: tensors handed to processes would need shared memory, which containers have little of.
+    arguments = (pickle.dumps(measure), all_started)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, arguments)
     try:
+        futures = _submit(pool, jobs, all_started)
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -77,10 +78,24 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
-def _start(data: bytes) -> None:
+def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], all_started: Event) -> dict[Future[float], Job]:
+    """Gives the pool all jobs, for which it starts its processes, and then lets these begin.
+
+    A process that dies while the pool starts others makes `submit` fail with whatever the half
+    dismantled pool happens to run into.
+    """
+    try:
+        with _environment(_ALLOCATOR):
+            return {pool.submit(_run, job): job for job in jobs}
+    finally:
+        all_started.set()
+
+
+def _start(data: bytes, all_started: Event) -> None:
     global _measure
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    all_started.wait()
     _measure = pickle.loads(data)
 
 

@@ -179,6 +179,11 @@ class Measure:
             network = network.build(self.ghn.config.num_classes, size, self.seed)
         (params,) = self.ghn([trace(network, (1, 3, size, size))])
         inject(prepare(network, fast=self.ghn.device.type == "cpu").eval(), params, self.precision)
+        return self.accuracy(network, noise)
+
+    @torch.no_grad()
+    def accuracy(self, network: nn.Module, noise: float = 0.0) -> float:
+        """Top-1 accuracy in percent of a network that has its parameters already, on the GHN's device."""
         hits = sum(int((network(x).argmax(1) == y).sum()) for x, y in self.batches(noise))
         return 100 * hits / len(self.data)
 
