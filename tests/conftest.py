@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Tests run in one process per core, with one thread each, as do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _EXAMPLES = {"ci": 200, "nightly": 2_000}
@@ -23,6 +27,11 @@ for _profile, _count in _EXAMPLES.items():
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 settings.load_profile("ci")  # `pytest --hypothesis-profile=nightly` for the long run
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Cores that may be used, but no more than 4: a process takes about 1 GB."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
