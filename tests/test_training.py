@@ -316,6 +316,21 @@ def test_launchers_tell_the_place(
     assert calls == [(("gloo",), {"rank": 3, "world_size": 4})]
 
 
+def test_processes_that_do_not_meet_are_told_what_to_set(
+    launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(WORLD_SIZE="2", RANK="1")
+    with pytest.raises(TrainingError, match=r"process 1 of 2 did not find .* MASTER_ADDR expected"):
+        Ranks.join()
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection refused, remote=[127.0.1.1]:11686")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refused)
+    with pytest.raises(TrainingError, match=r"remote=\[127.0.1.1\].* GLOO_SOCKET_IFNAME=eth0"):
+        Ranks.join()
+
+
 def test_accelerate_without_an_mpi_is_told(launched: Callable[..., None]) -> None:
     launched(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True")
     assert Ranks.join() == Ranks()

@@ -64,11 +64,12 @@ class Ranks:
         refuses.
 
         Raises:
-            TrainingError: `accelerate launch` was asked for several processes and started one.
+            TrainingError: The processes did not find each other, or `accelerate launch` was asked for several
+                and started one.
         """
         for size, rank in _LAUNCHERS:
             if size in os.environ:
-                dist.init_process_group("gloo", rank=int(os.environ[rank]), world_size=int(os.environ[size]))
+                _meet(int(os.environ[rank]), int(os.environ[size]))
                 break
         else:
             _check_launcher()
@@ -112,6 +113,18 @@ class Ranks:
                 f"process {self.rank} of {self.world} lost another one ({error}); "
                 "start the same command again to go on from the checkpoint"
             ) from error
+
+
+def _meet(rank: int, world: int) -> None:
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:  # a connection; a variable that is missing
+        raise TrainingError(
+            f"process {rank} of {world} did not find the others: {error}; expected the first one's address "
+            "in MASTER_ADDR and MASTER_PORT. On several machines whose own names stand for 127.0.0.1 or "
+            "127.0.1.1 in /etc/hosts, name the network interface between them as well: "
+            "GLOO_SOCKET_IFNAME=eth0, say"
+        ) from error
 
 
 def local_device() -> torch.device:
