@@ -318,7 +318,7 @@ def in_new_process(code: str, home: Path, endpoint: str, **environment: str) -> 
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environment,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=600, check=False
     )
     return done.stdout + done.stderr
 

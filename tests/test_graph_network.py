@@ -184,7 +184,7 @@ def test_the_command_trains_a_network_in_a_file(tmp_path: Path) -> None:
 def test_the_example_runs() -> None:
     script = Path(__file__).parent.parent / "examples" / "custom_graph_network.py"
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "step 3: loss" in done.stdout

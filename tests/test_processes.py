@@ -124,7 +124,7 @@ def test_a_child_process_gives_the_same_bits(how: str, tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, tmp_path / "script.py", how],
-        capture_output=True, text=True, env=variables, timeout=240, check=False,
+        capture_output=True, text=True, env=variables, timeout=600, check=False,
     )  # fmt: skip
     assert done.stdout == "same\n", done.stderr
 
