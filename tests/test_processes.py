@@ -105,7 +105,7 @@ def predict_in(how: str, model: nn.Module) -> tuple[str, int]:
         target=_child if how == "fork" else _spawned, args=(model, answers), daemon=True
     )
     process.start()
-    process.join(100)
+    process.join(300)
     assert process.exitcode == 0, "the child failed, or waits for threads that it does not have"
     return answers.get()
 
