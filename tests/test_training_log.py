@@ -86,6 +86,17 @@ def test_long_runs_have_few_points_and_hours(tmp_path: Path) -> None:
     )
 
 
+def test_a_step_of_far_greater_loss_does_not_flatten_the_others() -> None:
+    points = [Point(60.0 * k, 1000.0 if k == 50 else 2 - k / 100) for k in range(100)]
+    svg = ET.fromstring(picture({"training loss": points}))
+    (line,) = svg.findall(f"{SVG}polyline")
+    heights = [float(pair.split(",")[1]) for pair in line.attrib["points"].split()]
+    assert heights[95] - heights[5] > 150
+    assert (
+        heights[50] == min(heights) >= 34
+    )  # drawn at the panel's upper end, which leaves room for the title
+
+
 def test_a_single_point_is_a_dot() -> None:
     svg = ET.fromstring(picture({"training loss": [Point(0.0, 2.0)], "validation": []}))
     assert len(svg.findall(f"{SVG}circle")) == 1

@@ -138,8 +138,13 @@ def picture(curves: Mapping[str, Sequence[Point]]) -> str:
 
 
 def _value_axis(points: Sequence[Point], top: float) -> Axis:
-    """From below the least to above the largest value, errors included; pixels grow downwards."""
-    low, high = min(p.value - p.error for p in points), max(p.value + p.error for p in points)
+    """From below the least to above the largest value, errors included; pixels grow downwards.
+
+    Of many values a fiftieth at either end is left out: single steps have ten times the loss of others.
+    """
+    out = len(points) // 50
+    low = sorted(p.value - p.error for p in points)[out]
+    high = sorted(p.value + p.error for p in points)[-1 - out]
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Axis(low - margin, high + margin, top + _PANEL, top)
 
@@ -161,8 +166,15 @@ def _frame(svg: ET.Element, title: str, time: Axis, values: Axis, *, labelled: b
 def _plot(
     svg: ET.Element, points: Sequence[Point], time: Callable[[float], float], values: Axis, colour: str
 ) -> None:
-    """A line through the points, with a dot and a bar of one standard error each way where there is one."""
-    path = " ".join(f"{time(p.seconds):.1f},{values(p.value):.1f}" for p in points)
+    """A line through the points, with a dot and a bar of one standard error each way where there is one.
+
+    Values beyond the axis are drawn at its end.
+    """
+
+    def inside(value: float) -> float:
+        return values(min(max(value, values.low), values.high))
+
+    path = " ".join(f"{time(p.seconds):.1f},{inside(p.value):.1f}" for p in points)
     ET.SubElement(svg, "polyline", {"points": path, "fill": "none", "stroke": colour, "stroke-width": "1.5"})
     for point in points:
         x, y = time(point.seconds), values(point.value)
