@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Tests run in one process per core, with one thread each, as do the processes that they start.
+# Tests run in one process per core, with one thread each, as do the processes that they start. Results
+# depend on the number of threads, so fixtures of any scope need the same one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 

@@ -92,9 +92,8 @@ def test_a_step_of_far_greater_loss_does_not_flatten_the_others() -> None:
     (line,) = svg.findall(f"{SVG}polyline")
     heights = [float(pair.split(",")[1]) for pair in line.attrib["points"].split()]
     assert heights[95] - heights[5] > 150
-    assert (
-        heights[50] == min(heights) >= 34
-    )  # drawn at the panel's upper end, which leaves room for the title
+    # It is drawn at the panel's upper end, and leaves room for the title.
+    assert heights[50] == min(heights) >= 34
 
 
 def test_a_single_point_is_a_dot() -> None:

@@ -46,7 +46,8 @@ class Axis:
     end: float
 
     def __call__(self, value: float) -> float:
-        """The pixel of a number."""
+        """The pixel of a number; of one beyond the axis, the pixel of its end."""
+        value = min(max(value, self.low), self.high)
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int) -> list[float]:
@@ -166,15 +167,8 @@ def _frame(svg: ET.Element, title: str, time: Axis, values: Axis, *, labelled: b
 def _plot(
     svg: ET.Element, points: Sequence[Point], time: Callable[[float], float], values: Axis, colour: str
 ) -> None:
-    """A line through the points, with a dot and a bar of one standard error each way where there is one.
-
-    Values beyond the axis are drawn at its end.
-    """
-
-    def inside(value: float) -> float:
-        return values(min(max(value, values.low), values.high))
-
-    path = " ".join(f"{time(p.seconds):.1f},{inside(p.value):.1f}" for p in points)
+    """A line through the points, with a dot and a bar of one standard error each way where there is one."""
+    path = " ".join(f"{time(p.seconds):.1f},{values(p.value):.1f}" for p in points)
     ET.SubElement(svg, "polyline", {"points": path, "fill": "none", "stroke": colour, "stroke-width": "1.5"})
     for point in points:
         x, y = time(point.seconds), values(point.value)
