@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 import ghn_init
-from ghn_init._trace import trace
+from ghn_init._tracing.trace import trace
 from ghn_init.training._layers import prepare
 from ghn_init.training.data import Normalisation, load_images
 from ghn_init.training.evaluate import Measure, Network

@@ -19,9 +19,9 @@ import torch
 from zoo_models import ZOOS, Network, networks
 
 import ghn_init
-from ghn_init._initial import kinds_of
-from ghn_init._materialise import kept_values
-from ghn_init._write import names_of
+from ghn_init._meta.initialise import kinds_of
+from ghn_init._meta.materialise import kept_values
+from ghn_init._writing.in_place import names_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -32,7 +32,7 @@ import torch
 
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer
 from ghn_init.training._engine import Engine, Result, prepare_process
-from ghn_init.training._stream import Stream
+from ghn_init.training._meta_batches import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

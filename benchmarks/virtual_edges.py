@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 from ghn_init import Graph, Node
-from ghn_init._graph import graph_from_edges
+from ghn_init._graph.graph import graph_from_edges
 
 
 def chain(nodes: int) -> Graph:

@@ -31,15 +31,15 @@ from zoo_models import ZOOS, Network, networks
 from zoo_report import Kept, Survey, Timing, report
 
 import ghn_init
-from ghn_init._trace import traced
-from ghn_init._wrappers import unwrapped
+from ghn_init._network.wrappers import unwrapped
+from ghn_init._tracing.trace import traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import nn
 
-    from ghn_init._trace import Traced
+    from ghn_init._tracing.trace import Traced
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ghn_init._graph import graph_from_edges
+from ghn_init._graph.graph import graph_from_edges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import ghn_init
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, load
-from ghn_init import _checkpoint as checkpoint
-from ghn_init._config import PUBLISHED_FIELDS
+from ghn_init._hypernetwork.config import PUBLISHED_FIELDS
+from ghn_init._weights import load as checkpoint
 from ghn_init.cli import app
 
 if TYPE_CHECKING:

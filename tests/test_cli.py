@@ -61,7 +61,7 @@ def files() -> list[str]:
 
 
 def build(name: str = "Net", **settings: object) -> nn.Module:
-    from ghn_init._spec import ModelSpec, load_model
+    from ghn_init.cli._spec import ModelSpec, load_model
 
     return load_model(ModelSpec("model.py", name), settings).model
 

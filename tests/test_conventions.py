@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init import trace
-from ghn_init._conventions import arguments
+from ghn_init._tracing.conventions import arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GHNInitError, load
-from ghn_init._checkpoint import save
-from ghn_init._config import PUBLISHED_FIELDS
+from ghn_init._hypernetwork.config import PUBLISHED_FIELDS
+from ghn_init._weights.load import save
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ghn_init._errors import ArchitectureError
-from ghn_init._trace import trace
+from ghn_init._tracing.trace import trace
 from ghn_init.deepnets import (
     OPERATIONS,
     SPLITS,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ghn_init import DrawError, Graph, Node
-from ghn_init._draw import COLOURS, to_dot
-from ghn_init._graph import NODE_TYPES
+from ghn_init._graph.draw import COLOURS, to_dot
+from ghn_init._graph.graph import NODE_TYPES
 
 if TYPE_CHECKING:
     from pathlib import Path

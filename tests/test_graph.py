@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghn_init import Graph, GraphError, Node
-from ghn_init._graph import MAX_DISTANCE, NODE_TYPES, graph_from_edges
+from ghn_init._graph.graph import MAX_DISTANCE, NODE_TYPES, graph_from_edges
 
 
 def chain(n: int) -> Graph:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import ghn_init
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GraphBatch
-from ghn_init._scaled_init import init_for_training
+from ghn_init.training._scaled_init import init_for_training
 from ghn_init.training.commands import app
 from training_runs import TINY_GHN, random_images, tiny_config
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ghn_init
-from ghn_init._kernels import Memo, like
+from ghn_init._tracing.kernels import Memo, like
 
 if TYPE_CHECKING:
     from collections.abc import Callable

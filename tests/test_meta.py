@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from ghn_init import GHN, PredictError, load, plan, predict
-from ghn_init._usual import TOKEN_STD
+from ghn_init._meta.usual import TOKEN_STD
 
 if TYPE_CHECKING:
     from collections.abc import Callable

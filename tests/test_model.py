@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, GraphError, Node, load
-from ghn_init._batch import KINDS, GraphBatch, canonical_shape, channel_sizes, spatial_sizes
-from ghn_init._gated import GatedGNN
-from ghn_init._graph import graph_from_edges
-from ghn_init._scaled_init import VECTOR_RMS, init_for_training
-from ghn_init._tile import Tile, full_size, sum_tiles, tile_to
+from ghn_init._graph.graph import graph_from_edges
+from ghn_init._hypernetwork.batch import KINDS, GraphBatch, canonical_shape, channel_sizes, spatial_sizes
+from ghn_init._hypernetwork.gated import GatedGNN
+from ghn_init._hypernetwork.tile import Tile, full_size, sum_tiles, tile_to
+from ghn_init.training._scaled_init import VECTOR_RMS, init_for_training
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,22 +20,21 @@ from ghn_init import (
     CheckpointError,
     GHNConfig,
     PredictError,
-    _checkpoint,
-    _diversify,
-    _tiles,
-    _transpose,
     calibrate_batchnorm,
     load,
     plan,
     predict,
 )
-from ghn_init._diversify import diversify, filter_correlation
+from ghn_init._weights import load as loading
+from ghn_init._writing import diversify as diversifying
+from ghn_init._writing import predictions, transpose
+from ghn_init._writing.diversify import diversify, filter_correlation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ghn_init._graph import Graph
-    from ghn_init._tile import Tile
+    from ghn_init._graph.graph import Graph
+    from ghn_init._hypernetwork.tile import Tile
 
 
 class Net(nn.Module):
@@ -382,9 +381,9 @@ def test_bundled_weights_are_read_once_and_files_every_time(
     ghn_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
-    monkeypatch.setattr(_tiles, "load", lambda weights: read.append(weights) or load(weights))
-    monkeypatch.setattr(_checkpoint, "_bundled_folder", lambda: ghn_dir.parent)
-    for cache in (_tiles._names, _tiles._bundled):
+    monkeypatch.setattr(predictions, "load", lambda weights: read.append(weights) or load(weights))
+    monkeypatch.setattr(loading, "_bundled_folder", lambda: ghn_dir.parent)
+    for cache in (predictions._names, predictions._bundled):
         cache.cache_clear()
     try:
         with torch.device("meta"):
@@ -396,7 +395,7 @@ def test_bundled_weights_are_read_once_and_files_every_time(
         assert read == [ghn_dir.name, ghn_dir, str(ghn_dir)]
         assert plan(Net(), ghn_dir.name).weights == ghn_dir.name
     finally:
-        for cache in (_tiles._names, _tiles._bundled):
+        for cache in (predictions._names, predictions._bundled):
             cache.cache_clear()
 
 
@@ -608,9 +607,9 @@ def test_orthogonal_keeps_the_norm(shape: tuple[int, ...]) -> None:
 def test_the_orthogonal_factor_is_that_of_torch(
     shape: tuple[int, ...], small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_transpose, "_SMALL", small)
-    monkeypatch.setattr(_transpose, "_BLOCK", 3)
-    monkeypatch.setattr(_diversify, "NOISE_STRENGTH", 0.0)
+    monkeypatch.setattr(transpose, "_SMALL", small)
+    monkeypatch.setattr(transpose, "_BLOCK", 3)
+    monkeypatch.setattr(diversifying, "NOISE_STRENGTH", 0.0)
     weight = torch.randn(shape)
     matrix = weight.clone().flatten(1)
     q, r = torch.linalg.qr(matrix.T if shape[0] < matrix.shape[1] else matrix)
@@ -623,12 +622,12 @@ def test_the_orthogonal_factor_is_that_of_torch(
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (7, 3), (12, 4), (1030, 1030), (600, 513)])
 @pytest.mark.parametrize("small", [0, 1 << 22])
 def test_transposing_in_place(shape: tuple[int, int], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transpose, "_SMALL", small)
+    monkeypatch.setattr(transpose, "_SMALL", small)
     matrix = torch.randn(shape)
     values = matrix.flatten().clone()
-    _transpose.transpose(values, *shape)
+    transpose.transpose(values, *shape)
     assert torch.equal(values.view(shape[::-1]), matrix.T)
-    _transpose.transpose_back(values, *shape)
+    transpose.transpose_back(values, *shape)
     assert torch.equal(values.view(shape), matrix)
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from ghn_init import GHN, GHNConfig, PredictError, plan, predict
 
 if TYPE_CHECKING:
-    from ghn_init._graph import Graph
-    from ghn_init._tile import Tile
+    from ghn_init._graph.graph import Graph
+    from ghn_init._hypernetwork.tile import Tile
 
 EXAMPLE = (2, 3, 8, 8)
 LAYERS = ("conv", "depthwise", "bn", "gn", "residual", "tied", "concat", "gate", "up", "scale", "unused")

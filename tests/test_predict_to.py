@@ -131,7 +131,7 @@ def test_same_bits_every_time(ghn: GHN, tmp_path: Path) -> None:
 def test_nothing_is_left_behind_after_a_failure(
     ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ghn_init import _shard_files
+    from ghn_init._writing import safetensors_writer as _shard_files
 
     written: list[str] = []
     real = _shard_files._write_values

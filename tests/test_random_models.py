@@ -109,9 +109,10 @@ def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
 
 
 PLACES = (
-    "_plan.trace", "_plan.select", "_plan.predicted_tiles", "_plan._solvable", "_plan.targets_of",
-    "_write._prepared", "_trace.Recorder.graph", "_record.Call.run", "_tiles._faults",
-    "_batch.GraphBatch.from_graphs", "_decoder.ConvDecoder.features",
+    "_writing.plan.trace", "_writing.plan.select", "_writing.plan.predicted_tiles", "_writing.plan._solvable",
+    "_writing.plan.targets_of", "_writing.in_place._prepared", "_writing.predictions._faults",
+    "_tracing.trace.Recorder.graph", "_tracing.record.Call.run",
+    "_hypernetwork.batch.GraphBatch.from_graphs", "_hypernetwork.decoder.ConvDecoder.features",
 )  # fmt: skip
 """Where a failure is injected: each is passed before the first write."""
 
@@ -123,7 +124,9 @@ PLACES = (
     error=st.sampled_from((RuntimeError, MemoryError, KeyboardInterrupt, GHNInitError)),
     calls=st.integers(0, 5),
 )
-@hypothesis.example(kind="image", numbers=[0], place="_trace.Recorder.graph", error=RuntimeError, calls=0)
+@hypothesis.example(
+    kind="image", numbers=[0], place="_tracing.trace.Recorder.graph", error=RuntimeError, calls=0
+)
 def test_an_injected_failure_leaves_the_model_as_it_was(
     kind: str, numbers: list[int], place: str, error: type[BaseException], calls: int
 ) -> None:
@@ -143,8 +146,8 @@ def test_an_injected_failure_leaves_the_model_as_it_was(
 @contextmanager
 def failing(place: str, error: type[BaseException], calls: int) -> Iterator[Callable[[], bool]]:
     """`place` raises after so many calls; yields a function that says whether it did."""
-    module, *path, name = place.split(".")
-    owner: Any = importlib.import_module(f"ghn_init.{module}")
+    room, file, *path, name = place.split(".")
+    owner: Any = importlib.import_module(f"ghn_init.{room}.{file}")
     for part in path:
         owner = getattr(owner, part)
     real, count = getattr(owner, name), 0

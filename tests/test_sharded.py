@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 import sharded_worker
-from ghn_init._dtensor import part_of
+from ghn_init._network.sharded import part_of
 
 if TYPE_CHECKING:
     from pathlib import Path

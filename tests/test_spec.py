@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from ghn_init import ModelSpecError
-from ghn_init._spec import ModelSpec, load_model, parse_settings, parse_spec
+from ghn_init.cli._spec import ModelSpec, load_model, parse_settings, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

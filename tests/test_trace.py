@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor, nn
 
 from ghn_init import Graph, Node, TraceError, trace
-from ghn_init._graph import graph_from_edges
-from ghn_init._trace import traced
+from ghn_init._graph.graph import graph_from_edges
+from ghn_init._tracing.trace import traced
 from networks import bridged, reference_network, without_initialisation
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from ghn_init.training import TrainConfig
 from ghn_init.training._engine import KERNELS, Engine, Result, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
+from ghn_init.training._meta_batches import Prefetcher, Stream
 from ghn_init.training._ranks import Ranks, local_device
 from ghn_init.training._schedule import learning_rate
-from ghn_init.training._stream import Prefetcher, Stream
 from training_runs import figures, random_images, tiny_config, tiny_trainer
 
 if TYPE_CHECKING:

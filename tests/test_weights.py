@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from ghn_init import GHNConfig, calibrate_batchnorm, load, plan, predict
-from ghn_init._checkpoint import DEFAULT_WEIGHTS, bundled_names
+from ghn_init._weights.load import DEFAULT_WEIGHTS, bundled_names
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,18 +27,18 @@ from ghn_init._errors import (
 )
 
 if TYPE_CHECKING:
-    from ghn_init._batch import GraphBatch
-    from ghn_init._batchnorm import calibrate_batchnorm
-    from ghn_init._checkpoint import load
-    from ghn_init._config import GHNConfig
-    from ghn_init._familiarity import OutOfDistributionWarning
-    from ghn_init._graph import Graph, Node
-    from ghn_init._large_on_meta import large_on_meta
-    from ghn_init._model import GHN
-    from ghn_init._ops._registered import register
-    from ghn_init._plan import Plan, plan
-    from ghn_init._predict import predict, predict_to
-    from ghn_init._trace import trace
+    from ghn_init._graph.graph import Graph, Node
+    from ghn_init._hypernetwork.batch import GraphBatch
+    from ghn_init._hypernetwork.config import GHNConfig
+    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._meta.large_on_meta import large_on_meta
+    from ghn_init._tracing.rules.registered import register
+    from ghn_init._tracing.trace import trace
+    from ghn_init._weights.load import load
+    from ghn_init._writing.batchnorm import calibrate_batchnorm
+    from ghn_init._writing.familiarity import OutOfDistributionWarning
+    from ghn_init._writing.plan import Plan, plan
+    from ghn_init._writing.predict import predict, predict_to
 
 __version__ = "0.1.0"
 
@@ -72,21 +72,21 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "GHN": "_model",
-    "GHNConfig": "_config",
-    "Graph": "_graph",
-    "GraphBatch": "_batch",
-    "Node": "_graph",
-    "OutOfDistributionWarning": "_familiarity",
-    "Plan": "_plan",
-    "calibrate_batchnorm": "_batchnorm",
-    "large_on_meta": "_large_on_meta",
-    "load": "_checkpoint",
-    "plan": "_plan",
-    "predict": "_predict",
-    "predict_to": "_predict",
-    "register": "_ops._registered",
-    "trace": "_trace",
+    "GHN": "_hypernetwork.model",
+    "GHNConfig": "_hypernetwork.config",
+    "Graph": "_graph.graph",
+    "GraphBatch": "_hypernetwork.batch",
+    "Node": "_graph.graph",
+    "OutOfDistributionWarning": "_writing.familiarity",
+    "Plan": "_writing.plan",
+    "calibrate_batchnorm": "_writing.batchnorm",
+    "large_on_meta": "_meta.large_on_meta",
+    "load": "_weights.load",
+    "plan": "_writing.plan",
+    "predict": "_writing.predict",
+    "predict_to": "_writing.predict",
+    "register": "_tracing.rules.registered",
+    "trace": "_tracing.trace",
 }
 
 

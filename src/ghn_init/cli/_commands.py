@@ -16,9 +16,9 @@ from ghn_init.cli import _options as opt
 from ghn_init.cli._output import Steps, save, say, summary
 
 if TYPE_CHECKING:
-    from ghn_init._graph import Graph
-    from ghn_init._plan import Plan
-    from ghn_init._spec import FoundModel
+    from ghn_init._graph.graph import Graph
+    from ghn_init._writing.plan import Plan
+    from ghn_init.cli._spec import FoundModel
 
 DEFAULT_WEIGHTS = "ghn2-cifar10"
 
@@ -119,8 +119,8 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
         import torch
 
         import ghn_init
-        from ghn_init._familiarity import described
-        from ghn_init._spec import load_model
+        from ghn_init._writing.familiarity import described
+        from ghn_init.cli._spec import load_model
 
         ghn = ghn_init.load(request.weights)
     with steps(f"building {request.spec}"):
@@ -137,7 +137,7 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
 def _mostly_on_meta(request: opt.Request) -> FoundModel:
     """The model, its large tensors on the meta device; all of it in memory if it cannot be built so."""
     from ghn_init import large_on_meta
-    from ghn_init._spec import load_model
+    from ghn_init.cli._spec import load_model
 
     try:
         return load_model(request.spec, request.settings, inside=large_on_meta())

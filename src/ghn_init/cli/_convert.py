@@ -10,7 +10,7 @@ import typer
 from ghn_init.cli._output import say
 
 if TYPE_CHECKING:
-    from ghn_init._config import GHNConfig
+    from ghn_init._hypernetwork.config import GHNConfig
 
 Source = Annotated[
     str,
@@ -31,8 +31,8 @@ Target = Annotated[
 def convert(source: Source, target: Target) -> None:
     """Write a hypernetwork, e.g. a published .pt file, as model.safetensors and config.json."""
     import ghn_init
-    from ghn_init._checkpoint import save
     from ghn_init._errors import CheckpointError
+    from ghn_init._weights.load import save
 
     ghn = ghn_init.load(source)
     try:

@@ -13,7 +13,7 @@ from ghn_init._errors import ModelSpecError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init._spec import ModelSpec
+    from ghn_init.cli._spec import ModelSpec
 
 Spec = Annotated[
     str,
@@ -104,7 +104,7 @@ def make_request(
     Raises:
         typer.BadParameter: Wrong usage (exit status 2).
     """
-    from ghn_init._spec import parse_settings, parse_spec  # loads torch
+    from ghn_init.cli._spec import parse_settings, parse_spec  # loads torch
 
     try:
         parsed, keywords = parse_spec(spec), parse_settings(settings or ())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ghn_init._plan import Plan
-    from ghn_init._spec import FoundModel
+    from ghn_init._writing.plan import Plan
+    from ghn_init.cli._spec import FoundModel
 
 PATIENCE = 1.0
 """Seconds before a progress bar appears."""
@@ -71,7 +71,7 @@ class Steps:
 
 def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], path: Path, size: int) -> str:
     """What was done, for a person: counts by action, what was kept and why, times, the file."""
-    from ghn_init._select import listing
+    from ghn_init._writing.select import listing
 
     lines = [f"{found.name} from {found.origin}, weights {plan.weights}"]
     for action, (parameters, elements) in plan.counts().items():

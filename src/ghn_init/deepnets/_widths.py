@@ -9,7 +9,7 @@ from ghn_init.deepnets._sample import LARGE_KERNELS
 
 if TYPE_CHECKING:
     from ghn_init.deepnets._architecture import Architecture
-    from ghn_init.deepnets._stream import Stream
+    from ghn_init.deepnets._random import Stream
 
 WIDTHS: Final = tuple(range(32, 129, 16))
 """Widths C of training networks."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ghn_init._config import GHNConfig
 from ghn_init._errors import ConfigError
+from ghn_init._hypernetwork.config import GHNConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

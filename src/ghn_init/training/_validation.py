@@ -10,7 +10,7 @@ from ghn_init.training.evaluate import evaluate
 if TYPE_CHECKING:
     import torch
 
-    from ghn_init._model import GHN
+    from ghn_init._hypernetwork.model import GHN
     from ghn_init.training.data import Images, Normalisation
 
 

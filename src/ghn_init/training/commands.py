@@ -12,7 +12,7 @@ from ghn_init.training import _options as opt
 if TYPE_CHECKING:
     from torch import nn
 
-    from ghn_init._config import GHNConfig
+    from ghn_init._hypernetwork.config import GHNConfig
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._run import RunOptions
     from ghn_init.training.trainer import Trainer
@@ -74,7 +74,7 @@ def _trainer(
 
 def _graph_network(config: GHNConfig) -> nn.Module:
     """A graph network of the class that `config.hypernet` names."""
-    from ghn_init._spec import load_model, parse_spec
+    from ghn_init.cli._spec import load_model, parse_spec
 
     return load_model(parse_spec(config.hypernet), {"config": config}).model
 

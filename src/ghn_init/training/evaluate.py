@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import TrainingError
-from ghn_init._trace import trace
+from ghn_init._tracing.trace import trace
 from ghn_init.deepnets import DeepNets1M
 from ghn_init.training._engine import inject
 from ghn_init.training._layers import prepare
@@ -23,7 +23,7 @@ from ghn_init.training.data import Images, Normalisation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init._model import GHN
+    from ghn_init._hypernetwork.model import GHN
 
 BATCH_SIZE = 64
 NOISE = 0.08

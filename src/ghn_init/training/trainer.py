@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
-from ghn_init._model import GHN
-from ghn_init._scaled_init import init_for_training
+from ghn_init._hypernetwork.model import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._curve import draw_curve
 from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record, summary_writer
+from ghn_init.training._meta_batches import MetaBatch, Prefetcher, Stream
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._run import RunOptions, State, Termination
+from ghn_init.training._scaled_init import init_for_training
 from ghn_init.training._schedule import learning_rate, progress
-from ghn_init.training._stream import MetaBatch, Prefetcher, Stream
 from ghn_init.training._validation import Validation
 from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, halve
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ghn_init._config import GHNConfig
+    from ghn_init._hypernetwork.config import GHNConfig
 
 _FIRST_STEPS = 100
 """Steps before the fraction of skipped ones is judged."""

@@ -1,0 +1,1 @@
+"""A Graph to predicted tensors; knows no file and no hub."""

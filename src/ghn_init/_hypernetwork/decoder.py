@@ -1,0 +1,208 @@
+"""Decoders: node features to parameter tensors (arXiv 2110.13100, section 3.2 and appendix B).
+
+Only what is used is computed. The first layer makes the wanted corner of the K x K kernel, the last one
+the wanted corner of the O x I channels; parameters with an equal corner go through together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ghn_init._hypernetwork.batch import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ghn_init._hypernetwork.batch import ParamGroup, ParamKey
+    from ghn_init._hypernetwork.config import GHNConfig
+    from ghn_init._hypernetwork.gated import MLP
+
+_WEIGHT, _CLASS_WEIGHT, _NORM, _BIAS, _CLASS_BIAS = range(len(KINDS))
+
+
+class ConvDecoder(nn.Module):
+    """Makes weights of two or more dimensions and the classifier's weight."""
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        out, into, kernel, _ = config.max_shape
+        width = 4 * config.hid
+        self.max_shape = config.max_shape
+        self.fc = nn.Sequential(nn.Linear(config.hid, width * kernel * kernel), nn.ReLU())
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, out * into, 1)
+        )
+        self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Conv2d(out, config.num_classes, 1))
+
+    def forward(self, x: Tensor, groups: Sequence[ParamGroup]) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
+        """Node features (n, d) of sorted groups to (values, the groups that share them).
+
+        Values are (m, h, w, o, i): the corner that these groups use of what the decoder makes.
+        """
+        hidden: list[Tensor] = []
+        blocks: list[list[ParamGroup]] = []
+        by_kernel = grouped(groups, lambda key: (key.kind, key.kernel))
+        for part, alike in zip(split_rows(x, by_kernel), by_kernel, strict=True):
+            by_block = grouped(alike, lambda key: key.block)
+            hidden += split_rows(self.features(part, alike[0].key.kernel), by_block)
+            blocks += by_block
+        corners = [self._corner(block[0].key) for block in blocks]
+        last, most = cast("nn.Conv2d", self.conv[2]), self.max_shape[:2]
+        decoded = _CornerLinear.apply(last.weight.view(*most, -1), _bias(last).view(most), corners, *hidden)
+        for values, block in zip(decoded, blocks, strict=True):  # pyright: ignore[reportArgumentType]
+            key = block[0].key
+            yield self.class_weights(values, key.block[0]) if key.kind == _CLASS_WEIGHT else values, block
+
+    def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
+        height, width = kernel
+        layer, conv = cast("nn.Linear", self.fc[0]), cast("nn.Conv2d", self.conv[0])
+        side = self.max_shape[3]
+        channels = layer.weight.shape[0] // side**2
+        # Rows of the layer are (4d, K, K); take the corner, channels last.
+        weight = layer.weight.view(channels, side, side, -1)[:, :height, :width].permute(1, 2, 0, 3)
+        bias = layer.bias.view(channels, side, side)[:, :height, :width].permute(1, 2, 0)
+        places = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten())).view(-1, channels)
+        return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), height, width, -1)
+
+    def class_weights(self, decoded: Tensor, classes: int) -> Tensor:
+        """Decoded (n, 1, 1, O, i) to the first rows of classifiers' weights, (n, 1, 1, classes, i)."""
+        conv = cast("nn.Conv2d", self.class_layer_predictor[1])
+        return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + _bias(conv)[:classes, None]
+
+    def _corner(self, key: ParamKey) -> tuple[int, ...]:
+        """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
+        return (self.max_shape[0], key.block[1]) if key.kind == _CLASS_WEIGHT else key.block
+
+
+class _CornerLinear(torch.autograd.Function):
+    """A linear layer with outputs (O, I), of which each input gets its own corner (o, i).
+
+    In one function, so that the gradients of all corners add up in place in one tensor: autograd would
+    make a weight of zeros around each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, corners: Sequence[tuple[int, int]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Weight (O, I, e), bias (O, I), inputs (..., e) to outputs (..., o, i)."""
+        ctx.corners = corners
+        ctx.save_for_backward(weight, *inputs)
+        return tuple(
+            F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))
+            for x, (o, i) in zip(inputs, corners, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+        dinputs = []
+        for x, (o, i), grad in zip(inputs, ctx.corners, grads, strict=True):
+            rows, outputs = x.flatten(0, -2), grad.reshape(-1, o * i)
+            dinputs.append((outputs @ weight[:o, :i].flatten(0, 1)).view_as(x))
+            dweight[:o, :i] += (outputs.T @ rows).view(o, i, -1)
+            dbias[:o, :i] += outputs.sum(0).view(o, i)
+        return dweight, dbias, None, *dinputs
+
+
+class Decoders(nn.Module):
+    """Everything from node features to normalised blocks. A mixin: its parts are the GHN's own."""
+
+    config: GHNConfig
+    decoder: ConvDecoder
+    decoder_1d: MLP
+    bias_class: nn.Sequential
+
+    def decode(self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]) -> list[Tensor]:
+        """The blocks of all groups, each (n, *block) with the layout of `tile_to`.
+
+        Args:
+            x: (P, d) features of the node of every parameter, in the order of the groups.
+            scales: (P,) normalisation of the weights; None: leave weights and vectors as decoded.
+            groups: What to decode.
+        """
+        weights = [group for group in groups if group.key.kind < _NORM]
+        vectors = list(groups[len(weights) :])
+        split = vectors[0].start if vectors else len(x)
+        x_weights, x_vectors = x.split([split, len(x) - split])
+        blocks = list(self._decode_weights(x_weights, scales, weights)) if weights else []
+        return blocks + list(self._decode_vectors(x_vectors, vectors, normalise=scales is not None))
+
+    def _decode_weights(
+        self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]
+    ) -> Iterator[Tensor]:
+        for values, alike in self.decoder(x, groups):
+            if scales is not None:
+                values = values * scales[alike[0].start : alike[-1].stop, None, None, None, None]
+            values = values.permute(0, 3, 4, 1, 2)
+            for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
+                yield arrange(part, group.key)
+
+    def _decode_vectors(
+        self, x: Tensor, groups: Sequence[ParamGroup], *, normalise: bool
+    ) -> Iterator[Tensor]:
+        """Vectors: one row of the MLP's two for norm weights, the other for all biases."""
+        by_kind = grouped(groups, lambda key: key.kind)
+        longest = max(self.config.max_shape[:2])
+        first, last = self.decoder_1d.linear(0), self.decoder_1d.linear(1)
+        hidden = F.relu(first(x))
+        for rows, alike in zip(split_rows(hidden, by_kind), by_kind, strict=True):
+            kind = alike[0].key.kind
+            half = slice(0, longest) if kind == _NORM else slice(longest, 2 * longest)
+            values = F.linear(rows, last.weight[half], last.bias[half])
+            if kind == _CLASS_BIAS:
+                values = self.bias_class(values)
+            if normalise:
+                values = 2 * torch.sigmoid(values / 2) if kind == _NORM else torch.tanh(values / 5)
+            for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
+                yield part[:, : group.key.block[0]]
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    """The bias of a layer that has one."""
+    return cast("Tensor", layer.bias)
+
+
+def arrange(values: Tensor, key: ParamKey) -> Tensor:
+    """Decoded (n, o, i, h, w) as blocks with the dimensions of the parameter, ready to be repeated."""
+    dims = len(key.shape)
+    if key.positional and dims < 4:
+        return _position_block(values, key.shape)
+    if dims == 2:
+        return values[..., 0, 0]
+    if dims == 3:
+        return values[..., 0, :]
+    return values if dims == 4 else values.unsqueeze(3)
+
+
+def _position_block(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A positional encoding (n, 1, C, s', s') for T tokens as a block (n, 1, s*s, C) or (n, s*s, C).
+
+    Tokens beyond the s x s grid come first (class and distillation tokens do), so the grid is aligned with
+    the last tokens and the ones before it take its values cyclically.
+    """
+    tokens = shape[-2]
+    side = math.isqrt(tokens)
+    repeats = -(-side // values.shape[-1])
+    grid = values.repeat(1, 1, 1, repeats, repeats)[..., :side, :side]
+    block = grid.flatten(3).transpose(2, 3).roll(tokens - side * side, dims=2)
+    return block if len(shape) == 3 else block[:, 0]
+
+
+def grouped(groups: Sequence[ParamGroup], key: Callable[[ParamKey], Any]) -> list[list[ParamGroup]]:
+    """Runs of sorted groups that agree in `key`."""
+    return [list(alike) for _, alike in itertools.groupby(groups, lambda group: key(group.key))]
+
+
+def split_rows(x: Tensor, parts: Sequence[Sequence[ParamGroup]]) -> tuple[Tensor, ...]:
+    """The rows of `x` that belong to each part."""
+    return x.split([part[-1].stop - part[0].start for part in parts]) if parts else ()

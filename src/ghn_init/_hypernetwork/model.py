@@ -1,0 +1,214 @@
+"""The graph hypernetwork: graphs in, parameter tensors out. It never sees a Module that it predicts for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._errors import ConfigError
+from ghn_init._graph.graph import NODE_TYPES, Graph
+from ghn_init._hypernetwork.batch import GraphBatch, channel_sizes, spatial_sizes
+from ghn_init._hypernetwork.config import GHNConfig
+from ghn_init._hypernetwork.decoder import ConvDecoder, Decoders
+from ghn_init._hypernetwork.gated import MLP, GatedGNN, NodeMLP
+from ghn_init._hypernetwork.tile import Tile, full_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from os import PathLike
+
+
+def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
+    """An embedding with normal entries; on the meta device none, whose kernel takes a second to import."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(std=std), freeze=False)
+
+
+class ShapeEncoder(nn.Module):
+    """Embeds the shape of a node's parameter: two channel and two spatial sizes, d/4 features each."""
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        part = config.hid // 4
+        self.embed_channel = _embedding(len(channel_sizes(config.num_classes)) + 1, part)
+        self.embed_spatial = _embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(R, 4) rows of the tables to (R, d)."""
+        channels, spatial = self.embed_channel(index[:, :2]), self.embed_spatial(index[:, 2:])
+        return torch.cat([channels, spatial], dim=1).flatten(1)
+
+
+class PlaceEncoder(nn.Module):
+    """Embeds where a node stands: its bucketed depth below the input and height above the output."""
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        self.embed_depth = _embedding(config.depth_buckets, config.hid, std=0.02)
+        self.embed_height = _embedding(config.depth_buckets, config.hid, std=0.02)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(R, 2) buckets to (R, d)."""
+        return self.embed_depth(index[:, 0]) + self.embed_height(index[:, 1])
+
+
+def _graph_network(config: GHNConfig, given: nn.Module | None) -> nn.Module:
+    """The graph network that a configuration asks for."""
+    if config.foreign and given is None:
+        raise ConfigError(
+            f"GHN configuration: the graph network hypernet={config.hypernet!r} is not part of ghn-init; "
+            "give the module itself, as in GHN(config, gnn=module) or ghn_init.load(weights, gnn=module)"
+        )
+    if given is not None and not config.foreign:
+        raise ConfigError(
+            f"GHN configuration: hypernet={config.hypernet!r} and a {type(given).__name__} as graph network; "
+            "leave the module out, or name its class in `hypernet` as MODULE:CLASS"
+        )
+    if given is not None:
+        return given
+    if config.hypernet == "mlp":
+        return NodeMLP(config.hid, config.hid, config.hid)
+    return GatedGNN(config.hid, virtual_edges=config.ve, rounds=config.rounds)
+
+
+class GHN(Decoders):
+    """A graph hypernetwork: GHN-2, GHN-1 or the MLP baseline, as its configuration says.
+
+    Names of parameters are those of the published checkpoints.
+
+    Args:
+        config: What it is made of; default: GHN-2 for CIFAR-10.
+        gnn: The graph network where `config.hypernet` names one that is not part of this package. Called
+            with the features (R, d) of all nodes and their `GraphBatch`, it returns new features (R, d).
+
+    Raises:
+        ConfigError: Such a network is missing, or there is one that the configuration does not name.
+    """
+
+    def __init__(self, config: GHNConfig | None = None, *, gnn: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config = config or GHNConfig()
+        d, longest = config.hid, max(config.max_shape[:2])
+        self.embed = _embedding(len(NODE_TYPES), d)
+        self.shape_enc = ShapeEncoder(config)
+        self.gnn = _graph_network(config, gnn)
+        if config.layernorm:
+            self.ln = nn.LayerNorm(d)
+        if config.depth_buckets:
+            self.place_enc = PlaceEncoder(config)
+        self.decoder = ConvDecoder(config)
+        self.decoder_1d = MLP(d, 2 * d, 2 * longest, last_relu=False)
+        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(longest, config.num_classes))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def batch(
+        self, graphs: Graph | Sequence[Graph] | GraphBatch, *, names: Iterable[str] | None = None
+    ) -> GraphBatch:
+        """The graphs as a batch on this GHN's device; see `GraphBatch.from_graphs` for `names`.
+
+        Raises:
+            ConfigError: A batch that was made for another configuration.
+        """
+        if isinstance(graphs, Graph):
+            graphs = [graphs]
+        if not isinstance(graphs, GraphBatch):
+            graphs = GraphBatch.from_graphs(graphs, self.config, names=names)
+        elif graphs.config != self.config:
+            raise ConfigError(
+                f"GraphBatch was made for {graphs.config}; expected that of the GHN, {self.config}"
+            )
+        return graphs.to(self.device)
+
+    def node_features(self, batch: GraphBatch) -> Tensor:
+        """Features of all nodes before any message, (R, d)."""
+        h = self.embed(batch.types) + self.shape_enc(batch.shapes)
+        return h + self.place_enc(batch.places) if self.config.depth_buckets else h
+
+    def encode(self, batch: GraphBatch) -> Tensor:
+        """Final features of all nodes, (R, d)."""
+        first = self.node_features(batch)
+        h = self.gnn(first, batch)
+        if h.shape != first.shape:
+            raise ConfigError(
+                f"the graph network {type(self.gnn).__name__} made features of shape {tuple(h.shape)} for "
+                f"{len(first)} rows; expected {tuple(first.shape)}, as it got them"
+            )
+        h = self.ln(h) if self.config.layernorm else h
+        return h + first if self.config.skip else h
+
+    def blocks(self, batch: GraphBatch, *, raw: bool = False) -> list[Tensor]:
+        """What the decoders make of every group of `batch.groups`: (n, *block), to be repeated.
+
+        `raw` leaves out the normalisation, as does a configuration without `weight_norm`.
+        """
+        scales = batch.scales if self.config.weight_norm and not raw else None
+        # In full precision, whatever the caller's autocast: these are small matrices with long chains.
+        with torch.autocast(self.device.type, enabled=False):
+            features = self.encode(batch).index_select(0, batch.rows)
+            return self.decode(features, scales, batch.groups)
+
+    def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
+        """Predict all parameters of every graph, differentiably.
+
+        Returns:
+            For every graph a dictionary from the parameter's qualified name to its full tensor in the
+            parameter's own shape.
+        """
+        batch = self.batch(graphs)
+        predicted: list[dict[str, Tensor]] = [{} for _ in range(len(batch))]
+        blocks = self.blocks(batch)
+        for values, group in zip(blocks, batch.groups, strict=True):
+            key = group.key
+            tensors = full_size(values, key.shape, key.stored, transposed=key.transposed)
+            for (graph, name), tensor in zip(group.members, tensors, strict=True):
+                predicted[graph][name] = tensor
+        return predicted
+
+    @torch.no_grad()
+    def predict_tiles(self, graph: Graph, names: Iterable[str] | None = None) -> dict[str, Tile]:
+        """Predict the parameters of a graph (or those in `names`) as blocks, without full tensors."""
+        batch = self.batch(graph, names=names)
+        tiles: dict[str, Tile] = {}
+        blocks = self.blocks(batch)
+        for values, group in zip(blocks, batch.groups, strict=True):
+            key = group.key
+            for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
+                tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
+        return tiles
+
+    # The hub's methods: huggingface_hub takes longer to import than a prediction takes, so it is loaded here.
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> str | None:
+        """Write `model.safetensors`, `config.json` and a model card into a directory.
+
+        Options are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`, e.g. `push_to_hub`.
+        """
+        from ghn_init._weights.hub import HubGHN
+
+        return HubGHN.of(self).save_pretrained(Path(save_directory), **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload to a repository of the hub; see `huggingface_hub.PyTorchModelHubMixin.push_to_hub`."""
+        from ghn_init._weights.hub import HubGHN
+
+        return HubGHN.of(self).push_to_hub(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> GHN:
+        """Load strictly from a directory that `save_pretrained` wrote, or from a repository "org/repo".
+
+        Options are those of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`, e.g. `revision`.
+
+        Raises:
+            CheckpointError: Weights that are missing, damaged, or not those of a GHN.
+        """
+        from ghn_init._weights.hub import HubGHN
+
+        return HubGHN.from_pretrained(os.fspath(pretrained_model_name_or_path), **options)

@@ -1,0 +1,115 @@
+"""Give the tensors of a model on the meta device storage, and values to those that are not predicted.
+
+`nn.Module.to_empty` leaves every value undefined and breaks ties; here a model ends up complete: its
+predicted parameters are about to be written, and what is kept gets a value from `_initial`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._meta.initialise import initialising
+from ghn_init._network.places import Slot, slots_of
+from ghn_init._network.sharded import home_of, is_sharded, like_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+
+@contextmanager
+def materialised(
+    model: nn.Module, predicted: Collection[str], kinds: Mapping[str, str], seed: int
+) -> Iterator[None]:
+    """Inside, every tensor of `model` that was on the meta device is on the CPU, or its mesh's devices.
+
+    Tensors whose names are in `predicted` are uninitialised: the caller fills them. The others get
+    values as `_initial` says, seeded by `seed`; the global random state is left alone. Parameters keep
+    dtype, strides, requires_grad, ties and Python attributes, but they are new objects: an optimizer made
+    before refers to the old ones. After an error the model is on the meta device again, as it was. Does
+    nothing without meta tensors.
+
+    Args:
+        model: The model; only some of its tensors may be on the meta device.
+        predicted: Names of the parameters that the caller fills.
+        kinds: What parameters are, by name, see `_initial.Initialiser`.
+        seed: Of what is not predicted.
+
+    Raises:
+        PredictError: Tensors that are neither predicted nor initialised by anybody.
+    """
+    if not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        yield
+        return
+    before = [(slot, slot.get()) for slot in slots_of(model) if slot.get().is_meta]
+    values = kept_values(model, predicted, kinds, seed)
+    olds = {id(old): old for _, old in before}
+    home = home_of(list(olds.values()))
+    # Each value goes when it is copied, so that none but the largest is there twice.
+    made = {key: _in_place_of(old, values.pop(key, None), home) for key, old in olds.items()}
+    try:
+        for slot, old in before:
+            slot.put(made[id(old)])
+        yield
+    except BaseException:
+        for slot, old in before:
+            slot.put(old)
+        raise
+
+
+def kept_values(
+    model: nn.Module, predicted: Collection[str], kinds: Mapping[str, str], seed: int
+) -> dict[int, Tensor]:
+    """Values of the meta tensors that are not predicted, by the tensor's id."""
+    lost, others = lost_slots(model, predicted)
+    ids = {slot.name: id(slot.get()) for slot in lost}
+    values = {}
+    with initialising(model, lost, others, kinds, seed) as initialiser:
+        for path in initialiser.owners:
+            values |= {ids[name]: value for name, value in initialiser.values(path).items()}
+    return values
+
+
+def lost_slots(model: nn.Module, predicted: Collection[str]) -> tuple[list[Slot], list[Slot]]:
+    """The places, one for each tensor, whose values the meta device has lost; and all other places.
+
+    Args:
+        model: The model.
+        predicted: Names of parameters that get a value elsewhere; their ties are not lost either.
+    """
+    slots = list(slots_of(model))
+    names = set(predicted)
+    seen = {id(slot.get()) for slot in slots if slot.name in names}
+    lost, others = [], []
+    for slot in slots:
+        tensor = slot.get()
+        if tensor.is_meta and id(tensor) not in seen:
+            seen.add(id(tensor))
+            lost.append(slot)
+        else:
+            others.append(slot)
+    return lost, others
+
+
+def _in_place_of(old: Tensor, value: Tensor | None, home: str) -> Tensor:
+    """A tensor like `old` on the device `home`, with its attributes; empty without a value."""
+    if is_sharded(old):
+        new: Tensor = like_sharded(old, value)
+    else:
+        new = torch.empty_like(old, device=home, requires_grad=False)
+        if value is not None:
+            new.copy_(value)
+    if isinstance(old, nn.Parameter):
+        new = _as_parameter(new, old)
+    vars(new).update({key: item for key, item in vars(old).items() if key not in vars(new)})
+    return new
+
+
+def _as_parameter(new: Tensor, old: nn.Parameter) -> Tensor:
+    if is_sharded(old):
+        return nn.Parameter(new, old.requires_grad)
+    return torch.Tensor._make_subclass(type(old), new, old.requires_grad)  # noqa: SLF001 as nn.Parameter does

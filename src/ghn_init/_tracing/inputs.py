@@ -1,0 +1,198 @@
+"""Finding an example input: what a network says of itself, else its first layer and usual sizes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._errors import TraceError
+from ghn_init._tracing.conventions import arguments
+
+_IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)
+"""Sides of images in pixels, the most usual first."""
+
+_TOKENS: Final = 16
+"""Length of a guessed sequence."""
+
+_FIRST_LAYER: Final = "first layer"
+"""Origin of usual sizes that the first layer takes."""
+
+_POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+_LIST_OF_TENSORS: Final = re.compile(r"(?i)\b(list|sequence)\[[\w.]*tensor\]")
+
+
+@dataclass(frozen=True)
+class ExampleInput:
+    """Arguments of one call of the network, on meta.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        described: Their shapes, for messages.
+        origin: Where the shapes are from.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    described: str = ""
+    origin: str = "given"
+
+
+def given_input(example_input: object) -> ExampleInput:
+    """The user's example: a tensor, a shape, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        TraceError: It is none of these.
+    """
+    if isinstance(example_input, Tensor):
+        return ExampleInput((_on_meta(example_input),), {}, str(tuple(example_input.shape)))
+    if isinstance(example_input, Mapping):
+        return ExampleInput((), {key: _argument(value) for key, value in example_input.items()}, "dict")
+    if _is_shape(example_input):
+        return _of_shape(example_input)
+    if isinstance(example_input, (tuple, list)):
+        return ExampleInput(tuple(_argument(value) for value in example_input), {}, "tuple")
+    raise TraceError(
+        "example_input must be a tensor, a shape such as (1, 3, 224, 224), a tuple of positional "
+        f"arguments or a dict of keyword arguments; found {type(example_input).__name__}"
+    )
+
+
+def _is_shape(value: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
+
+
+def _argument(value: object) -> object:
+    """An argument of the user's with its tensors on meta; a shape becomes a tensor."""
+    if isinstance(value, Tensor):
+        return _on_meta(value)
+    if isinstance(value, tuple) and _is_shape(value):
+        return torch.empty(value, device="meta")
+    if isinstance(value, tuple):
+        return tuple(_argument(item) for item in value)
+    if isinstance(value, list):
+        return [_argument(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _argument(item) for key, item in value.items()}
+    return value
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _of_shape(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, origin: str = "given"
+) -> ExampleInput:
+    image = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return ExampleInput((image,), {}, str(tuple(shape)), origin)
+
+
+def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
+    """Inputs that the network may take, the likeliest first."""
+    for named in arguments(model):
+        described = ", ".join(f"{name} {tuple(value.shape)}" for name, value in named.items())
+        yield ExampleInput((), named, described, "config, by names of arguments")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    seen: set[tuple[int, ...]] = set()
+    count, listed = _images_wanted(model)
+    usual = ((_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model))
+    for origin, shape in (*_declared_shapes(model), *usual):
+        if shape not in seen:
+            seen.add(shape)
+            yield _images(_of_shape(shape, dtype, origin), count, listed)
+    if isinstance(_first_layer(model), nn.Embedding):
+        yield _of_shape((1, _TOKENS), torch.long, _FIRST_LAYER)
+
+
+def _images_wanted(model: nn.Module) -> tuple[int, bool]:
+    """How many images the forward pass has to get, and whether it says that it takes a list of images.
+
+    A forward pass with two arguments that have no default, as of optical flow, gets the same image twice.
+    """
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward that Python cannot look into
+        return 1, False
+    required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
+    listed = bool(required) and _LIST_OF_TENSORS.search(str(required[0].annotation)) is not None
+    return max(len(required), 1), listed
+
+
+def _images(one: ExampleInput, count: int, listed: bool) -> ExampleInput:
+    """`count` arguments like that of `one`; as a list of single images if `listed`."""
+    if listed:
+        single = _of_shape(one.args[0].shape[1:], one.args[0].dtype)
+        return ExampleInput((list(single.args),), {}, f"[{single.described}]", f"{one.origin}, a list")
+    if count == 1:
+        return one
+    return ExampleInput(one.args * count, {}, f"{count} x {one.described}", f"{one.origin}, {count} times")
+
+
+def _declared_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What the model's attributes say, and which: timm's default_cfg, image_size, a config."""
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        size = _get(getattr(model, attribute, None), "input_size")
+        if size is not None:
+            yield "default_cfg", (1, *size)
+    config = getattr(model, "config", None)
+    channels = _get(config, "num_channels") or _channels(model)
+    for origin, owner in (("image_size", model), ("config", config)):
+        side = _get(owner, "image_size") or _get(owner, "img_size")
+        if isinstance(side, int):
+            yield origin, (1, channels, side, side)
+        elif isinstance(side, (tuple, list)) and len(side) == 2:
+            yield origin, (1, channels, *side)
+
+
+def _get(owner: object, key: str) -> Any:
+    if isinstance(owner, Mapping):
+        return owner.get(key)
+    return getattr(owner, key, None) if owner is not None else None
+
+
+def _channels(model: nn.Module) -> int:
+    layer = _first_layer(model)
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else 3
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.RNN)
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return next((m for m in model.modules() if isinstance(m, layers + transposed)), None)
+
+
+def _shapes_of_first_layer(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    layer = _first_layer(model)
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        for side in _IMAGE_SIDES:
+            yield (1, layer.in_channels, side, side)
+    elif isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+        for length in (1024, 128, 16000, 16):
+            yield (1, layer.in_channels, length)
+    elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
+        for frames, side in ((16, 112), (16, 224), (32, 32), (8, 64)):
+            yield (1, layer.in_channels, frames, side, side)
+    elif isinstance(layer, nn.Linear):
+        yield (1, layer.in_features)
+        yield (1, _TOKENS, layer.in_features)
+        yield from _flattened_images(layer.in_features)
+    elif isinstance(layer, (nn.LSTM, nn.GRU, nn.RNN)):
+        yield (1, _TOKENS, layer.input_size)
+    else:
+        yield (1, 3, 224, 224)
+
+
+def _flattened_images(features: int) -> Iterator[tuple[int, ...]]:
+    """Images that flatten to so many features: MLPs on MNIST or CIFAR-10 flatten them themselves."""
+    for channels in (1, 3):
+        side = round((features / channels) ** 0.5)
+        if side > 1 and channels * side * side == features:
+            yield (1, channels, side, side)

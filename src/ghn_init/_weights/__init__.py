@@ -1,0 +1,1 @@
+"""Finding, reading and writing the weights of a hypernetwork."""

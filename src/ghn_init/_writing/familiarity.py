@@ -1,0 +1,116 @@
+"""Whether a network is like those that a GHN is trained on; far from them predictions are near random.
+
+The bounds are those of the networks of DeepNets-1M (arXiv 2110.13100, section 4) and of measured accuracy:
+see docs/familiarity.md. What was measured and makes no difference is not looked at: how much of a network is
+tiled, depth, width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from sys import _getframe
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._writing.select import KEEP, PREDICT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ghn_init._graph.graph import Graph, Node
+    from ghn_init._writing.select import Entry
+
+_LARGEST_KEPT: Final = 0.05
+"""Share of the elements that no node stands for. At most 0.4 % in torchvision's 80 classifiers and 0 in
+DeepNets-1M; 12 % and more where there are token embeddings or recurrent layers."""
+
+_MOST_NODES: Final = 1000
+"""DeepNets-1M's deepest and densest test networks have up to 863, torchvision's classifiers up to 877."""
+
+_UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
+"""Roles of parameters that do not matter for what the network computes."""
+
+
+class OutOfDistributionWarning(UserWarning):
+    """The network is far from those that the GHN was trained on: expect little of the predictions."""
+
+
+def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int) -> tuple[str, ...]:
+    """In which ways a network is far from those that a GHN is trained on; empty if it is not.
+
+    Args:
+        graph: Its graph.
+        entries: What happens to its parameters.
+        num_classes: Width of the classifier that the GHN was trained for.
+    """
+    return tuple(_reasons(graph, entries, num_classes))
+
+
+def warn(model: str, reasons: Sequence[str]) -> None:
+    """Warn, if there are reasons, at the caller's line outside of this package.
+
+    By Python's default filter that is once for each line and message.
+    """
+    if reasons:
+        text = f"{described(model, reasons)}; see docs/familiarity.md"
+        warnings.warn(text, OutOfDistributionWarning, stacklevel=_frames_inside() + 1)
+
+
+def described(model: str, reasons: Sequence[str]) -> str:
+    """The reasons as one line."""
+    return f"{model} is unlike the networks that the GHN was trained on, expect little: {', '.join(reasons)}"
+
+
+def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterator[str]:
+    if not any(_is_image_layer(node) for node in _first_weights(graph)):
+        yield "no 2-d convolution reads its input, so it is no image network"
+    if not any(node.type == "bn" for node in graph.nodes):
+        yield "no batch norm"
+    if (share := _kept_share(entries)) > _LARGEST_KEPT:
+        yield f"{share:.0%} of its parameters fit no node type"
+    if len(graph) > _MOST_NODES:
+        yield f"{len(graph):,} nodes"
+    if (width := _predicted_width(graph, entries)) not in (None, num_classes):
+        yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
+
+
+def _is_image_layer(node: Node) -> bool:
+    return node.shape is not None and len(node.shape) == 4
+
+
+def _first_weights(graph: Graph) -> Iterator[Node]:
+    """The nodes with a weight that the input reaches through nodes without one."""
+    reached = {0}
+    for index, preds in enumerate(graph.predecessors):
+        if reached.isdisjoint(preds):
+            continue
+        if graph.nodes[index].type in WEIGHT_TYPES:
+            yield graph.nodes[index]
+        else:
+            reached.add(index)
+
+
+def _kept_share(entries: Sequence[Entry]) -> float:
+    """Share of the elements that are used and that no node stands for."""
+    used = [entry for entry in entries if not entry.reason.endswith(_UNUSED)]
+    lost = sum(entry.param.numel() for entry in used if entry.key is None and entry.wanted == KEEP)
+    return lost / max(sum(entry.param.numel() for entry in used), 1)
+
+
+def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
+    """Width of the classifier, if it is predicted."""
+    index, _ = graph.classifier
+    if index is None or (shape := graph.nodes[index].shape) is None:
+        return None
+    name = graph.nodes[index].param
+    return shape[0] if any(entry.key == name and entry.wanted == PREDICT for entry in entries) else None
+
+
+def _frames_inside() -> int:
+    """How many frames above the caller belong to this package."""
+    package, depth = str(Path(__file__).parents[1]), 0
+    frame = _getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(package):
+        depth, frame = depth + 1, frame.f_back
+    return depth
