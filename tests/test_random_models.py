@@ -111,7 +111,7 @@ def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
 PLACES = (
     "_writing.plan.trace", "_writing.plan.select", "_writing.plan.predicted_tiles", "_writing.plan._solvable",
     "_writing.plan.targets_of", "_writing.in_place._prepared", "_writing.predictions._faults",
-    "_tracing.trace.Recorder.graph", "_tracing.record.Call.run",
+    "_tracing.trace._recorded", "_tracing.trace.Recorder.graph",
     "_hypernetwork.batch.GraphBatch.from_graphs", "_hypernetwork.decoder.ConvDecoder.features",
 )  # fmt: skip
 """Where a failure is injected: each is passed before the first write."""
@@ -140,6 +140,30 @@ def test_an_injected_failure_leaves_the_model_as_it_was(
         else:
             assert not failed(), "the failure was swallowed"
             return
+    assert_same(model, before)
+
+
+@given(
+    kind=kinds,
+    numbers=numbers,
+    error=st.sampled_from((RuntimeError, KeyboardInterrupt)),
+    calls=st.integers(0, 5),
+)
+@hypothesis.example(kind="tokens", numbers=[0], error=RuntimeError, calls=0)
+def test_a_failure_inside_the_forward_pass_leaves_the_model_as_it_was(
+    kind: str, numbers: list[int], error: type[BaseException], calls: int
+) -> None:
+    """It may be the network's own error, so another mode is tried; an interrupt ends all."""
+    model = RandomModel(kind, numbers)
+    before = snapshot(model)
+    with failing("_tracing.record.Call.run", error, calls) as failed:
+        try:
+            plan(model, SMALL, example_input=(model.example(),), head="predict")
+        except (GHNInitError, error):
+            event("failed as injected" if failed() else "refused")
+        else:
+            event("tried again" if failed() else "planned")
+            assert not (failed() and error is KeyboardInterrupt), "the interrupt was swallowed"
     assert_same(model, before)
 
 
