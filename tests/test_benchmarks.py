@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from ghn_init.training.data import CIFAR10, Images
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -145,3 +149,95 @@ def test_recipes_need_finished_runs_on_the_same_networks(tmp_path: Path) -> None
         "fewer: validated on 1 networks; expected 2" in run(str(base), str(fewer), script="recipes.py").stderr
     )
     assert "no finished run" in run(str(tmp_path), script="recipes.py").stderr
+
+
+def labelled_images(path: Path) -> Path:
+    """64 images of 8 x 8 pixels whose brightness tells the class."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 10
+    noise = torch.randint(0, 30, (64, 8, 8, 3), generator=rng)
+    images = (22 * labels[:, None, None, None] + noise).to(torch.uint8).numpy()
+    data = {f"{split}_{of}": it for split in ("train", "test") for of, it in
+            (("images", images), ("labels", labels.numpy()))}  # fmt: skip
+    np.savez(path, **data)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+TINY = ("--steps", "4", "--batch", "8", "--size", "8", "--rates", "1", "--optimizers", "adamw")
+
+
+def test_starting_points_are_compared_and_the_comparison_goes_on(tmp_path: Path) -> None:
+    data, file, curves = labelled_images(tmp_path / "data.npz"), tmp_path / "runs.jsonl", tmp_path / "c.svg"
+    panel = ("--networks", "plain-cnn", "autoencoder", "gpt-tied")
+    done = run(str(data), str(file), *TINY, *panel, "--seeds", "1", script="starting_point.py")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    mine = [record for record in records if record["setting"]["start"] == "predicted"]
+    assert [record["setting"]["network"] for record in mine] == ["plain-cnn", "autoencoder", "gpt-tied"]
+    assert all(len(record["losses"]) == 4 and record["output"] > 0 for record in records)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| plain-cnn | adamw")]
+    assert len(rows) == 1
+    assert "geometric mean, best to best" in done.stdout
+
+    with file.open("a") as cut:
+        cut.write('{"setting": {"netw')
+    chosen = (str(data), str(file), *TINY, *panel[:2])
+    more = run(*chosen, "--seeds", "2", "--draw", str(curves), script="starting_point.py")
+    assert more.returncode == 0, more.stderr
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert again[: len(records)] == records
+    settings = [record["setting"] for record in again[len(records) :]]
+    added = [(setting["network"], setting["start"], setting["seed"]) for setting in settings]
+    assert added == [("plain-cnn", "default", 1), ("plain-cnn", "predicted", 1)]
+    assert curves.read_text().count("plain-cnn") == 1
+
+    told = run(*chosen, "--seeds", "2", "--minutes", "0", script="starting_point.py")
+    assert told.stdout == more.stdout
+    assert file.read_text().count("\n") == len(again)
+
+
+def test_starting_points_of_known_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    point, report, panel = (
+        importlib.import_module(f"starting_{name}") for name in ("point", "report", "panel")
+    )
+
+    def training(start: str, power: int, seed: int, *losses: float, output: float = 1.0) -> object:
+        setting = point.Setting("vgg", start, "sgd", power, seed, 2, 8, 8, "")
+        return point.Training(setting, losses, 50.0, output)
+
+    large, nan = 50.0, float("nan")
+    trainings = [
+        training("default", 0, 0, 2.0, 2.0), training("default", 1, 0, 1.0, 1.0),
+        training("default", 2, 0, 9.0), training("default", 1, 1, 1.0, 2.0),
+        training("predicted", 0, 0, 1.0, 1.0, output=large), training("predicted", 1, 1, 1.0, 2.0, output=large),
+        training("predicted", 1, 0, 3.0, nan, output=large), training("predicted", 2, 0, 1.0, 1.0),
+    ]  # fmt: skip
+    members = [member for member in panel.PANEL if member.name == "vgg"]
+    (found,) = report.compared(trainings, members, "predicted")
+    assert found.best == pytest.approx(0.06)
+    # a diverged seed beside a whole one has an infinite median; rates that suit no default start do not count
+    assert found.ratios == {0.02: 0.5, found.best: float("inf")}
+    assert found.at_best == pytest.approx(1.0 / 1.25)
+    assert found.output == large
+    text = report.report(trainings, members)
+    assert "diverged where the default start did not: vgg (sgd)" in text
+    assert "farther than a factor of 10 from the default start's: vgg" in text
+
+
+@pytest.mark.parametrize("name", ["small-resnet", "vit", "unet", "segformer", "lstm", "deepnets-bn"])
+def test_networks_of_the_panel_start_at_the_loss_of_guessing(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    panel = importlib.import_module("starting_panel")
+    (member,) = (member for member in panel.PANEL if member.name == name)
+    size = max(32, member.enlarged)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    task = panel.Task(member.kind, Images(pixels, torch.arange(8), tuple("0123456789")), CIFAR10, size)
+    x, y = task.batch(torch.arange(8), generator)
+    torch.manual_seed(0)
+    loss = task.loss(member.build(size)(x), y).item()
+    guessed = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3}[member.kind]
+    assert 0.5 * guessed < loss < 1.7 * guessed

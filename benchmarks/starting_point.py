@@ -1,0 +1,309 @@
+"""Do networks train better from predicted weights than from their own initialisation?
+
+    python benchmarks/starting_point.py DATA runs.jsonl --draw curves.svg
+
+trains every network of a panel (`starting_panel.py`) from its own initialisation and from predicted weights,
+with SGD (momentum 0.9) and AdamW, at learning rates that are a factor of 3 apart around the best one for its
+own initialisation, and prints how the areas under the training-loss curves compare. Both starts of a seed see
+the same batches. DATA is CIFAR-10 in a form that `ghn-init train` takes.
+
+The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
+interrupted run goes on where it was, a later one adds seeds, rates, networks or other weights, and
+`--minutes 0` only reports. A changed rule of `predict` needs a new file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from starting_panel import PANEL, Member, Task
+from starting_report import draw, report
+
+import ghn_init
+from ghn_init.training.data import Normalisation, batch_indices, generator, load_images
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from ghn_init.training.data import Images
+
+STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
+    "default": None,
+    "predicted": {},
+    "noise": {"diversify": "noise"},
+    "orthogonal": {"diversify": "orthogonal"},
+}
+"""What becomes of a network before it is trained: nothing, or `ghn_init.predict` with these arguments."""
+
+BASE_RATES: Final = {"sgd": 0.02, "adamw": 0.001}
+"""Learning rates from which the search for the best one starts, by optimizer."""
+
+FARTHEST: Final = 4
+"""Factors of 3 from the base rate at which the search ends."""
+
+VALIDATION: Final = 256
+"""Images of the test split on which a trained network is measured."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a training's outcome depends on, beside the code.
+
+    Attributes:
+        network: Name in the panel.
+        start: Key of `STARTS`.
+        optimizer: Key of `BASE_RATES`.
+        power: The rate is the base rate times 3 to this.
+        seed: Of initialisation, batches and noise.
+        steps: Of the optimizer.
+        batch: Images in a step.
+        size: Side of the images, before networks that need larger ones enlarge them.
+        weights: Name and fingerprint of the hypernetwork's; "" for the default start.
+    """
+
+    network: str
+    start: str
+    optimizer: str
+    power: int
+    seed: int
+    steps: int
+    batch: int
+    size: int
+    weights: str
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return BASE_RATES[self.optimizer] * 3.0**self.power
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of a setting.
+
+    Attributes:
+        setting: Which.
+        losses: Training loss of every step; ends early where it is no longer finite.
+        quality: Of the trained network on test images, in percent, see `Task.quality`.
+        output: Root mean square of the outputs on test images in evaluation mode before the first step.
+    """
+
+    setting: Setting
+    losses: tuple[float, ...]
+    quality: float
+    output: float
+
+    @property
+    def area(self) -> float:
+        """Mean loss over the steps; infinite if it diverged."""
+        whole = len(self.losses) == self.setting.steps and all(map(math.isfinite, self.losses))
+        return sum(self.losses) / len(self.losses) if whole else math.inf
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the file lacks, then print the tables of what it has."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    members = [member for member in PANEL if not options.networks or member.name in options.networks]
+    bench = Bench(options, _read(options.file))
+    deadline = time.monotonic() + 60 * options.minutes
+    for setting in _wanted(members, options, bench):
+        if time.monotonic() > deadline:
+            print(f"stopped after {options.minutes:g} minutes; run it again to go on", file=sys.stderr)
+            break
+        bench.train(setting)
+    chosen = [t for t in bench.done.values() if bench.belongs(t.setting)]
+    print(report(chosen, members), end="")
+    if options.draw:
+        draw(chosen, members, options.draw)
+    return 0
+
+
+class Bench:
+    """Trains, and remembers in a file.
+
+    Args:
+        options: Of the command line.
+        done: What the file has.
+    """
+
+    def __init__(self, options: argparse.Namespace, done: Sequence[Training]) -> None:
+        self.options = options
+        self.done = {training.setting: training for training in done}
+        self.ghn = ghn_init.load(options.weights).requires_grad_(False)
+        self.weights = f"{options.weights} {_fingerprint(self.ghn)}"
+        self.train_images = load_images(options.data, "train")
+        self.test_images = load_images(options.data, "test")
+        self.normalise = Normalisation.of(self.train_images)
+
+    def setting(self, network: str, start: str, optimizer: str, power: int, seed: int) -> Setting:
+        """The setting of these, at the sizes of the command line."""
+        chosen = self.options
+        weights = "" if start == "default" else self.weights
+        return Setting(
+            network, start, optimizer, power, seed, chosen.steps, chosen.batch, chosen.size, weights
+        )
+
+    def belongs(self, setting: Setting) -> bool:
+        """Whether a training in the file is one of those that the command line speaks of."""
+        chosen = self.options
+        starts = {"default", *chosen.starts}
+        same = self.setting(setting.network, setting.start, setting.optimizer, setting.power, setting.seed)
+        wanted = setting.start in starts and setting.optimizer in chosen.optimizers
+        return wanted and setting.seed < chosen.seeds and setting == same
+
+    def train(self, setting: Setting) -> Training:
+        """The training of this setting: from the file, or done now and added to it."""
+        if setting not in self.done:
+            started = time.perf_counter()
+            training = self.done[setting] = self._trained(setting)
+            with self.options.file.open("a") as file:
+                print(json.dumps(asdict(training)), file=file)
+            seconds = time.perf_counter() - started
+            told = f"{setting.network:16} {setting.start:12} {setting.optimizer:6} {setting.rate:9.2g}"
+            print(f"{told} {setting.seed} {training.area:9.4g} {seconds:6.1f} s", file=sys.stderr, flush=True)
+        return self.done[setting]
+
+    def _task(self, member: Member, images: Images) -> Task:
+        return Task(member.kind, images, self.normalise, max(self.options.size, member.enlarged))
+
+    def _trained(self, setting: Setting) -> Training:
+        member = next(member for member in PANEL if member.name == setting.network)
+        task = self._task(member, self.train_images)
+        held = self._task(member, self.test_images)
+        places = torch.linspace(0, len(self.test_images) - 1, min(VALIDATION, len(self.test_images))).long()
+        x, y = held.batch(places, generator(0, "held out", 0))
+        torch.manual_seed(setting.seed)
+        network = member.build(task.size)
+        arguments = STARTS[setting.start]
+        if arguments is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)
+                ghn_init.predict(network, self.ghn, example_input=x[:1], **arguments)
+        output = _outputs(network, x)
+        rms = float(output.double().square().mean().sqrt())
+        losses = _losses(network, task, setting)
+        quality = task.quality(_outputs(network, x), y)
+        return Training(setting, tuple(losses), quality, rms)
+
+
+def _losses(network: nn.Module, task: Task, setting: Setting) -> list[float]:
+    """Train the network; the loss of every step until one is not finite."""
+    if setting.optimizer == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), setting.rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(network.parameters(), setting.rate)
+    network.train()
+    losses = []
+    for step in range(setting.steps):
+        index = batch_indices(len(task.images), setting.batch, step, setting.seed)
+        x, y = task.batch(index, generator(setting.seed, "noise", step))
+        loss = task.loss(network(x), y)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, x: Tensor) -> Any:
+    """What the network gives in evaluation mode."""
+    output: Any = network.eval()(x)
+    return getattr(output, "logits", output)
+
+
+def _wanted(members: Sequence[Member], options: argparse.Namespace, bench: Bench) -> Iterator[Setting]:
+    """The settings in the order in which they are wanted; the best rate is searched for on the way."""
+    for member in members:
+        for optimizer in options.optimizers:
+            best = yield from _search(
+                lambda power, name=member.name, how=optimizer: bench.setting(name, "default", how, power, 0),
+                lambda setting: bench.done[setting].area,
+            )
+            half = options.rates // 2
+            powers = sorted(range(best - half, best - half + options.rates), key=lambda p: abs(p - best))
+            for seed in range(options.seeds):
+                for power in powers:
+                    for start in ("default", *options.starts):
+                        yield bench.setting(member.name, start, optimizer, power, seed)
+
+
+def _search(setting: Callable[[int], Setting], area: Callable[[Setting], float]) -> Any:
+    """Yield the settings that the search for the best rate needs; returns its power."""
+    areas: dict[int, float] = {}
+    best = 0
+    while True:
+        for power in (best, best - 1, best + 1):
+            if power not in areas and abs(power) <= FARTHEST:
+                yield setting(power)
+                areas[power] = area(setting(power))
+        found = min(areas, key=lambda power: (areas[power], abs(power)))
+        if found == best:
+            return best
+        best = found
+
+
+def _read(file: Path) -> list[Training]:
+    """The trainings in the file. A line that an interruption has cut is dropped from it."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        file.write_text("".join(lines[:-1]))
+        lines.pop()
+    return [_training(json.loads(line)) for line in lines]
+
+
+def _training(record: dict[str, Any]) -> Training:
+    return Training(
+        Setting(**{field.name: record["setting"][field.name] for field in fields(Setting)}),
+        tuple(record["losses"]),
+        record["quality"],
+        record["output"],
+    )
+
+
+def _fingerprint(ghn: ghn_init.GHN) -> str:
+    """Eight digits that change with the weights."""
+    digest = hashlib.blake2b(digest_size=4)
+    for name, tensor in sorted(ghn.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, help="CIFAR-10 in a form that `ghn-init train` takes")
+    parser.add_argument("file", type=Path, help="one JSON line for every training; read and added to")
+    parser.add_argument("--weights", default="ghn2-cifar10", help="of the GHN")
+    parser.add_argument("--networks", nargs="+", choices=[member.name for member in PANEL], metavar="NAME")
+    parser.add_argument("--starts", nargs="+", choices=list(STARTS)[1:], default=["predicted"])
+    parser.add_argument("--optimizers", nargs="+", choices=list(BASE_RATES), default=list(BASE_RATES))
+    parser.add_argument("--rates", type=int, default=3, help="number of rates around the best one")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--steps", type=int, default=300, help="of a training")
+    parser.add_argument("--batch", type=int, default=64, help="images in a step")
+    parser.add_argument("--size", type=int, default=32, help="side of the images")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; 0 only reports")
+    parser.add_argument("--draw", type=Path, help="picture of the curves, .svg or .png (needs matplotlib)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
