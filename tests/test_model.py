@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, GraphError, Node, load
 from ghn_init._graph.graph import graph_from_edges
-from ghn_init._hypernetwork.batch import KINDS, GraphBatch, canonical_shape, channel_sizes, spatial_sizes
+from ghn_init._hypernetwork.batch import KINDS, GraphBatch, canonical_shape
+from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.gated import GatedGNN
 from ghn_init._hypernetwork.tile import Tile, full_size, sum_tiles, tile_to
 from ghn_init.training._scaled_init import VECTOR_RMS, init_for_training

@@ -20,6 +20,7 @@ import torch
 
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
+from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 KINDS: Final = ("weight", "class_weight", "norm", "bias", "class_bias")
 """What a decoder can make, in the order in which a batch keeps its parameters."""
+
+MOST_EDGES: Final = 100
+"""Degrees from here on share the last row of GHN-3's tables (arXiv 2303.04143)."""
 
 FARTHEST: Final = 1024
 """Depths from here on share the last bucket."""
@@ -45,6 +49,7 @@ class ParamKey(NamedTuple):
     Attributes:
         kind: Index into `KINDS`.
         kernel: (height, width) of the decoded kernel, at most K x K; () for vectors.
+        resized: (height, width) that the decoded kernel is interpolated to (GHN-3); `kernel` where it is not.
         block: Channels that are decoded, (out, in) at most (O, I); (n,) for vectors.
         shape: Shape with the output channels first, as in `Node.shape`.
         stored: The parameter's own shape.
@@ -54,6 +59,7 @@ class ParamKey(NamedTuple):
 
     kind: int
     kernel: tuple[int, ...]
+    resized: tuple[int, ...]
     block: tuple[int, ...]
     shape: tuple[int, ...]
     stored: tuple[int, ...]
@@ -85,6 +91,8 @@ class GraphBatch:
         types: (R,) int64, rows of the type embedding.
         shapes: (R, 4) int64, rows of the two channel and the two spatial embeddings.
         places: (R, 2) int64, buckets of depth and height; (R, 0) without depth embeddings.
+        degrees: (R, 3) int64, rows of GHN-3's embeddings of the number of edges in and out and of the
+            distance from the input; (R, 0) for others.
         distances: (B, S, S) uint8, lengths of shortest paths u -> v, 0 where there is none.
         nodes: For every graph the rows of its nodes, in the graph's order.
         rows: (P,) int64, the row from which each parameter is decoded.
@@ -98,6 +106,7 @@ class GraphBatch:
     types: Tensor
     shapes: Tensor
     places: Tensor
+    degrees: Tensor
     distances: Tensor
     nodes: tuple[tuple[int, ...], ...]
     rows: Tensor
@@ -129,6 +138,9 @@ class GraphBatch:
         places = np.zeros((total * count, 2 if config.depth_buckets else 0), dtype=np.int64)
         if config.depth_buckets:
             places[where] = _places(graphs, config.depth_buckets)
+        degrees = np.zeros((total * count, 3 if config.transformer else 0), dtype=np.int64)
+        if config.transformer:
+            degrees[where] = np.concatenate([_degrees(graph, config) for graph in graphs])
         distances = np.zeros((count, total, total), dtype=np.uint8)
         for matrix, graph, slot in zip(distances, graphs, slots, strict=True):
             matrix[np.ix_(slot, slot)] = graph.distances
@@ -141,6 +153,7 @@ class GraphBatch:
             types=torch.from_numpy(types),
             shapes=torch.from_numpy(shapes),
             places=torch.from_numpy(places),
+            degrees=torch.from_numpy(degrees),
             distances=torch.from_numpy(distances),
             nodes=rows_of,
             rows=torch.from_numpy(rows),
@@ -172,7 +185,7 @@ class GraphBatch:
             return self
         arrays: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("types", "shapes", "places", "distances", "rows", "scales")
+            for name in ("types", "shapes", "places", "degrees", "distances", "rows", "scales")
         }
         return replace(self, **arrays)
 
@@ -213,6 +226,16 @@ def _bucket_table(buckets: int) -> npt.NDArray[np.int64]:
     return np.where(lengths < half, lengths, far)
 
 
+def _degrees(graph: Graph, config: GHNConfig) -> npt.NDArray[np.int64]:
+    """Real edges in and out of every node and its distance from the input, 0 without a path, (n, 3)."""
+    steps = graph.distances
+    away = steps[0].astype(np.int64)
+    if not config.ve:
+        away[away > 1] = 0
+    edges = (steps == 1).sum(axis=0), (steps == 1).sum(axis=1)
+    return np.stack([*np.minimum(edges, MOST_EDGES), away], axis=1)
+
+
 # Shapes of nodes
 
 
@@ -244,19 +267,6 @@ def canonical_shape(node: Node) -> tuple[int, int, int, int] | None:
     height = shape[-2] if dims > 3 else 1
     width = shape[-1] if dims > 2 else 1
     return (shape[0], shape[1], height, width)
-
-
-@lru_cache(maxsize=32)
-def channel_sizes(num_classes: int) -> tuple[int, ...]:
-    """The sizes that the channel embedding knows; its last row, after these, is the dummy."""
-    coarse = {*range(8, 57, 8), *range(64, 4081, 16), *range(4096, 8193, 32)}
-    return tuple(sorted({1, 3, num_classes} | coarse))
-
-
-@lru_cache(maxsize=32)
-def spatial_sizes(largest: int) -> tuple[int, ...]:
-    """The kernel sizes that the spatial embedding knows for K = `largest`, without the dummy."""
-    return tuple(sorted({*range(1, max(12, largest), 2), 14, 16}))
 
 
 @lru_cache(maxsize=4096)
@@ -305,7 +315,10 @@ def _decodable(
         members = found[key]
         start = len(rows)
         rows += [row for row, _, _ in members]
-        scales += [weight_scale(key) if config.weight_norm else 1.0] * len(members)
+        scale = 1.0
+        if config.weight_norm and not (config.transformer and _is_exempt(key)):
+            scale = weight_scale(key)
+        scales += [scale] * len(members)
         groups.append(ParamGroup(key, start, len(rows), tuple((index, name) for _, index, name in members)))
     return np.array(rows, dtype=np.int64), np.array(scales, dtype=np.float32), tuple(groups)
 
@@ -349,9 +362,11 @@ def _weight_key(node: Node, classifier: bool, config: GHNConfig) -> ParamKey:
     assert shape is not None
     most_out, most_in, _, most_kernel = config.max_shape
     stored = (shape[1], shape[0], *shape[2:]) if node.transposed else shape
+    kernel = (min(canonical[2], most_kernel), min(canonical[3], most_kernel))
     return ParamKey(
         kind=KINDS.index("class_weight" if classifier else "weight"),
-        kernel=(min(canonical[2], most_kernel), min(canonical[3], most_kernel)),
+        kernel=kernel,
+        resized=canonical[2:] if config.transformer else kernel,
         block=(min(canonical[0], config.num_classes if classifier else most_out), min(canonical[1], most_in)),
         shape=shape,
         stored=stored if node.stored is None else node.stored,
@@ -366,7 +381,16 @@ def _vector_key(node: Node, kind: str, config: GHNConfig) -> ParamKey:
     longest = config.num_classes if kind == "class_bias" else max(config.max_shape[:2])
     stored = node.shape if node.stored is None else node.stored
     block = (min(node.shape[0], longest),)
-    return ParamKey(KINDS.index(kind), (), block, node.shape, stored, transposed=False, positional=False)
+    return ParamKey(KINDS.index(kind), (), (), block, node.shape, stored, transposed=False, positional=False)
+
+
+def _is_exempt(key: ParamKey) -> bool:
+    """Whether GHN-3 leaves a weight as it is: it tests the sizes of the tensor, not what it is for.
+
+    So every positional encoding (1, T, C) of 11 channels or more is left as it is, whatever its grid.
+    """
+    shape = key.shape
+    return len(shape) > 2 and shape[0] == 1 and shape[2] >= _POSITION_KERNEL
 
 
 def weight_scale(key: ParamKey) -> float:

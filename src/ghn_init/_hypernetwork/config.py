@@ -1,12 +1,14 @@
 """The frozen configuration of a graph hypernetwork.
 
-The first eight fields are those of a published checkpoint; the others are extensions whose defaults
-mean "as published", so that a published configuration describes the published model.
+The first eight fields are those of a published GHN-2, `layers` and `heads` those that a GHN-3 has besides;
+the others are extensions whose defaults mean "as published", so that a published configuration describes the
+published model.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ghn_init._errors import ConfigError
@@ -22,6 +24,7 @@ IMAGENET_SHAPE: Final = (64, 64, 16, 16)
 
 _INTEGERS: Final = {
     "num_classes": (1, 1_000_000), "hid": (4, 65_536), "depth_buckets": (0, 65_536), "rounds": (1, 1_000),
+    "layers": (1, 1_000), "heads": (1, 1_024),
 }  # fmt: skip
 """The range of every integer. The upper ends are far beyond use; past them a file's claim is not believed."""
 
@@ -31,8 +34,11 @@ _LONGEST_SIDE: Final = 4096
 _BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip")
 _CHOICES: Final = {"decoder": ("conv",)}
 
-OWN_NETWORKS: Final = ("gatedgnn", "mlp")
+OWN_NETWORKS: Final = ("gatedgnn", "transformer", "mlp")
 """Graph networks that are part of this package."""
+
+GHN3_SIZES: Final = {"t": (64, 3, 8), "s": (128, 5, 16), "l": (256, 12, 16), "xl": (384, 24, 16)}
+"""`hid`, `layers` and `heads` of the published GHN-3s: T/m8, S/m8, L/m8 and XL/m16 (arXiv 2303.04143)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +48,9 @@ class GHNConfig:
     Attributes:
         max_shape: Largest tensor that the convolutional decoder makes, (O, I, K, K).
         num_classes: Width of the classifier that the decoder makes.
-        hypernet: The graph network: "gatedgnn", "mlp" for the baseline that sees no edges, or the name of
-            one that is not part of this package, as MODULE:CLASS or FILE.py:CLASS, for which a module has
-            to be given wherever a GHN is made or loaded.
+        hypernet: The graph network: "gatedgnn", "transformer" for a GHN-3, "mlp" for the baseline that sees
+            no edges, or the name of one that is not part of this package, as MODULE:CLASS or
+            FILE.py:CLASS, for which a module has to be given wherever a GHN is made or loaded.
         decoder: "conv", the only published one.
         weight_norm: Normalise predicted parameters by their fan-in (GHN-2).
         ve: Virtual edges (GHN-2).
@@ -54,6 +60,8 @@ class GHNConfig:
             above the output; 0: none. Even, because half of them are exact.
         rounds: Number T of times the gated network goes forth and back over the graph.
         skip: Add a node's features before any message to those that the decoders get.
+        layers: Layers of the transformer.
+        heads: Attention heads of each of its layers, a divisor of `hid`.
 
     Raises:
         ConfigError: A value that no GHN can be built from.
@@ -70,6 +78,8 @@ class GHNConfig:
     depth_buckets: int = 0
     rounds: int = 1
     skip: bool = False
+    layers: int = 3
+    heads: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))
@@ -97,6 +107,10 @@ class GHNConfig:
         if self.depth_buckets % 2:
             raise ConfigError(
                 f"GHN configuration: depth_buckets={self.depth_buckets}; expected an even number"
+            )
+        if self.transformer and self.hid % self.heads:
+            raise ConfigError(
+                f"GHN configuration: heads={self.heads} for hid={self.hid}; expected a divisor of hid"
             )
 
     @classmethod
@@ -126,6 +140,22 @@ class GHNConfig:
         return cls.from_dict({"num_classes": 1000, "max_shape": IMAGENET_SHAPE, **overrides})
 
     @classmethod
+    def ghn3(
+        cls, size: Literal["t", "s", "l", "xl"] = "t", num_classes: int = 1000, **overrides: Any
+    ) -> GHNConfig:
+        """GHN-3 of Knyazev et al. 2023 in one of its published sizes (T has 6,906,632 parameters).
+
+        Raises:
+            ConfigError: A size that was not published.
+        """
+        if size not in GHN3_SIZES:
+            raise ConfigError(f"GHN-3 of size {size!r}; expected one of {', '.join(GHN3_SIZES)}")
+        hid, layers, heads = GHN3_SIZES[size]
+        values = {"num_classes": num_classes, "hid": hid, "layers": layers, "heads": heads}
+        shape = (hid, hid, *IMAGENET_SHAPE[2:])
+        return cls.from_dict({"hypernet": "transformer", "max_shape": shape, **values, **overrides})
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GHNConfig:
         """The configuration with these fields and the defaults for the others.
 
@@ -141,22 +171,46 @@ class GHNConfig:
         return cls(**values)
 
     @classmethod
-    def from_published(cls, values: Mapping[str, Any]) -> GHNConfig:
-        """The configuration in a published `.pt` file: all eight published fields and no other.
+    def from_published(cls, values: Mapping[str, Any], *, transformer: bool = False) -> GHNConfig:
+        """The configuration in a published `.pt` file.
+
+        Files of GHN-2's code have the eight published fields. Those of GHN-3's have three more, of which a
+        GHN-2 reads none, and defaults of their own for what is missing; `hypernet` means nothing where the
+        tensors are a transformer's.
+
+        Args:
+            values: The configuration as it is in the file.
+            transformer: The file's tensors are a transformer's, so this is a GHN-3.
 
         Raises:
-            ConfigError: Names the keys that are missing or unknown.
+            ConfigError: Names the keys that are missing or unknown, or that contradict the tensors.
         """
-        if missing := [name for name in PUBLISHED_FIELDS if name not in values]:
+        known = (*PUBLISHED_FIELDS, *GHN3_FIELDS)
+        required = ("max_shape", "num_classes", "hid") if transformer else PUBLISHED_FIELDS
+        if missing := [name for name in required if name not in values]:
             raise ConfigError(f"GHN configuration: published file lacks {', '.join(missing)}")
-        if unknown := sorted(map(str, set(values) - set(PUBLISHED_FIELDS))):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise ConfigError(f"GHN configuration: published file has unknown {', '.join(unknown)}")
-        return cls.from_dict(values)
+        if not transformer:
+            return cls.from_dict({name: values[name] for name in PUBLISHED_FIELDS})
+        if values.get("is_ghn2", False) is not False:
+            raise ConfigError(
+                f"GHN configuration: published file has is_ghn2={values['is_ghn2']!r} and a transformer's "
+                "tensors; expected is_ghn2 to be absent or false"
+            )
+        missing_mean = dict.fromkeys(("weight_norm", "ve", "layernorm"), False)
+        given = {name: value for name, value in values.items() if name != "is_ghn2"}
+        return cls.from_dict(missing_mean | given | {"hypernet": "transformer"})
 
     @property
     def foreign(self) -> bool:
         """Whether the graph network is one that is not part of this package."""
         return self.hypernet not in OWN_NETWORKS
+
+    @property
+    def transformer(self) -> bool:
+        """Whether this is a GHN-3: a transformer, whose nodes and kernels are treated as it was published."""
+        return self.hypernet == "transformer"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -165,6 +219,22 @@ class GHNConfig:
 
 PUBLISHED_FIELDS: Final = tuple(field.name for field in fields(GHNConfig))[:8]
 """The fields of a published configuration, in its order."""
+
+GHN3_FIELDS: Final = ("layers", "heads", "is_ghn2")
+"""What the configurations of GHN-3's code have besides."""
+
+
+@lru_cache(maxsize=32)
+def channel_sizes(num_classes: int) -> tuple[int, ...]:
+    """The sizes that the channel embedding knows; its last row, after these, is the dummy."""
+    coarse = {*range(8, 57, 8), *range(64, 4081, 16), *range(4096, 8193, 32)}
+    return tuple(sorted({1, 3, num_classes} | coarse))
+
+
+@lru_cache(maxsize=32)
+def spatial_sizes(largest: int) -> tuple[int, ...]:
+    """The kernel sizes that the spatial embedding knows for K = `largest`, without the dummy."""
+    return tuple(sorted({*range(1, max(12, largest), 2), 14, 16}))
 
 
 def _is_int(value: object) -> bool:

@@ -34,6 +34,7 @@ class ConvDecoder(nn.Module):
         out, into, kernel, _ = config.max_shape
         width = 4 * config.hid
         self.max_shape = config.max_shape
+        self.from_middle = config.transformer
         self.fc = nn.Sequential(nn.Linear(config.hid, width * kernel * kernel), nn.ReLU())
         self.conv = nn.Sequential(
             nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, out * into, 1)
@@ -61,15 +62,22 @@ class ConvDecoder(nn.Module):
 
     def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
-        height, width = kernel
+        rows, columns = (self._span(size) for size in kernel)
         layer, conv = cast("nn.Linear", self.fc[0]), cast("nn.Conv2d", self.conv[0])
         side = self.max_shape[3]
         channels = layer.weight.shape[0] // side**2
-        # Rows of the layer are (4d, K, K); take the corner, channels last.
-        weight = layer.weight.view(channels, side, side, -1)[:, :height, :width].permute(1, 2, 0, 3)
-        bias = layer.bias.view(channels, side, side)[:, :height, :width].permute(1, 2, 0)
+        # Rows of the layer are (4d, K, K); take the wanted places, channels last.
+        weight = layer.weight.view(channels, side, side, -1)[:, rows, columns].permute(1, 2, 0, 3)
+        bias = layer.bias.view(channels, side, side)[:, rows, columns].permute(1, 2, 0)
         places = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten())).view(-1, channels)
-        return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), height, width, -1)
+        return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), *kernel, -1)
+
+    def _span(self, size: int) -> slice:
+        """The places of a kernel's axis that make `size` of it: the first, or in GHN-3 the middle ones."""
+        middle = self.max_shape[3] // 2
+        return (
+            slice(max(0, middle - size // 2), middle + (size + 1) // 2) if self.from_middle else slice(size)
+        )
 
     def class_weights(self, decoded: Tensor, classes: int) -> Tensor:
         """Decoded (n, 1, 1, O, i) to the first rows of classifiers' weights, (n, 1, 1, classes, i)."""
@@ -175,6 +183,10 @@ def _bias(layer: nn.Conv2d) -> Tensor:
 def arrange(values: Tensor, key: ParamKey) -> Tensor:
     """Decoded (n, o, i, h, w) as blocks with the dimensions of the parameter, ready to be repeated."""
     dims = len(key.shape)
+    if key.resized != key.kernel:
+        values = F.interpolate(values.flatten(1, 2), key.resized, mode="bilinear").unflatten(
+            1, values.shape[1:3]
+        )
     if key.positional and dims < 4:
         return _position_block(values, key.shape)
     if dims == 2:

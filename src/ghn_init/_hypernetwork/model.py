@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import ConfigError
 from ghn_init._graph.graph import NODE_TYPES, Graph
-from ghn_init._hypernetwork.batch import GraphBatch, channel_sizes, spatial_sizes
-from ghn_init._hypernetwork.config import GHNConfig
+from ghn_init._hypernetwork.batch import MOST_EDGES, GraphBatch
+from ghn_init._hypernetwork.config import GHNConfig, channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.decoder import ConvDecoder, Decoders
 from ghn_init._hypernetwork.gated import MLP, GatedGNN, NodeMLP
+from ghn_init._hypernetwork.gates import without_gate_poolings
 from ghn_init._hypernetwork.tile import Tile, full_size
+from ghn_init._hypernetwork.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,14 +30,19 @@ def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(std=std), freeze=False)
 
 
+_INPUT_DISTANCES: Final = 1001
+"""Rows of the published table of distances from the input, of which the first 51 are read."""
+
+
 class ShapeEncoder(nn.Module):
     """Embeds the shape of a node's parameter: two channel and two spatial sizes, d/4 features each."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
         part = config.hid // 4
-        self.embed_channel = _embedding(len(channel_sizes(config.num_classes)) + 1, part)
-        self.embed_spatial = _embedding(len(spatial_sizes(config.max_shape[3])) + 1, part)
+        std = part**-0.5 if config.transformer else 1.0
+        self.embed_channel = _embedding(len(channel_sizes(config.num_classes)) + 1, part, std)
+        self.embed_spatial = _embedding(len(spatial_sizes(config.max_shape[3])) + 1, part, std)
 
     def forward(self, index: Tensor) -> Tensor:
         """(R, 4) rows of the tables to (R, d)."""
@@ -70,13 +77,15 @@ def _graph_network(config: GHNConfig, given: nn.Module | None) -> nn.Module:
         )
     if given is not None:
         return given
+    if config.transformer:
+        return Transformer(config)
     if config.hypernet == "mlp":
         return NodeMLP(config.hid, config.hid, config.hid)
     return GatedGNN(config.hid, virtual_edges=config.ve, rounds=config.rounds)
 
 
 class GHN(Decoders):
-    """A graph hypernetwork: GHN-2, GHN-1 or the MLP baseline, as its configuration says.
+    """A graph hypernetwork: GHN-2, GHN-1, GHN-3 or the MLP baseline, as its configuration says.
 
     Names of parameters are those of the published checkpoints.
 
@@ -93,13 +102,18 @@ class GHN(Decoders):
         super().__init__()
         self.config = config = config or GHNConfig()
         d, longest = config.hid, max(config.max_shape[:2])
-        self.embed = _embedding(len(NODE_TYPES), d)
+        std = d**-0.5 if config.transformer else 1.0
+        self.embed = _embedding(len(NODE_TYPES), d, std)
         self.shape_enc = ShapeEncoder(config)
         self.gnn = _graph_network(config, gnn)
         if config.layernorm:
             self.ln = nn.LayerNorm(d)
         if config.depth_buckets:
             self.place_enc = PlaceEncoder(config)
+        if config.transformer:
+            self.centrality_embed_in = _embedding(MOST_EDGES + 1, d, std)
+            self.centrality_embed_out = _embedding(MOST_EDGES + 1, d, std)
+            self.input_dist_embed = _embedding(_INPUT_DISTANCES, d, std)
         self.decoder = ConvDecoder(config)
         self.decoder_1d = MLP(d, 2 * d, 2 * longest, last_relu=False)
         self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(longest, config.num_classes))
@@ -119,16 +133,25 @@ class GHN(Decoders):
         if isinstance(graphs, Graph):
             graphs = [graphs]
         if not isinstance(graphs, GraphBatch):
-            graphs = GraphBatch.from_graphs(graphs, self.config, names=names)
+            read = [self.reads(graph) for graph in graphs]
+            graphs = GraphBatch.from_graphs(read, self.config, names=names)
         elif graphs.config != self.config:
             raise ConfigError(
                 f"GraphBatch was made for {graphs.config}; expected that of the GHN, {self.config}"
             )
         return graphs.to(self.device)
 
+    def reads(self, graph: Graph) -> Graph:
+        """The graph as this GHN reads it: GHN-3 was trained without the poolings inside gates."""
+        return without_gate_poolings(graph) if self.config.transformer else graph
+
     def node_features(self, batch: GraphBatch) -> Tensor:
         """Features of all nodes before any message, (R, d)."""
         h = self.embed(batch.types) + self.shape_enc(batch.shapes)
+        if self.config.transformer:
+            edges_in, edges_out, away = batch.degrees.unbind(1)
+            h = h + self.centrality_embed_in(edges_in) + self.centrality_embed_out(edges_out)
+            h = h + self.input_dist_embed(away)
         return h + self.place_enc(batch.places) if self.config.depth_buckets else h
 
     def encode(self, batch: GraphBatch) -> Tensor:
