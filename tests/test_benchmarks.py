@@ -210,7 +210,8 @@ def test_starting_points_of_known_losses(monkeypatch: pytest.MonkeyPatch) -> Non
     trainings = [
         training("default", 0, 0, 2.0, 2.0), training("default", 1, 0, 1.0, 1.0),
         training("default", 2, 0, 9.0), training("default", 1, 1, 1.0, 2.0),
-        training("predicted", 0, 0, 1.0, 1.0, output=large), training("predicted", 1, 1, 1.0, 2.0, output=large),
+        training("predicted", 0, 0, 1.0, 1.0, output=large),
+        training("predicted", 1, 1, 1.0, 2.0, output=large),
         training("predicted", 1, 0, 3.0, nan, output=large), training("predicted", 2, 0, 1.0, 1.0),
     ]  # fmt: skip
     members = [member for member in panel.PANEL if member.name == "vgg"]
