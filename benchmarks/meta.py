@@ -21,7 +21,7 @@ from zoo_models import ZOOS, Network, networks
 import ghn_init
 from ghn_init._meta.initialise import kinds_of
 from ghn_init._meta.materialise import kept_values
-from ghn_init._writing.in_place import names_of
+from ghn_init._writing.entry import to_write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +55,8 @@ def tried(network: Network, ghn: ghn_init.GHN, *, large_on_meta: bool) -> tuple[
         return "cannot be built", f"{type(error).__name__}: {error}"
     try:
         plan = ghn_init.plan(model, ghn, head="predict")
-        predicted = [row.name for row in plan.rows if row.action != "kept"]
-        kept_values(model, names_of(model, predicted), kinds_of(plan.graph), seed=0)
+        predicted = [name for row in to_write(plan.rows) for name in row.written]
+        kept_values(model, predicted, kinds_of(plan.graph), seed=0)
     except ghn_init.GHNInitError as error:
         return "refused", str(error)
     return "complete", ""

@@ -27,7 +27,6 @@ ROOMS = [
 
 UPWARD = {
     ("_hypernetwork", "_weights"),  # GHN.save_pretrained and GHN.from_pretrained reach for the files
-    ("_network", "_meta"), ("_meta", "_writing"), ("_network", "_writing"),
 }  # fmt: skip
 """Imports that still climb."""
 

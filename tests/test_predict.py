@@ -367,14 +367,62 @@ def test_a_failing_ghn_leaves_the_model_as_it_was(spoil: Any, message: str) -> N
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_model_that_changed_since_the_plan_is_refused(ghn: GHN) -> None:
+def with_another_width(model: Net) -> None:
+    model.fc = nn.Linear(80, 11)
+
+
+def with_another_layer_of_the_same_shape(model: Net) -> None:
+    model.fc = nn.Linear(80, 10)
+
+
+def with_a_tie(model: Net) -> None:
+    model.mix.weight = nn.Parameter(model.mix.weight.detach().clone())
+    model.fc.weight, model.fc.bias = nn.Parameter(torch.ones(10, 80)), nn.Parameter(torch.ones(10))
+    model.tied = model.fc
+
+
+def with_one_layer_more(model: Net) -> None:
+    model.fc_after = nn.Linear(10, 10)
+
+
+def with_one_layer_less(model: Net) -> None:
+    model.fc = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (with_another_width, r"fc\.weight, fc\.bias"),
+        (with_another_layer_of_the_same_shape, r"fc\.weight, fc\.bias"),
+        (with_a_tie, r"fc\.weight, tied\.weight, fc\.bias, tied\.bias"),
+        (with_one_layer_more, r"fc_after\.weight, fc_after\.bias"),
+        (with_one_layer_less, r"fc\.weight, fc\.bias"),
+    ],
+)
+def test_a_model_that_changed_since_the_plan_is_refused(
+    ghn: GHN, tmp_path: Path, change: Callable[[Net], None], names: str
+) -> None:
     model = Net()
     planned = plan(model, ghn)
-    model.fc = nn.Linear(80, 11)
+    change(model)
     before = state(model)
-    with pytest.raises(PredictError, match=r"Net changed since it was planned: fc\.weight, fc\.bias"):
-        planned.apply()
+    for use in (planned.apply, lambda: planned.save(tmp_path / "out"), lambda: dict(planned.tensors())):
+        with pytest.raises(
+            PredictError, match=rf"Net changed since it was planned: {names}; make a new plan"
+        ):
+            use()
     assert_same_state(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_are_new_objects_are_no_change(ghn: GHN) -> None:
+    model = Net()
+    planned = plan(model, ghn)
+    expected = state(planned.apply())
+    for name, param in list(model.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.zeros_like(param)))
+    assert_same_state(planned.apply(), expected)
 
 
 def test_bundled_weights_are_read_once_and_files_every_time(

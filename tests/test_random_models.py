@@ -109,8 +109,9 @@ def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
 
 
 PLACES = (
-    "_writing.plan.trace", "_writing.plan.select", "_writing.plan.predicted_tiles", "_writing.plan._solvable",
-    "_writing.plan.targets_of", "_writing.in_place._prepared", "_writing.predictions._faults",
+    "_writing.plan.trace", "_writing.plan.select", "_writing.plan.with_predictions",
+    "_writing.plan.without_unsolvable", "_writing.plan.check_unchanged", "_writing.in_place._prepared",
+    "_writing.predictions._faults",
     "_tracing.trace._recorded", "_tracing.trace.Recorder.graph",
     "_hypernetwork.batch.GraphBatch.from_graphs", "_hypernetwork.decoder.ConvDecoder.features",
 )  # fmt: skip

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from ghn_init._weights.load import load
     from ghn_init._writing.batchnorm import calibrate_batchnorm
     from ghn_init._writing.familiarity import OutOfDistributionWarning
-    from ghn_init._writing.plan import Plan, plan
-    from ghn_init._writing.predict import predict, predict_to
+    from ghn_init._writing.plan import Plan, plan, predict, predict_to
 
 __version__ = "0.1.0"
 
@@ -83,8 +82,8 @@ _MODULE_OF = {
     "large_on_meta": "_meta.large_on_meta",
     "load": "_weights.load",
     "plan": "_writing.plan",
-    "predict": "_writing.predict",
-    "predict_to": "_writing.predict",
+    "predict": "_writing.plan",
+    "predict_to": "_writing.plan",
     "register": "_tracing.rules.registered",
     "trace": "_tracing.trace",
 }

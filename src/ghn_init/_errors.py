@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class GHNInitError(Exception):
     """Base class. The message names the model, the place, what was expected and found, the remedy."""
@@ -45,3 +50,9 @@ class ModelSpecError(GHNInitError):
 
 class DrawError(GHNInitError):
     """A graph that cannot be drawn: unknown format, no graphviz, nowhere to write."""
+
+
+def listing(names: Sequence[str], limit: int = 8) -> str:
+    """Join names for a message, cut after `limit`."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
-from ghn_init._errors import PredictError
+from ghn_init._errors import PredictError, listing
 from ghn_init._meta.usual import fill_usual
-from ghn_init._network.places import Slot, hidden, slots_of
+from ghn_init._network.locations import Location, hidden, locations_of
+from ghn_init._network.pretrained import is_pretrained
 from ghn_init._threads import alone
-from ghn_init._writing.select import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,14 +69,16 @@ class Initialiser:
         seed: Of the random numbers; each module's depend on this and its path alone.
     """
 
-    def __init__(self, model: nn.Module, lost: Sequence[Slot], kinds: Mapping[str, str], seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, lost: Sequence[Location], kinds: Mapping[str, str], seed: int
+    ) -> None:
         self._model = model
         self._kinds = kinds
         self._seed = seed
         self._modules = dict(model.named_modules())
-        self.owners: dict[str, list[Slot]] = {}
-        for slot in lost:
-            self.owners.setdefault(slot.path, []).append(slot)
+        self.owners: dict[str, list[Location]] = {}
+        for location in lost:
+            self.owners.setdefault(location.path, []).append(location)
 
     def values(self, path: str) -> dict[str, Tensor]:
         """Names and values, on the CPU, of the lost tensors that the module at `path` owns.
@@ -87,22 +88,24 @@ class Initialiser:
         Raises:
             PredictError: Nobody gives one of them a value.
         """
-        slots = self.owners[path]
-        before = [(slot, slot.get()) for slot in slots]
+        locations = self.owners[path]
+        before = [(location, location.get()) for location in locations]
         try:
-            for slot, old in before:
-                slot.put(_marked(old))
-            marked = [(slot, slot.get(), _version(slot.get())) for slot in slots]
+            for location, old in before:
+                location.put(_marked(old))
+            marked = [(location, location.get(), _version(location.get())) for location in locations]
             failures = self._run(path, marked)
-            missing = [slot for slot, tensor, version in marked if not _written(slot, tensor, version)]
+            missing = [
+                location for location, tensor, version in marked if not _written(location, tensor, version)
+            ]
             if missing:
                 raise self._no_value(missing, failures)
-            return {slot.name: slot.get().detach() for slot in slots}
+            return {location.name: location.get().detach() for location in locations}
         finally:
-            for slot, old in before:
-                slot.put(old)
+            for location, old in before:
+                location.put(old)
 
-    def _run(self, path: str, marked: Sequence[tuple[Slot, Tensor, int]]) -> list[str]:
+    def _run(self, path: str, marked: Sequence[tuple[Location, Tensor, int]]) -> list[str]:
         """Ask one initialiser after the other until nothing is missing; returns what failed."""
         with alone(), torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the accelerators as well.
@@ -110,9 +113,9 @@ class Initialiser:
             own = _ask(self._own(path), marked)
             around = _ask(self._around(path), marked)
             if not own:  # the usual value does not stand in for a module's own code that is broken
-                for slot, tensor, version in marked:
-                    if not _written(slot, tensor, version):
-                        fill_usual(slot, self._kinds.get(slot.name, ""))
+                for location, tensor, version in marked:
+                    if not _written(location, tensor, version):
+                        fill_usual(location, self._kinds.get(location.name, ""))
         return own + around
 
     def _own(self, path: str) -> Iterator[Source]:
@@ -144,8 +147,8 @@ class Initialiser:
             paths.append(paths[-1].rpartition(".")[0])
         return [(p, self._modules[p]) for p in paths if p in self._modules]
 
-    def _no_value(self, missing: Sequence[Slot], failures: Sequence[str]) -> PredictError:
-        names = listing([slot.name for slot in missing], 40)
+    def _no_value(self, missing: Sequence[Location], failures: Sequence[str]) -> PredictError:
+        names = listing([location.name for location in missing], 40)
         told = "".join(f"; {failure}" for failure in failures)
         return PredictError(
             f"{type(self._model).__name__} is on the meta device, and {names} would have no value: neither "
@@ -157,7 +160,11 @@ class Initialiser:
 
 @contextmanager
 def initialising(
-    model: nn.Module, lost: Sequence[Slot], others: Sequence[Slot], kinds: Mapping[str, str], seed: int
+    model: nn.Module,
+    lost: Sequence[Location],
+    others: Sequence[Location],
+    kinds: Mapping[str, str],
+    seed: int,
 ) -> Iterator[Initialiser]:
     """Inside, the initialiser of `lost` may be used: `others`, the rest of the model, are hidden.
 
@@ -167,7 +174,7 @@ def initialising(
         yield Initialiser(model, lost, kinds, seed)
 
 
-def _ask(sources: Iterator[Source], marked: Sequence[tuple[Slot, Tensor, int]]) -> list[str]:
+def _ask(sources: Iterator[Source], marked: Sequence[tuple[Location, Tensor, int]]) -> list[str]:
     """Call initialisers until nothing is missing; returns what failed."""
     failures = []
     for place, initialise in sources:
@@ -184,31 +191,23 @@ def _bound(outer: nn.Module, module: nn.Module) -> Callable[[], object]:
     return lambda: outer._init_weights(module)  # noqa: SLF001 # pyright: ignore[reportCallIssue]
 
 
-def is_pretrained(module: nn.Module) -> bool:
-    """A transformers model, told without importing transformers."""
-    return "transformers" in sys.modules and any(
-        cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
-        for cls in type(module).__mro__
-    )
-
-
 def _as_if_on_cpu(module: nn.Module, call: Callable[[], object]) -> Callable[[], object]:
     """`call`, for which the meta tensors in `module` are on the CPU: one NaN each, of any shape."""
 
     def run() -> None:
         lent = []
-        for slot in [slot for slot in slots_of(module) if slot.get().is_meta]:
-            old = slot.get()
+        for location in [location for location in locations_of(module) if location.get().is_meta]:
+            old = location.get()
             # A value that is made of these is NaN, too, and taken for missing.
             one = torch.full((), float("nan")).to(old.dtype).expand(old.shape)
-            slot.put(nn.Parameter(one, False) if isinstance(old, nn.Parameter) else one)
-            lent.append((slot, old, slot.get()))
+            location.put(nn.Parameter(one, False) if isinstance(old, nn.Parameter) else one)
+            lent.append((location, old, location.get()))
         try:
             call()
         finally:
-            for slot, old, stand_in in lent:
-                if slot.get() is stand_in:  # else it is a buffer that was just computed
-                    slot.put(old)
+            for location, old, stand_in in lent:
+                if location.get() is stand_in:  # else it is a buffer that was just computed
+                    location.put(old)
 
     return run
 
@@ -247,9 +246,9 @@ def _version(tensor: Tensor) -> int:
     return tensor._version  # noqa: SLF001 documented for exactly this, no public name
 
 
-def _written(slot: Slot, tensor: Tensor, version: int) -> bool:
+def _written(location: Location, tensor: Tensor, version: int) -> bool:
     """The initialiser replaced the tensor or wrote all of it, in place or through `.data`."""
-    now = slot.get()
+    now = location.get()
     if now.is_meta:
         return False
     if now.is_floating_point() or now.is_complex():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._meta.initialise import initialising
-from ghn_init._network.places import Slot, slots_of
+from ghn_init._network.locations import Location, locations_of
 from ghn_init._network.sharded import home_of, is_sharded, like_sharded
 
 if TYPE_CHECKING:
@@ -45,19 +45,19 @@ def materialised(
     if not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         yield
         return
-    before = [(slot, slot.get()) for slot in slots_of(model) if slot.get().is_meta]
+    before = [(location, location.get()) for location in locations_of(model) if location.get().is_meta]
     values = kept_values(model, predicted, kinds, seed)
     olds = {id(old): old for _, old in before}
     home = home_of(list(olds.values()))
     # Each value goes when it is copied, so that none but the largest is there twice.
     made = {key: _in_place_of(old, values.pop(key, None), home) for key, old in olds.items()}
     try:
-        for slot, old in before:
-            slot.put(made[id(old)])
+        for location, old in before:
+            location.put(made[id(old)])
         yield
     except BaseException:
-        for slot, old in before:
-            slot.put(old)
+        for location, old in before:
+            location.put(old)
         raise
 
 
@@ -65,8 +65,8 @@ def kept_values(
     model: nn.Module, predicted: Collection[str], kinds: Mapping[str, str], seed: int
 ) -> dict[int, Tensor]:
     """Values of the meta tensors that are not predicted, by the tensor's id."""
-    lost, others = lost_slots(model, predicted)
-    ids = {slot.name: id(slot.get()) for slot in lost}
+    lost, others = lost_locations(model, predicted)
+    ids = {location.name: id(location.get()) for location in lost}
     values = {}
     with initialising(model, lost, others, kinds, seed) as initialiser:
         for path in initialiser.owners:
@@ -74,24 +74,24 @@ def kept_values(
     return values
 
 
-def lost_slots(model: nn.Module, predicted: Collection[str]) -> tuple[list[Slot], list[Slot]]:
+def lost_locations(model: nn.Module, predicted: Collection[str]) -> tuple[list[Location], list[Location]]:
     """The places, one for each tensor, whose values the meta device has lost; and all other places.
 
     Args:
         model: The model.
         predicted: Names of parameters that get a value elsewhere; their ties are not lost either.
     """
-    slots = list(slots_of(model))
+    locations = list(locations_of(model))
     names = set(predicted)
-    seen = {id(slot.get()) for slot in slots if slot.name in names}
+    seen = {id(location.get()) for location in locations if location.name in names}
     lost, others = [], []
-    for slot in slots:
-        tensor = slot.get()
+    for location in locations:
+        tensor = location.get()
         if tensor.is_meta and id(tensor) not in seen:
             seen.add(id(tensor))
-            lost.append(slot)
+            lost.append(location)
         else:
-            others.append(slot)
+            others.append(location)
     return lost, others
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ghn_init._network.places import Slot
+    from ghn_init._network.locations import Location
 
 TOKEN_STD: Final = 0.02
 LAYER_SCALE: Final = 1e-6
@@ -54,16 +54,16 @@ _FROZEN_NORM: Final = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running
 
 
 @torch.no_grad()
-def fill_usual(slot: Slot, kind: str) -> None:
-    """Give the tensor at `slot`, which is on the CPU, its usual initial value if there is one.
+def fill_usual(location: Location, kind: str) -> None:
+    """Give the tensor at `location`, which is on the CPU, its usual initial value if there is one.
 
     Args:
-        slot: Where the tensor is registered.
+        location: Where the tensor is registered.
         kind: What a parameter is: an entry of `kinds_of`, "" where that is unknown.
     """
-    tensor, attribute = slot.get(), slot.attribute
-    if slot.is_buffer:
-        value = _usual_buffer(slot)
+    tensor, attribute = location.get(), location.attribute
+    if location.is_buffer:
+        value = _usual_buffer(location)
         if value is not None:
             tensor.copy_(value)
     elif kind in _NORMAL:
@@ -73,7 +73,7 @@ def fill_usual(slot: Slot, kind: str) -> None:
         tensor.fill_(LAYER_SCALE)
     elif (kind, attribute) in _NAMED:
         tensor.fill_(_NAMED[kind, attribute])
-    elif type(slot.module).__name__ == "GlobalResponseNorm":
+    elif type(location.module).__name__ == "GlobalResponseNorm":
         tensor.zero_()
     elif kind in _NORMS:
         tensor.fill_(1)
@@ -85,13 +85,13 @@ def fill_usual(slot: Slot, kind: str) -> None:
         tensor.normal_()
 
 
-def _usual_buffer(slot: Slot) -> Tensor | None:
-    tensor, attribute = slot.get(), slot.attribute
+def _usual_buffer(location: Location) -> Tensor | None:
+    tensor, attribute = location.get(), location.attribute
     if attribute == "relative_position_index" and not tensor.is_floating_point():
         return _relative_position_index(tensor)
     if attribute == "position_ids" and not tensor.is_floating_point():
         return torch.arange(tensor.shape[-1]).expand(tensor.shape)
-    if type(slot.module).__name__ == "FrozenBatchNorm2d" and attribute in _FROZEN_NORM:
+    if type(location.module).__name__ == "FrozenBatchNorm2d" and attribute in _FROZEN_NORM:
         return torch.full(tensor.shape, _FROZEN_NORM[attribute])
     return None
 

@@ -26,7 +26,7 @@ from ghn_init._writing.transpose import transpose, transpose_back
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ghn_init._writing.select import Diversify
+    from ghn_init._writing.options import Diversify
 
 NOISE_STRENGTH: Final = 0.1
 """Standard deviation of the noise in a layer whose filters are all alike, in units of the weights' RMS."""

@@ -13,13 +13,12 @@ from sys import _getframe
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import WEIGHT_TYPES
-from ghn_init._writing.select import KEEP, PREDICT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ghn_init._graph.graph import Graph, Node
-    from ghn_init._writing.select import Entry
+    from ghn_init._writing.entry import Entry
 
 _LARGEST_KEPT: Final = 0.05
 """Share of the elements that no node stands for. At most 0.4 % in torchvision's 80 classifiers and 0 in
@@ -94,8 +93,8 @@ def _first_weights(graph: Graph) -> Iterator[Node]:
 def _kept_share(entries: Sequence[Entry]) -> float:
     """Share of the elements that are used and that no node stands for."""
     used = [entry for entry in entries if not entry.reason.endswith(_UNUSED)]
-    lost = sum(entry.param.numel() for entry in used if entry.key is None and entry.wanted == KEEP)
-    return lost / max(sum(entry.param.numel() for entry in used), 1)
+    lost = sum(e.numel for e in used if e.key is None and not (e.decision.predict or e.decision.asked))
+    return lost / max(sum(entry.numel for entry in used), 1)
 
 
 def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
@@ -104,7 +103,7 @@ def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
     if index is None or (shape := graph.nodes[index].shape) is None:
         return None
     name = graph.nodes[index].param
-    return shape[0] if any(entry.key == name and entry.wanted == PREDICT for entry in entries) else None
+    return shape[0] if any(entry.key == name and entry.decision.predict for entry in entries) else None
 
 
 def _frames_inside() -> int:

@@ -1,171 +1,118 @@
-"""From predicted tiles to full tensors, and into a model."""
+"""Predictions into the parameters of a network, in place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from ghn_init._errors import PredictError
-from ghn_init._hypernetwork.tile import copy_tiled, stored_form
-from ghn_init._meta.initialise import is_pretrained
-from ghn_init._network.parametrised import computed_weights
+from ghn_init._errors import PredictError, listing
+from ghn_init._network.locations import parameters_of
+from ghn_init._network.pretrained import mark_initialised
 from ghn_init._network.sharded import is_sharded, part_of
-from ghn_init._writing.diversify import diversify
-from ghn_init._writing.select import listing
+from ghn_init._writing.values import is_diversified, value_of, values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
-    from ghn_init._hypernetwork.tile import Tile
-    from ghn_init._network.parametrised import Computed
-    from ghn_init._writing.select import Options
+    from torch import Tensor, nn
 
+    from ghn_init._writing.entry import Entry
+    from ghn_init._writing.options import Options
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A prediction and where it goes.
-
-    Attributes:
-        name: The parameter's name, or that of a computed weight.
-        tile: The prediction.
-        param: The parameter; of a computed weight the last one that is solved for.
-        computed: The computed weight that is written through, or None.
-    """
-
-    name: str
-    tile: Tile
-    param: Tensor
-    computed: Computed | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Qualified names of all tensors that get a value."""
-        return (self.name,) if self.computed is None else self.computed.solved
-
-    def value(self, options: Options) -> Tensor:
-        """The full tensor in the parameter's dtype, on its device or, for a meta model, on the CPU."""
-        device = torch.device("cpu") if self.param.is_meta else self.param.device
-        return full_value(self.name, self.tile, options, self.param.dtype, device)
-
-    def values(self, options: Options) -> dict[str, Tensor]:
-        """The full tensors of all `names`."""
-        value = self.value(options)
-        return {self.name: value} if self.computed is None else self.computed.solve(value, options.seed)
+Way = Literal["repeated", "made", "cut", "solved"]
 
 
-def targets_of(model: nn.Module, tiles: Mapping[str, Tile]) -> list[Target]:
-    """Every tile with the parameter or computed weight of its name.
+def check_unchanged(network: nn.Module, entries: Sequence[Entry]) -> None:
+    """Check that a network still has the parameters that it was planned with, where they were.
 
     Raises:
-        PredictError: Parameters that are gone or have another shape since the tiles were made.
+        PredictError: A module or parameter came, went or was replaced, or a parameter has another shape or
+            is tied to others; the message names them.
     """
-    params, computed = dict(model.named_parameters()), computed_weights(model)
-    targets, changed = [], []
-    for name, tile in tiles.items():
-        weight = computed.get(name)
-        param = params.get(name if weight is None else weight.parts[-1])
-        if param is None or (weight is None and param.shape != tile.stored):
-            changed.append(name)
-        else:
-            targets.append(Target(name, tile, param, weight))
+    modules = dict(network.named_modules(remove_duplicate=False))
+    now = {locations: locations[0].get() for locations in parameters_of(network)}
+    planned = {entry.locations: entry for entry in entries}
+    changed = [locations for locations in now if locations not in planned]
+    for locations, entry in planned.items():
+        replaced = any(modules.get(place.path) is not place.module for place in locations)
+        if locations not in now or replaced or tuple(now[locations].shape) != entry.shape:
+            changed.append(locations)
     if changed:
-        kind = type(model).__name__
-        raise PredictError(f"{kind} changed since it was planned: {listing(changed)}; make a new plan")
-    return targets
+        names = list(dict.fromkeys(place.name for locations in changed for place in locations))
+        raise PredictError(
+            f"{type(network).__name__} changed since it was planned: {listing(names)}; make a new plan"
+        )
 
 
-def names_of(model: nn.Module, tiles: Iterable[str]) -> list[str]:
-    """Qualified names of all tensors that get a value from tiles of these names."""
-    computed = computed_weights(model)
-    return [inner for name in tiles for inner in (computed[name].solved if name in computed else (name,))]
-
-
-def full_value(
-    name: str, tile: Tile, options: Options, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Tensor:
-    """The full tensor of a prediction in its own shape, diversified if so wanted."""
-    if not diversified(tile, options):
-        full = torch.empty(tile.stored, dtype=dtype, device=device)
-        tile.copy_into(full)
-        return full
-    block = tile.values.cpu()
-    full = torch.empty(tile.shape, dtype=block.dtype)
-    copy_tiled(full, block)
-    assert options.diversify is not None  # see `diversified`
-    diversify(full, block, options.diversify, name=name, seed=options.seed)
-    return stored_form(full.unsqueeze(0), tile.stored, tile.transposed)[0].to(device, dtype)
-
-
-def diversified(tile: Tile, options: Options) -> bool:
-    """The prediction is changed before it is written: full, in float32, on the CPU."""
-    return options.diversify is not None and len(tile.shape) > 1
-
-
-def write(model: nn.Module, targets: list[Target], options: Options) -> None:
+def write(network: nn.Module, entries: Sequence[Entry], options: Options) -> None:
     """Copy every prediction into its parameter.
+
+    Args:
+        network: The network.
+        entries: Those with a prediction, see `to_write`.
+        options: The caller's choices.
 
     Raises:
         PredictError: A device refused a write.
     """
-    targets = [_prepared(target, options) for target in targets]
-    if any(_needs_memory(target, options) for target in targets):
+    ways: list[Way] = [_way(entry, options) for entry in entries]
+    todo: list[tuple[Entry, Way]] = [
+        (_prepared(entry, way), way) for entry, way in zip(entries, ways, strict=True)
+    ]
+    if any(way != "repeated" for _, way in todo):
         # The largest first, so that memory that does not suffice is found before anything is written.
-        targets = sorted(targets, key=lambda target: -target.param.numel())
-    written = 0
+        todo.sort(key=lambda one: -one[0].param.numel())
+    written, tensors = 0, {}
+    if any(way == "solved" for _, way in todo):
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     try:
-        for target in targets:
-            _write_one(model, target, options)
+        for entry, way in todo:
+            _write_one(entry, way, tensors, options)
             written += 1
     except RuntimeError as error:
-        failed = targets[written]
+        failed = todo[written][0]
         raise PredictError(
-            f"{type(model).__name__}: {failed.param.device} refused to write {failed.name} "
-            f"{tuple(failed.param.shape)}: {error}; {written} of {len(targets)} parameters were written "
+            f"{type(network).__name__}: {failed.param.device} refused to write {failed.source} "
+            f"{tuple(failed.param.shape)}: {error}; {written} of {len(todo)} parameters were written "
             "before, apply the plan again"
         ) from error
-    _mark_initialised(model, targets)
+    mark_initialised(network, [entry.param for entry, way in todo if way != "solved"])
 
 
-def _needs_memory(target: Target, options: Options) -> bool:
-    """The full tensor is made before it is written."""
-    return target.computed is not None or is_sharded(target.param) or diversified(target.tile, options)
+def _way(entry: Entry, options: Options) -> Way:
+    """How a prediction is written.
+
+    "repeated": its block is copied as often as it fits, without a second tensor; "made": the full tensor is
+    made first, because it is changed; "cut": the full tensor is made and this rank's part of it copied;
+    "solved": it is made and the parameters behind it are solved for.
+    """
+    assert entry.tile is not None  # see `to_write`
+    if entry.computed is not None:
+        return "solved"
+    if is_sharded(entry.param):
+        return "cut"
+    return "made" if is_diversified(entry.tile, options) else "repeated"
 
 
-def _prepared(target: Target, options: Options) -> Target:
-    """The tile on the parameter's device and in its dtype, if it is written as it is."""
-    tile = target.tile
-    if diversified(tile, options):
-        return target
-    values = tile.values.to(target.param.device, target.param.dtype)
-    return target if values is tile.values else replace(target, tile=replace(tile, values=values))
+def _prepared(entry: Entry, way: Way) -> Entry:
+    """The same with the block on the parameter's device and in its dtype, if it is written as it is."""
+    if way != "repeated" or (tile := entry.tile) is None:
+        return entry
+    values = tile.values.to(entry.param.device, entry.param.dtype)
+    return entry if values is tile.values else replace(entry, tile=replace(tile, values=values))
 
 
-def _write_one(model: nn.Module, target: Target, options: Options) -> None:
-    if target.computed is not None:
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, value in target.values(options).items():
+def _write_one(entry: Entry, way: Way, tensors: Mapping[str, Tensor], options: Options) -> None:
+    """Write a prediction; `tensors` are the network's, by name, for those that are solved for."""
+    tile = entry.tile
+    param: Any = entry.param  # a DTensor, too
+    if way == "solved":
+        for name, value in values_of(entry, options).items():
             tensors[name].copy_(value)
-        target.computed.refresh()
-    elif is_sharded(target.param):
-        target.param.to_local().copy_(part_of(target.value(options), target.param))
-    elif diversified(target.tile, options):
-        target.param.copy_(target.value(options))
-    else:
-        target.tile.copy_into(target.param)
-
-
-def _mark_initialised(model: nn.Module, targets: Iterable[Target]) -> None:
-    """Mark predicted parameters for transformers, whose `init_weights` overwrites what has no mark."""
-    if not any(is_pretrained(module) for module in model.modules()):
-        return
-    written = {id(target.param) for target in targets if target.computed is None}
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        for param in own:
-            if id(param) in written:
-                param._is_hf_initialized = True  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
-        if own and all(id(param) in written for param in own):
-            module._is_hf_initialized = True  # noqa: SLF001 # pyright: ignore[reportArgumentType]
+        entry.computed.refresh()  # pyright: ignore[reportOptionalMemberAccess]  `_way` says that it is there
+    elif way == "cut":
+        param.to_local().copy_(part_of(value_of(entry, options), param))
+    elif way == "made":
+        param.copy_(value_of(entry, options))
+    elif tile is not None:
+        tile.copy_into(param)

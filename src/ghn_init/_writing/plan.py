@@ -1,69 +1,45 @@
-"""`plan`: everything that `predict` will do to a model, computed and checked before the first write."""
+"""`plan`, everything that `predict` will do to a model, computed and checked before the first write.
+
+`predict`, the one-line replacement for random initialisation, and `predict_to`, which writes to disk, make a
+plan and write it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from ghn_init._errors import PredictError
+from ghn_init._errors import PredictError, listing
 from ghn_init._meta.initialise import kinds_of
 from ghn_init._meta.materialise import materialised
+from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._tracing.trace import trace
+from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, unfamiliar, warn
-from ghn_init._writing.in_place import names_of, targets_of, write
-from ghn_init._writing.predictions import ghn_of, plain_torch, predicted_tiles
-from ghn_init._writing.select import KEEP, Options, as_patterns, check_model, forbid_kept, listing, select
+from ghn_init._writing.in_place import check_unchanged, write
+from ghn_init._writing.options import Options, as_patterns
+from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
+from ghn_init._writing.select import check_model, forbid_kept, select
+from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
+from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from os import PathLike
     from pathlib import Path
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.model import GHN
-    from ghn_init._hypernetwork.tile import Tile
-    from ghn_init._writing.select import Diversify, Entry, Head
+    from ghn_init._writing.entry import Action, Entry
+    from ghn_init._writing.options import Diversify, Head
 
-Action = Literal["predicted", "tiled", "kept"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-ACTIONS: Final[tuple[Action, ...]] = ("predicted", "tiled", "kept")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What happens to one parameter.
-
-    Attributes:
-        name: Qualified name; the first one, if it is tied.
-        shape: The parameter's own shape.
-        node: Type of the node that stands for it, or None.
-        action: "predicted": every element has a prediction of its own; "tiled": the prediction is
-            smaller and repeats; "kept": not written.
-        reason: Why it is kept, or "".
-        also: Its other names, if it is tied.
-        through: Name of the weight that is computed from it, if that is what is predicted; or None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    node: str | None
-    action: Action
-    reason: str = ""
-    also: tuple[str, ...] = ()
-    through: str | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +49,18 @@ class Plan(Generic[ModelT]):
     Attributes:
         model: The module that `apply` writes to.
         graph: Its graph.
-        rows: One row for every parameter, in the order of `model.named_parameters()`.
+        rows: What happens to every parameter, in the order of `model.named_parameters()`.
         weights: The GHN's weights as the caller named them.
         options: The caller's choices.
-        unfamiliar: In which ways the network is unlike those that GHNs are trained on, see `_familiarity`.
+        unfamiliar: In which ways the network is unlike those that GHNs are trained on (docs/familiarity.md).
     """
 
     model: ModelT
     graph: Graph
-    rows: tuple[Row, ...]
+    rows: tuple[Entry, ...]
     weights: str
     options: Options
     unfamiliar: tuple[str, ...]
-    _tiles: dict[str, Tile]
 
     def apply(self) -> ModelT:
         """Write the predicted values into the model's parameters, in place, and return the model.
@@ -100,17 +75,16 @@ class Plan(Generic[ModelT]):
                 with tensors that nobody gives a value. The model is then as it was. A write that
                 the device itself refuses raises too, and says how many parameters were written.
         """
-        kind = type(self.model).__name__
-        if not self._tiles:
+        entries, network = to_write(self.rows), self._network()
+        if not entries:
             reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
             raise PredictError(
-                f"{kind}: nothing to write, all {len(self.rows)} parameters are kept ({reasons})"
+                f"{type(self.model).__name__}: nothing to write, all {len(self.rows)} parameters are kept "
+                f"({reasons})"
             )
-        network = self._network()
-        with plain_torch():
-            predicted = names_of(network, self._tiles)
-            with materialised(network, predicted, kinds_of(self.graph), self.options.seed):
-                write(network, targets_of(network, self._tiles), self.options)
+        names = [name for entry in entries for name in entry.written]
+        with plain_torch(), materialised(network, names, kinds_of(self.graph), self.options.seed):
+            write(network, entries, self.options)
         return self.model
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
@@ -118,24 +92,25 @@ class Plan(Generic[ModelT]):
 
         See `ghn_init.predict_to`. The model is left as it is: one on the meta device stays there.
         """
+        entries, network = to_write(self.rows), self._network()
         with plain_torch():
-            kinds = kinds_of(self.graph)
-            return save(self._network(), self._tiles, kinds, self.options, folder, max_shard_size)
+            return save(network, entries, kinds_of(self.graph), self.options, folder, max_shard_size)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the tensors that are written, one full tensor at a time, on the CPU.
 
         In the parameters' dtypes. A weight that is computed from other parameters gives those.
         """
-        for target in targets_of(self._network(), self._tiles):
+        self._network()
+        for entry in to_write(self.rows):
             with plain_torch():
-                values = target.values(self.options)
+                values = values_of(entry, self.options)
             yield from ((name, value.cpu()) for name, value in values.items())
 
     def counts(self) -> dict[Action, tuple[int, int]]:
         """Number of parameters and of elements for every action."""
-        parameters = Counter[Action](row.action for row in self.rows)
-        elements = Counter[Action]()
+        parameters = Counter(row.action for row in self.rows)
+        elements: Counter[Action] = Counter()
         for row in self.rows:
             elements[row.action] += row.numel
         return {action: (parameters[action], elements[action]) for action in ACTIONS}
@@ -170,30 +145,21 @@ class Plan(Generic[ModelT]):
         }
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "node", "action", "")
-        table = [head, *(_cells(row) for row in self.rows)]
-        return f"{type(self.model).__name__}, weights {self.weights}\n{_aligned(table)}\n\n{self._summary()}"
+        name = type(self.model).__name__
+        text = (
+            f"{name}, weights {self.weights}\n{table_of(self.rows)}\n\n{summary_of(self.rows, self.counts())}"
+        )
+        return f"{text}\n{described(name, self.unfamiliar)}" if self.unfamiliar else text
 
     def __repr__(self) -> str:
         counted = ", ".join(f"{action}={count}" for action, (count, _) in self.counts().items())
         return f"<Plan of {type(self.model).__name__}: {counted}>"
 
-    def _summary(self) -> str:
-        """Counts and shares for every action, and the reasons for keeping."""
-        counts = self.counts()
-        total = max(sum(elements for _, elements in counts.values()), 1)
-        lines = [("action", "parameters", "elements", "share")]
-        for action, (parameters, elements) in counts.items():
-            lines.append((action, str(parameters), f"{elements:,}", f"{elements / total:.1%}"))
-        reasons = Counter(row.reason for row in self.rows if row.action == KEEP)
-        kept = [f"kept, {count} of them: {reason}" for reason, count in reasons.most_common()]
-        far = [described(type(self.model).__name__, self.unfamiliar)] if self.unfamiliar else []
-        return "\n".join([_aligned(lines, right=(1, 2, 3)), *kept, *far])
-
     def _network(self) -> nn.Module:
-        """The network inside the model's wrappers, its shards in place."""
+        """The network inside the model's wrappers, its shards in place, as it was planned."""
         network = unwrapped(self.model)
         reshard(network)
+        check_unchanged(network, self.rows)
         return network
 
 
@@ -248,67 +214,112 @@ def plan(
     with plain_torch():
         graph = trace(network, example_input)
         ghn = ghn_of(weights)
-        entries, tiles = _predictions(network, graph, ghn, options)
+        entries = select(network, graph, computed_weights(network), options, ghn.config.num_classes)
+        entries = without_unsolvable(with_predictions(ghn, graph, entries), options)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
-    rows = tuple(_row(entry, tiles.get(entry.source)) for entry in entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)
     warn(type(network).__name__, far)
-    return Plan(model, graph, rows, _label(weights), options, far, tiles)
+    label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
+    return Plan(model, graph, tuple(entries), label, options, far)
 
 
-def _label(weights: str | PathLike[str] | GHN) -> str:
-    return type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
+def predict(
+    model: ModelT,
+    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    *,
+    example_input: object = None,
+    head: Head = "auto",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    diversify: Diversify | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> ModelT:
+    """Replace the parameters of `model`, in place, by those that a graph hypernetwork predicts.
+
+    The same as `plan(...).apply()`; see `plan` for the arguments and `Plan.apply` for what is written. A
+    failure leaves the model as it was. The same model, weights and seed give the same bits every time.
+
+    Running statistics of batch norms are not predicted: train, or call `calibrate_batchnorm`.
+
+    Returns:
+        The same module.
+
+    Raises:
+        PredictError: See `plan` and `Plan.apply`.
+        TraceError: The network could not be traced.
+        CheckpointError: The weights could not be loaded.
+    """
+    return plan(
+        model,
+        weights,
+        example_input=example_input,
+        head=head,
+        include=include,
+        exclude=exclude,
+        diversify=diversify,
+        seed=seed,
+        strict=strict,
+    ).apply()
 
 
-def _predictions(
-    network: nn.Module, graph: Graph, ghn: GHN, options: Options
-) -> tuple[list[Entry], dict[str, Tile]]:
-    """What is to happen to every parameter, and predicted values by the name of what they are for."""
-    entries = select(network, graph, options, ghn.config.num_classes)
-    return _solvable(network, entries, predicted_tiles(ghn, graph, entries), options)
+def predict_to(
+    model: nn.Module,
+    out_dir: str | PathLike[str],
+    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    *,
+    max_shard_size: int | str = "5GB",
+    example_input: object = None,
+    head: Head = "auto",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    diversify: Diversify | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> Path:
+    """Write a sharded safetensors checkpoint of `model` with predicted parameters, tensor by tensor.
 
+    The same as `plan(...).save(out_dir)`. With a model on the meta device this takes memory for its largest
+    tensor, not for the model, so a network that does not fit into memory can be initialised. The values
+    are those that `predict` with the same arguments gives; what is not predicted is initialised, or
+    copied where the model is not on the meta device. The model is left as it is.
 
-def _solvable(
-    network: nn.Module, entries: list[Entry], tiles: dict[str, Tile], options: Options
-) -> tuple[list[Entry], dict[str, Tile]]:
-    """The same without computed weights that cannot be made what was predicted."""
-    if not any(entry.through for entry in entries):
-        return entries, tiles
-    refused: dict[str, str] = {}
-    for target in targets_of(network, tiles):
-        if target.computed is not None:
-            try:
-                target.values(options)
-            except PredictError as error:
-                refused[target.name] = str(error).removeprefix(f"{target.name}: ")
-    entries = [
-        replace(entry, wanted=KEEP, reason=refused[entry.source]) if entry.source in refused else entry
-        for entry in entries
-    ]
-    return entries, {name: tile for name, tile in tiles.items() if name not in refused}
+    Args:
+        model: The network.
+        out_dir: A folder that does not exist or is empty. It appears when it is complete; after a failure
+            there is none.
+        weights: See `plan`.
+        max_shard_size: Of a file: bytes, or text such as "5GB". A larger tensor gets a file of its own.
+        example_input: See `plan`.
+        head: See `plan`.
+        include: See `plan`.
+        exclude: See `plan`.
+        diversify: See `plan`.
+        seed: See `plan`.
+        strict: See `plan`.
 
+    Returns:
+        What to open: `out_dir/model.safetensors`, or `out_dir/model.safetensors.index.json` beside several
+        files. `huggingface_hub.load_torch_model(model, out_dir)` loads both, and transformers'
+        `from_pretrained(out_dir)`, for whose models the folder gets a `config.json`. Tied tensors are
+        stored once: load them with `strict=False`.
 
-def _row(entry: Entry, tile: Tile | None) -> Row:
-    action: Action = "kept" if tile is None else "tiled" if tile.tiled else "predicted"
-    through = None if entry.through is None else entry.through.name
-    return Row(entry.name, tuple(entry.param.shape), entry.node, action, entry.reason, entry.also, through)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    tied = f"tied to {', '.join(row.also)}" if row.also else ""
-    through = f"through {row.through}" if row.through and row.action != KEEP else ""
-    note = ", ".join(filter(None, (row.reason, through, tied)))
-    return row.name, "x".join(map(str, row.shape)) or "scalar", row.node or "-", row.action, note
-
-
-def _aligned(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A plain table, columns two spaces apart; the columns in `right` are aligned there."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = (
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    Raises:
+        PredictError: See `plan`; or `out_dir` is not empty or cannot be written, the state dict holds more
+            than tensors, the model is sharded over processes, or a tensor of a meta model that is not
+            predicted cannot be initialised.
+        TraceError: The network could not be traced.
+        CheckpointError: The weights could not be loaded.
+    """
+    return plan(
+        model,
+        weights,
+        example_input=example_input,
+        head=head,
+        include=include,
+        exclude=exclude,
+        diversify=diversify,
+        seed=seed,
+        strict=strict,
+    ).save(out_dir, max_shard_size=max_shard_size)

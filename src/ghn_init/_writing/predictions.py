@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +12,6 @@ import torch
 from ghn_init._errors import GHNInitError, PredictError
 from ghn_init._threads import surviving_threads
 from ghn_init._weights.load import bundled_names, load
-from ghn_init._writing.select import PREDICT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.model import GHN
     from ghn_init._hypernetwork.tile import Tile
-    from ghn_init._writing.select import Entry
+    from ghn_init._writing.entry import Entry
 
 _DEVICES: Final = ("cpu", "cuda", "xpu", "mps")
 
@@ -69,16 +69,16 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-def predicted_tiles(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> dict[str, Tile]:
-    """Tiles of the entries that are to be predicted, by `Entry.source`, in order.
+def with_predictions(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> list[Entry]:
+    """The same entries, those that are to be predicted with their tiles.
 
     Raises:
         PredictError: The GHN fails, misses a parameter, or predicts one with a wrong shape or with
             values that are not finite in the parameter's dtype; the message names them.
     """
-    wanted = {entry.key: entry for entry in entries if entry.wanted == PREDICT and entry.key is not None}
+    wanted = {entry.key: entry for entry in entries if entry.decision.predict and entry.key is not None}
     if not wanted:
-        return {}
+        return list(entries)
     try:
         tiles = ghn.predict_tiles(graph, names=list(wanted))
     except GHNInitError:
@@ -92,28 +92,27 @@ def predicted_tiles(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> dict[st
             f"{graph.name}: {len(faults)} of {len(wanted)} predictions cannot be written; the model is as it "
             f"was. Are these the weights of a trained GHN?\n{lines}"
         )
-    return {entry.source: tiles[key] for key, entry in wanted.items()}
+    return [replace(entry, tile=tiles[entry.key]) if entry.key in wanted else entry for entry in entries]
 
 
 def _faults(wanted: dict[str, Entry], tiles: dict[str, Tile]) -> dict[str, str]:
     """What is wrong with each tile; empty where nothing is."""
     faults = {}
     for key, entry in wanted.items():
-        shape = tuple(entry.param.shape)
         if key not in tiles:
             faults[key] = "not predicted"
-        elif entry.through is None and tuple(tiles[key].stored) != shape:
-            faults[key] = f"shape {tuple(tiles[key].stored)}, expected {shape}"
+        elif entry.computed is None and tuple(tiles[key].stored) != entry.shape:
+            faults[key] = f"shape {tuple(tiles[key].stored)}, expected {entry.shape}"
     sound = [key for key in wanted if key not in faults]
     if not sound:
         return faults
     largest = _largest([tiles[key].values for key in sound])
-    limits = torch.tensor([torch.finfo(wanted[key].param.dtype).max for key in sound], dtype=torch.float64)
+    dtypes = [wanted[key].param.dtype for key in sound]
+    limits = torch.tensor([torch.finfo(dtype).max for dtype in dtypes], dtype=torch.float64)
     good = (largest <= limits).tolist()  # False for NaN and infinity
-    dtypes = {key: wanted[key].param.dtype for key in sound}
     return faults | {
-        key: f"not finite, or past the largest {dtypes[key]}"
-        for key, ok in zip(sound, good, strict=True)
+        key: f"not finite, or past the largest {dtype}"
+        for key, dtype, ok in zip(sound, dtypes, good, strict=True)
         if not ok
     }
 

@@ -1,104 +1,28 @@
-"""Which parameters of a model are predicted, and why the others are kept."""
+"""Which parameters of a network are predicted, and why the others are kept."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ghn_init._errors import PredictError
-from ghn_init._network.parametrised import computed_weights
+from ghn_init._errors import PredictError, listing
+from ghn_init._network.locations import parameters_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._network.sharded import refusal as sharding_refusal
+from ghn_init._writing.entry import PREDICT, Decision, Entry, keep, spare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ghn_init._graph.graph import Graph
     from ghn_init._network.parametrised import Computed
-
-Head = Literal["auto", "predict", "keep"]
-Diversify = Literal["noise", "orthogonal"]
-Wanted = Literal["predicted", "kept", "spared"]
-
-PREDICT: Final = "predicted"
-KEEP: Final = "kept"
-"""Kept because the parameter cannot be predicted: `strict` forbids it."""
-SPARE: Final = "spared"
-"""Kept because the caller asked for it: `strict` does not mind."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the caller of `plan` and `predict` chose.
-
-    Raises:
-        PredictError: A value that is not one of the choices.
-    """
-
-    head: Head = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    diversify: Diversify | None = None
-    seed: int = 0
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.head not in get_args(Head):
-            raise PredictError(f"head={self.head!r}: expected one of {', '.join(map(repr, get_args(Head)))}")
-        if self.diversify is not None and self.diversify not in get_args(Diversify):
-            choices = ", ".join(map(repr, get_args(Diversify)))
-            raise PredictError(f"diversify={self.diversify!r}: expected None, {choices}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise PredictError(f"seed={self.seed!r}: expected an integer")
-
-
-def as_patterns(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Normalise `include` or `exclude`: None, one pattern, or several."""
-    if patterns is None:
-        return ()
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in listed:
-        if not isinstance(pattern, str):
-            raise PredictError(f"{option}={patterns!r}: expected name patterns, found {pattern!r}")
-    return listed
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A parameter of the model.
-
-    Attributes:
-        name: The first of its qualified names.
-        param: The parameter itself.
-        also: Its other qualified names, if it is tied.
-        node: Type of the node that stands for it, or None.
-        key: Its name in the graph, or None where there is no node: one of `name` and `also`, or the name of
-            the weight that is computed from it.
-        wanted: What is to be done with it.
-        reason: Why it is kept, or "".
-        through: The weight that is computed from it, which is what is predicted; or None.
-    """
-
-    name: str
-    param: nn.Parameter
-    also: tuple[str, ...]
-    node: str | None
-    key: str | None
-    wanted: Wanted
-    reason: str
-    through: Computed | None = None
-
-    @property
-    def source(self) -> str:
-        """The name of what is predicted: the parameter's own, or that of the weight computed from it."""
-        return self.name if self.through is None else self.through.name
+    from ghn_init._writing.options import Head, Options
 
 
 def check_model(model: object) -> None:
@@ -143,127 +67,94 @@ def _is_offloaded(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
 
 
-def select(model: nn.Module, graph: Graph, options: Options, num_classes: int) -> list[Entry]:
-    """Decide about every parameter of `model`, tied ones once, in the order of `named_parameters`.
+def select(
+    network: nn.Module, graph: Graph, computed: Mapping[str, Computed], options: Options, num_classes: int
+) -> list[Entry]:
+    """Decide about every parameter of `network`, tied ones once, in the order of `named_parameters`.
 
     Args:
-        model: The module that `graph` was traced from.
+        network: The module that `graph` was traced from.
         graph: Its graph.
+        computed: Its computed weights, by name.
         options: The caller's choices.
         num_classes: Width of the classifier that the GHN was trained for.
 
     Raises:
         PredictError: A pattern that matches no parameter.
     """
-    names = _names(model)
-    computed = computed_weights(model)
-    every = [*(name for _, aliases in names for name in aliases), *computed]
-    _check_patterns("include", options.include, every)
-    _check_patterns("exclude", options.exclude, every)
     types = {name: node.type for node in graph.nodes for name in (node.param, node.bias) if name is not None}
-    refusals = _Refusals(
-        {unmatched.name: unmatched.role for unmatched in graph.unmatched},
-        _head_reasons(graph, options.head, num_classes),
-    )
     parts = {part: weight for weight in computed.values() for part in weight.parts}
-    own = {name: weight for weight in computed.values() for name in weight.own}
-    blocked = _blocked(model, computed.values(), names)
     entries = []
-    for param, aliases in names:
-        through = parts.get(aliases[0])
-        called = aliases if through is None else (*through.parts, through.name)
-        key = next((name for name in called if name in types), None)
-        if aliases[0] in own:
-            decision = KEEP, f"belongs to the {own[aliases[0]].how} of {own[aliases[0]].name}"
-        else:
-            barrier = blocked.get(through.name) if through is not None else unwritable(param)
-            decision = _by_pattern(called, options) or refusals.of(barrier, called, key) or (PREDICT, "")
-        node = types[key] if key is not None else None
-        entries.append(Entry(aliases[0], param, aliases[1:], node, key, *decision, through))
-    return entries
-
-
-def _blocked(
-    model: nn.Module, computed: Iterable[Computed], names: Sequence[tuple[nn.Parameter, tuple[str, ...]]]
-) -> dict[str, str]:
-    """Why computed weights cannot be written, by name; "" where nothing is in the way."""
-    of_name = {name: (param, aliases) for param, aliases in names for name in aliases}
-    blocked = {}
-    for weight in computed:
-        params = [of_name[part] for part in weight.parts]
-        shared = zip(weight.parts, params, strict=True)
-        tied = [part for part, (_, aliases) in shared if _owners(model, aliases) > 1]
-        blocked[weight.name] = (
-            weight.obstacle
-            or next((f"{weight.how}, {part} is tied" for part in tied), "")
-            or next((f"{weight.how}, sharded" for param, _ in params if is_sharded(param)), "")
-            or next((cause for param, _ in params if (cause := unwritable(param))), "")
-        )
-    return blocked
-
-
-def _owners(model: nn.Module, aliases: Sequence[str]) -> int:
-    """In how many modules a parameter is registered; a module that is used twice counts once."""
-    return len({id(model.get_submodule(alias.rpartition(".")[0])) for alias in aliases})
+    for locations in parameters_of(network):
+        param, weight = locations[0].get(), parts.get(locations[0].name)
+        entry = Entry(locations, tuple(param.shape), None, None, weight)
+        key = next((name for name in entry.called if name in types), None)
+        entries.append(entry if key is None else replace(entry, node=types[key], key=key))
+    options.check_patterns([*(name for entry in entries for name in entry.names), *computed])
+    facts = _Facts(
+        roles={unmatched.name: unmatched.role for unmatched in graph.unmatched},
+        head=_kept_classifiers(graph, options.head, num_classes),
+        owned={name: weight for weight in computed.values() for name in weight.own},
+        entries={name: entry for entry in entries for name in entry.names} if computed else {},
+    )
+    return [replace(entry, decision=_decision(entry, facts, options)) for entry in entries]
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusals:
-    """Why parameters cannot be predicted: by role without a node, by being the classifier."""
+class _Facts:
+    """What decisions need to know of the rest of the network.
 
-    roles: dict[str, str]
-    head: dict[str, tuple[Wanted, str]]
+    Attributes:
+        roles: What parameters without a node are, by name.
+        head: What becomes of classifiers' parameters that are not predicted, by name in the graph.
+        owned: Computed weights by the names of tensors that belong to the computation alone.
+        entries: All entries by all their names, if there are computed weights.
+    """
 
-    def of(self, barrier: str | None, aliases: Sequence[str], key: str | None) -> tuple[Wanted, str] | None:
-        """What keeps this parameter from being predicted, or None; `barrier` is why it cannot be written."""
-        if barrier:
-            return KEEP, barrier
-        if key is None:
-            role = next(
-                (self.roles[alias] for alias in aliases if alias in self.roles), "no operation uses it"
-            )
-            return KEEP, f"no node type fits: {role}"
-        return self.head.get(key)
+    roles: Mapping[str, str]
+    head: Mapping[str, Decision]
+    owned: Mapping[str, Computed]
+    entries: Mapping[str, Entry]
 
 
-def listing(names: Sequence[str], limit: int = 8) -> str:
-    """Join names for a message, cut after `limit`."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def _decision(entry: Entry, facts: _Facts, options: Options) -> Decision:
+    """What is to be done with a parameter: the first reason to keep it counts."""
+    if owner := facts.owned.get(entry.name):
+        return keep(f"belongs to the {owner.how} of {owner.name}")
+    if asked := _by_pattern(entry.called, options):
+        return asked
+    weight = entry.computed
+    if obstacle := unwritable(entry.param) if weight is None else _unsolvable(weight, facts.entries):
+        return keep(obstacle)
+    if entry.key is None:
+        role = next((facts.roles[name] for name in entry.called if name in facts.roles), None)
+        return keep(f"no node type fits: {role or 'no operation uses it'}")
+    return facts.head.get(entry.key, PREDICT)
 
 
-def _names(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
-    """Every parameter object once, with all its qualified names."""
-    found: dict[int, tuple[nn.Parameter, tuple[str, ...]]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        _, aliases = found.get(id(param), (param, ()))
-        found[id(param)] = (param, (*aliases, name))
-    return list(found.values())
-
-
-def _check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raise for the first pattern without a match, naming what comes close."""
-    for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in names):
-            continue
-        inside = f"{pattern.rstrip('.')}.*"
-        if any(fnmatchcase(name, inside) for name in names):
-            hint = f"did you mean {inside!r}?"
-        else:
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names[:3])
-            hint = f"close names: {', '.join(close)}"
-        raise PredictError(
-            f"{option}: the pattern {pattern!r} matches none of {len(names)} parameters; {hint}"
-        )
-
-
-def _by_pattern(aliases: Sequence[str], options: Options) -> tuple[Wanted, str] | None:
+def _by_pattern(names: Sequence[str], options: Options) -> Decision | None:
     """What `include` and `exclude` say. A tied parameter counts as named when any of its names is."""
     for pattern in options.exclude:
-        if any(fnmatchcase(alias, pattern) for alias in aliases):
-            return SPARE, f"excluded by {pattern!r}"
-    included = (fnmatchcase(alias, pattern) for alias in aliases for pattern in options.include)
-    return (SPARE, "not included") if options.include and not any(included) else None
+        if any(fnmatchcase(name, pattern) for name in names):
+            return spare(f"excluded by {pattern!r}")
+    included = (fnmatchcase(name, pattern) for name in names for pattern in options.include)
+    return spare("not included") if options.include and not any(included) else None
+
+
+def _unsolvable(weight: Computed, entries: Mapping[str, Entry]) -> str:
+    """Why nothing can be written through a computed weight, or ""."""
+    parts = [(name, entries[name]) for name in weight.parts]
+    return (
+        weight.obstacle
+        or next((f"{weight.how}, {name} is tied" for name, entry in parts if _owners(entry) > 1), "")
+        or next((f"{weight.how}, sharded" for _, entry in parts if is_sharded(entry.param)), "")
+        or next((cause for _, entry in parts if (cause := unwritable(entry.param))), "")
+    )
+
+
+def _owners(entry: Entry) -> int:
+    """In how many modules a parameter is registered; a module that is used twice counts once."""
+    return len({id(location.module) for location in entry.locations})
 
 
 def unwritable(param: nn.Parameter) -> str:
@@ -289,28 +180,25 @@ def unwritable(param: nn.Parameter) -> str:
     return ""
 
 
-def _head_reasons(graph: Graph, head: Head, num_classes: int) -> dict[str, tuple[Wanted, str]]:
-    """Parameters of classifiers (auxiliary ones too) that are kept, with the reason."""
-    if head == "predict":
-        return {}
-    reasons: dict[str, tuple[Wanted, str]] = {}
+def _kept_classifiers(graph: Graph, head: Head, num_classes: int) -> dict[str, Decision]:
+    """Parameters of classifiers (auxiliary ones too) that are kept, by name in the graph."""
+    kept: dict[str, Decision] = {}
     for indices in graph.heads:
         shape = graph.nodes[indices[0]].shape
-        decision = _head_decision(head, shape[0] if shape else 0, num_classes)
-        names = (graph.nodes[i].param for i in indices if i is not None)
-        if decision is not None:
-            reasons |= {name: decision for name in names if name is not None}
-    return reasons
+        decision = _classifier(head, shape[0] if shape else 0, num_classes)
+        names = (graph.nodes[index].param for index in indices if index is not None)
+        kept |= {name: decision for name in names if name is not None and not decision.predict}
+    return kept
 
 
-def _head_decision(head: Head, width: int, num_classes: int) -> tuple[Wanted, str] | None:
-    """Why a classifier of this width is kept; None if it is predicted."""
+def _classifier(head: Head, width: int, num_classes: int) -> Decision:
+    """What is to be done with a classifier of this width."""
     if head == "keep":
-        return SPARE, "classifier (head='keep')"
-    if width == num_classes:
-        return None
+        return spare("classifier (head='keep')")
+    if head == "predict" or width == num_classes:
+        return PREDICT
     trained = f"the GHN was trained for {num_classes} (head='predict' forces it)"
-    return KEEP, f"classifier of width {width}; {trained}"
+    return keep(f"classifier of width {width}; {trained}")
 
 
 def forbid_kept(model: str, entries: Sequence[Entry]) -> None:
@@ -319,9 +207,9 @@ def forbid_kept(model: str, entries: Sequence[Entry]) -> None:
     Raises:
         PredictError: A parameter would be kept that the caller has not asked to keep.
     """
-    kept = [f"  {entry.name}: {entry.reason}" for entry in entries if entry.wanted == KEEP]
+    kept = [entry for entry in entries if not entry.decision.predict and not entry.decision.asked]
     if kept:
-        lines = "\n".join(kept)
+        lines = "\n".join(f"  {entry.name}: {entry.reason}" for entry in kept)
         raise PredictError(
             f"{model}: strict=True, and {len(kept)} of {len(entries)} parameters would be kept:\n{lines}\n"
             "exclude them, or leave strict out"

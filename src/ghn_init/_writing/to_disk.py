@@ -7,32 +7,33 @@ its tiles, the tensor that is being written, or those kept tensors that one modu
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ghn_init._errors import PredictError
-from ghn_init._meta.initialise import initialising, is_pretrained
-from ghn_init._meta.materialise import lost_slots
+from ghn_init._errors import PredictError, listing
+from ghn_init._meta.initialise import initialising
+from ghn_init._meta.materialise import lost_locations
+from ghn_init._network.pretrained import is_pretrained
 from ghn_init._network.sharded import is_sharded
-from ghn_init._writing.in_place import names_of, targets_of
 from ghn_init._writing.safetensors_writer import Spec, fresh_folder, write_checkpoint
-from ghn_init._writing.select import listing
+from ghn_init._writing.values import values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from os import PathLike
 
-    from ghn_init._hypernetwork.tile import Tile
     from ghn_init._meta.initialise import Initialiser
-    from ghn_init._writing.in_place import Target
-    from ghn_init._writing.select import Options
+    from ghn_init._network.locations import Location
+    from ghn_init._writing.entry import Entry
+    from ghn_init._writing.options import Options
 
 
 def save(
     network: nn.Module,
-    tiles: Mapping[str, Tile],
+    entries: Sequence[Entry],
     kinds: Mapping[str, str],
     options: Options,
     folder: str | PathLike[str],
@@ -42,7 +43,7 @@ def save(
 
     Args:
         network: The network, on any device.
-        tiles: Predictions by the name of the parameter or computed weight.
+        entries: Those with a prediction, see `to_write`.
         kinds: What parameters are, from `kinds_of`.
         options: The caller's choices.
         folder: Where to; it must not exist, or be empty.
@@ -56,25 +57,15 @@ def save(
     """
     stored = _stored(network)
     ids = {id(tensor) for tensor in stored.values()}
-    lost, others = lost_slots(network, names_of(network, tiles))
-    others += [slot for slot in lost if id(slot.get()) not in ids]  # buffers outside the state dict
-    lost = [slot for slot in lost if id(slot.get()) in ids]
-    inner = {id(tensor): name for name, tensor in reversed(_named(network))}
-    inner |= {id(slot.get()): slot.name for slot in lost}
-    targets = targets_of(network, tiles)
-    inner |= {id(target.param): target.names[0] for target in targets if target.computed is None}
-    named = {name: inner.get(id(tensor), "") for name, tensor in stored.items()}
-    if made := [name for name, of in named.items() if not of]:
-        raise PredictError(
-            f"{type(network).__name__}: {listing(made)} in the state dict are neither parameters nor "
-            "buffers, but made by a hook; use ghn_init.predict and torch.save"
-        )
+    lost, others = lost_locations(network, [name for entry in entries for name in entry.written])
+    others += [place for place in lost if id(place.get()) not in ids]  # buffers outside the state dict
+    lost = [place for place in lost if id(place.get()) in ids]
+    sources = _sources(network, stored, entries, lost)
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
-    owners = {slot.name: slot.path for slot in lost}
     others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
     with fresh_folder(folder) as partial, initialising(network, lost, others, kinds, options.seed) as initial:
-        values = _Values(options, targets, owners, initial, {named[n]: t for n, t in stored.items()})
-        opened = write_checkpoint(partial, specs, lambda name: values.take(named[name]), max_shard_size)
+        values = _Values(options, initial, sources)
+        opened = write_checkpoint(partial, specs, values.take, max_shard_size)
         _save_config(network, partial)
     return Path(folder) / opened.name
 
@@ -104,11 +95,51 @@ def _stored(network: nn.Module) -> dict[str, Tensor]:
     return dict(stored.values())
 
 
-def _named(network: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the values of one tensor of the checkpoint come from.
+
+    Attributes:
+        name: The tensor's qualified name in the network.
+        tensor: The tensor as the network has it, which is what is stored if there is nothing else.
+        entry: The entry whose prediction gives its values, or None.
+        owner: Path of the module that has to initialise it, because the meta device has lost it; or None.
+    """
+
+    name: str
+    tensor: Tensor
+    entry: Entry | None
+    owner: str | None
+
+
+def _sources(
+    network: nn.Module, stored: Mapping[str, Tensor], entries: Sequence[Entry], lost: Sequence[Location]
+) -> dict[str, _Source]:
+    """Where the values of every tensor of the checkpoint come from, by its name there.
+
+    Raises:
+        PredictError: A tensor of the state dict that is registered nowhere.
+    """
+    named = (
         *network.named_parameters(remove_duplicate=False),
         *network.named_buffers(remove_duplicate=False),
-    ]
+    )
+    # Tied tensors go by their first name, or by the one under which they are initialised or predicted.
+    name_of = {id(tensor): name for name, tensor in reversed(named)}
+    name_of |= {id(location.get()): location.name for location in lost}
+    name_of |= {id(entry.param): entry.name for entry in entries if entry.computed is None}
+    if made := [name for name, tensor in stored.items() if id(tensor) not in name_of]:
+        raise PredictError(
+            f"{type(network).__name__}: {listing(made)} in the state dict are neither parameters nor "
+            "buffers, but made by a hook; use ghn_init.predict and torch.save"
+        )
+    entry_of = {name: entry for entry in entries for name in entry.written}
+    owner_of = {location.name: location.path for location in lost}
+    sources = {}
+    for key, tensor in stored.items():
+        name = name_of[id(tensor)]
+        sources[key] = _Source(name, tensor, entry_of.get(name), owner_of.get(name))
+    return sources
 
 
 class _Values:
@@ -116,41 +147,32 @@ class _Values:
 
     Args:
         options: The caller's choices.
-        targets: Predictions.
-        owners: Name of every lost tensor, and the path of the module that owns it.
         initial: Gives lost tensors their values.
-        wanted: Every tensor of the checkpoint as the network has it, by its qualified name.
+        sources: Where the values come from, by the tensor's name in the checkpoint.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        targets: list[Target],
-        owners: Mapping[str, str],
-        initial: Initialiser,
-        wanted: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, options: Options, initial: Initialiser, sources: Mapping[str, _Source]) -> None:
         self._options = options
-        self._targets = {name: target for target in targets for name in target.names}
-        self._owners = owners
         self._initial = initial
-        self._wanted = wanted
+        self._sources = sources
+        self._wanted = {source.name for source in sources.values()}
         self._waiting: dict[str, Tensor] = {}
 
-    def take(self, name: str) -> Tensor:
-        """The tensor of this name; asked once."""
-        if name not in self._waiting:
-            made = self._made(name)
-            self._waiting |= {key: value for key, value in made.items() if key in self._wanted}
-        return self._waiting.pop(name).to(self._wanted[name].dtype)
+    def take(self, key: str) -> Tensor:
+        """The tensor of this name in the checkpoint; asked once."""
+        source = self._sources[key]
+        if source.name not in self._waiting:
+            made = self._made(source)
+            self._waiting |= {name: value for name, value in made.items() if name in self._wanted}
+        return self._waiting.pop(source.name).to(source.tensor.dtype)
 
-    def _made(self, name: str) -> dict[str, Tensor]:
-        """The tensor of this name, and those that come with it."""
-        if name in self._targets:
-            return self._targets[name].values(self._options)
-        if name in self._owners:
-            return self._initial.values(self._owners[name])
-        return {name: self._wanted[name]}
+    def _made(self, source: _Source) -> dict[str, Tensor]:
+        """The tensor, and those that come with it, by their names in the network."""
+        if source.entry is not None:
+            return values_of(source.entry, self._options)
+        if source.owner is not None:
+            return self._initial.values(source.owner)
+        return {source.name: source.tensor}
 
 
 def _save_config(network: nn.Module, folder: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ghn_init._errors import PredictError
+from ghn_init._errors import PredictError, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,8 +71,6 @@ class Steps:
 
 def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], path: Path, size: int) -> str:
     """What was done, for a person: counts by action, what was kept and why, times, the file."""
-    from ghn_init._writing.select import listing
-
     lines = [f"{found.name} from {found.origin}, weights {plan.weights}"]
     for action, (parameters, elements) in plan.counts().items():
         if parameters:

@@ -1,0 +1,78 @@
+"""What the caller of `plan` and `predict` may choose, checked."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, get_args
+
+from ghn_init._errors import PredictError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Head = Literal["auto", "predict", "keep"]
+Diversify = Literal["noise", "orthogonal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The caller's choices; `plan` says what they mean.
+
+    Raises:
+        PredictError: A value that is not one of the choices.
+    """
+
+    head: Head = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    diversify: Diversify | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head not in get_args(Head):
+            raise PredictError(f"head={self.head!r}: expected one of {', '.join(map(repr, get_args(Head)))}")
+        if self.diversify is not None and self.diversify not in get_args(Diversify):
+            choices = ", ".join(map(repr, get_args(Diversify)))
+            raise PredictError(f"diversify={self.diversify!r}: expected None, {choices}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise PredictError(f"seed={self.seed!r}: expected an integer")
+
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Check that every pattern has something to match.
+
+        Raises:
+            PredictError: A pattern matches none of `names`; the message says what comes close.
+        """
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise PredictError(
+                        f"{option}: the pattern {pattern!r} matches none of {len(names)} parameters; "
+                        f"{_hint(pattern, names)}"
+                    )
+
+
+def as_patterns(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Normalise `include` or `exclude`: None, one pattern, or several.
+
+    Raises:
+        PredictError: A pattern that is no text.
+    """
+    if patterns is None:
+        return ()
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise PredictError(f"{option}={patterns!r}: expected name patterns, found {pattern!r}")
+    return listed
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    inside = f"{pattern.rstrip('.')}.*"
+    if any(fnmatchcase(name, inside) for name in names):
+        return f"did you mean {inside!r}?"
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names[:3])
+    return f"close names: {', '.join(close)}"
