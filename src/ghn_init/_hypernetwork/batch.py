@@ -21,6 +21,7 @@ import torch
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
+from ghn_init._hypernetwork.priors import NO_PRIOR, priors_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,6 +56,7 @@ class ParamKey(NamedTuple):
         stored: The parameter's own shape.
         transposed: The stored tensor is (in, out, ...).
         positional: A positional encoding.
+        prior: What is added to what is decoded, and its first channel; see `priors`.
     """
 
     kind: int
@@ -65,6 +67,7 @@ class ParamKey(NamedTuple):
     stored: tuple[int, ...]
     transposed: bool
     positional: bool
+    prior: tuple[str, int] = NO_PRIOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +343,7 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
     weight, bias = graph.classifier
     if weight is not None and (canonical_shape(graph.nodes[weight]) or ())[2:] != (1, 1):
         weight = bias = None
+    priors = priors_of(graph, config)
     for index, node in enumerate(graph.nodes):
         if node.shape is None:
             continue
@@ -351,12 +355,13 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
         elif node.param is None:
             continue
         elif node.type in WEIGHT_TYPES:
-            yield index, node.param, _weight_key(node, index == weight, config)
+            prior = priors.get(index, NO_PRIOR)
+            yield index, node.param, _weight_key(node, index == weight, prior, config)
         elif node.type == "bias":
             yield index, node.param, _vector_key(node, "class_bias" if index == bias else "bias", config)
 
 
-def _weight_key(node: Node, classifier: bool, config: GHNConfig) -> ParamKey:
+def _weight_key(node: Node, classifier: bool, prior: tuple[str, int], config: GHNConfig) -> ParamKey:
     canonical, shape = canonical_shape(node), node.shape
     assert canonical is not None
     assert shape is not None
@@ -372,6 +377,7 @@ def _weight_key(node: Node, classifier: bool, config: GHNConfig) -> ParamKey:
         stored=stored if node.stored is None else node.stored,
         transposed=node.transposed,
         positional=node.type == "pos_enc",
+        prior=prior,
     )
 
 

@@ -31,7 +31,10 @@ _INTEGERS: Final = {
 _LONGEST_SIDE: Final = 4096
 """Of `max_shape`."""
 
-_BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip")
+_LARGEST_FACTOR: Final = 1_000
+"""Of `whitening`; far beyond use."""
+
+_BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip", "identity")
 _CHOICES: Final = {"decoder": ("conv",)}
 
 OWN_NETWORKS: Final = ("gatedgnn", "transformer", "mlp")
@@ -62,6 +65,10 @@ class GHNConfig:
         skip: Add a node's features before any message to those that the decoders get.
         layers: Layers of the transformer.
         heads: Attention heads of each of its layers, a divisor of `hid`.
+        identity: Add the identity on channels to predicted weights, half mirrored, so that all networks begin
+            as nearly the same function; see `_hypernetwork/priors.py`.
+        whitening: Add filters that whiten the training images' patches, times this, to the first convolution
+            of networks on three channels; 0: none. The filters are stored with the weights.
 
     Raises:
         ConfigError: A value that no GHN can be built from.
@@ -80,6 +87,8 @@ class GHNConfig:
     skip: bool = False
     layers: int = 3
     heads: int = 8
+    identity: bool = False
+    whitening: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))
@@ -92,6 +101,11 @@ class GHNConfig:
         for name in _BOOLEANS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
+        if not _is_number(self.whitening) or not 0 <= self.whitening <= _LARGEST_FACTOR:
+            raise ConfigError(
+                f"GHN configuration: whitening={self.whitening!r}; expected a number from 0 to {_LARGEST_FACTOR}"
+            )
+        object.__setattr__(self, "whitening", float(self.whitening))
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
@@ -239,6 +253,10 @@ def spatial_sizes(largest: int) -> tuple[int, ...]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_name(value: object) -> bool:

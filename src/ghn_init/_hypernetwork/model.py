@@ -16,6 +16,7 @@ from ghn_init._hypernetwork.config import GHNConfig, channel_sizes, spatial_size
 from ghn_init._hypernetwork.decoder import ConvDecoder, Decoders
 from ghn_init._hypernetwork.gated import MLP, GatedGNN, NodeMLP
 from ghn_init._hypernetwork.gates import without_gate_poolings
+from ghn_init._hypernetwork.priors import empty_filters, whitening_filters, with_prior
 from ghn_init._hypernetwork.tile import Tile, full_size
 from ghn_init._hypernetwork.transformer import Transformer
 
@@ -117,6 +118,8 @@ class GHN(Decoders):
         self.decoder = ConvDecoder(config)
         self.decoder_1d = MLP(d, 2 * d, 2 * longest, last_relu=False)
         self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(longest, config.num_classes))
+        if config.whitening:
+            self.register_buffer("whitening", empty_filters())
 
     @property
     def device(self) -> torch.device:
@@ -166,16 +169,36 @@ class GHN(Decoders):
         h = self.ln(h) if self.config.layernorm else h
         return h + first if self.config.skip else h
 
+    def whiten(self, images: Tensor) -> None:
+        """Take the filters that whiten the patches of these images, (N, 3, H, W) of mean 0 and deviation 1.
+
+        Without `config.whitening` there is nothing to do.
+        """
+        if self.config.whitening:
+            self.get_buffer("whitening").copy_(whitening_filters(images))
+
     def blocks(self, batch: GraphBatch, *, raw: bool = False) -> list[Tensor]:
         """What the decoders make of every group of `batch.groups`: (n, *block), to be repeated.
 
-        `raw` leaves out the normalisation, as does a configuration without `weight_norm`.
+        `raw` leaves out normalisation and priors; a configuration without `weight_norm` has no normalisation.
         """
         scales = batch.scales if self.config.weight_norm and not raw else None
         # In full precision, whatever the caller's autocast: these are small matrices with long chains.
         with torch.autocast(self.device.type, enabled=False):
             features = self.encode(batch).index_select(0, batch.rows)
-            return self.decode(features, scales, batch.groups)
+            blocks = self.decode(features, scales, batch.groups)
+            return blocks if raw else self._with_priors(blocks, batch)
+
+    def _with_priors(self, blocks: list[Tensor], batch: GraphBatch) -> list[Tensor]:
+        """The blocks of all groups with the priors that their parameters have."""
+        config = self.config
+        if not (config.identity or config.whitening):
+            return blocks
+        filters = self.get_buffer("whitening") if config.whitening else None
+        return [
+            with_prior(values, group.key, config, filters)
+            for values, group in zip(blocks, batch.groups, strict=True)
+        ]
 
     def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
         """Predict all parameters of every graph, differentiably.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _AT_LEAST: Final = {
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
-    "param_decay": 0.0,
+    "param_decay": 0.0, "crop_padding": 0,
 }  # fmt: skip
 _FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema", "skip_limit")
 _CHOICES: Final = {
@@ -45,6 +45,7 @@ class TrainConfig:
         batch_size: Images of one step; every network sees the same.
         image_size: Side of the images in pixels: 0 or the images' own, or half of it (averages of 2 x 2).
             Widths and filters go by what a network is on 32 x 32 images all the same.
+        crop_padding: Zeros around an image, in pixels of its own size, before it is cropped at random.
         scaled_init: Networks of the stream on which the GHN's first weights are scaled so that predicted
             networks start with the activations of well initialised ones; 0: torch's default weights.
         param_decay: Weight of the sum of squares of the predicted parameters, added to the loss of every
@@ -78,6 +79,7 @@ class TrainConfig:
     meta_batch: int = 8
     batch_size: int = 64
     image_size: int = 0
+    crop_padding: int = 4
     scaled_init: int = 0
     param_decay: float = 0.0
     label_smoothing: float = 0.0

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 _FIRST_STEPS = 100
 """Steps before the fraction of skipped ones is judged."""
 
+_WHITENED = 5_000
+"""Training images, about, from which the filters of a GHN with `whitening` are taken."""
+
 
 class Trainer:
     """One training run; takes up the newest checkpoint in `options.output` if there is one.
@@ -125,7 +128,14 @@ class Trainer:
         elif config.scaled_init:
             graphs = Stream(config, self.image_size).graphs(config.scaled_init)
             init_for_training(ghn, graphs, seed=config.seed)
+        if start is None:
+            few = self.images.pixels[:: max(len(self.images) // _WHITENED, 1)]
+            ghn.whiten(self._sized(self.normalise(few)))
         return ghn
+
+    def _sized(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) at the size that networks see."""
+        return x if self.image_size == self.images.size else halve(x)
 
     @property
     def image_size(self) -> int:
@@ -226,10 +236,10 @@ class Trainer:
         """Augmented and normalised images of a step, (B, 3, H, W) float, their labels, and soft targets."""
         config, device = self.config, self.ranks.device
         batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
-        pixels = augment(batch.pixels, generator(config.seed, "augmentation", step))
-        x = self.normalise(pixels.to(device))
+        rng = generator(config.seed, "augmentation", step)
+        x = self._sized(self.normalise(augment(batch.pixels, rng, config.crop_padding).to(device)))
         targets = batch.targets(config.soft_labels).to(device) if config.soft_labels else None
-        return x if self.image_size == self.images.size else halve(x), batch.labels.to(device), targets
+        return x, batch.labels.to(device), targets
 
     def _run_networks(
         self,
