@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -368,24 +370,28 @@ def test_what_goes_wrong_while_preparing_is_told(monkeypatch: pytest.MonkeyPatch
         next(iter(prefetcher))
 
 
-def poison(trainer: Any, steps: set[int]) -> None:
-    """Make the losses of these steps infinite, gradients and all else as they are."""
-    healthy = Engine(torch.float32)
+def poison(trainer: Any, bad: Callable[[int, int], bool], gradient: float = 1.0) -> None:
+    """Make losses infinite, or gradients so many times larger, where `bad` (step, network) says so."""
+    healthy, calls = Engine(torch.float32), itertools.count()
 
     class Poisoned:
         precision = torch.float32
 
         def run(self, *args: Any, **kwargs: Any) -> Result:
             result = healthy.run(*args, **kwargs)
-            bad = trainer.state.step + 1 in steps
-            return Result(float("inf"), result.correct, result.gradients) if bad else result
+            if not bad(trainer.state.step + 1, next(calls) % 2):
+                return result
+            if gradient == 1:
+                return Result(float("inf"), result.correct, result.gradients)
+            grads = {name: gradient * values for name, values in result.gradients.items()}
+            return Result(result.loss, result.correct, grads)
 
     trainer.engine = Poisoned()
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, tiny_config(steps=3))
-    poison(trainer, {2})
+    poison(trainer, lambda step, _: step == 2)
     weights: list[torch.Tensor] = []
     records: list[Any] = []
 
@@ -395,20 +401,47 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path) -> 
 
     assert trainer.run(on_step)
     assert [record.skipped for record in records] == [0, 1, 1]
+    assert [record.dropped for record in records] == [0, 2, 2]
     assert [record.grad_norm is None for record in records] == [False, True, False]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert lines[1]["loss"] is None
+    assert json.loads((tmp_path / "ghn" / "training.json").read_text())["dropped"] == 2
 
 
-def test_too_many_skipped_steps_end_the_run_with_a_checkpoint(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, tiny_config(skip_limit=0.01))
-    poison(trainer, {2, 3, 4})
-    with pytest.raises(TrainingError, match="2 of 3 steps had a loss that is not finite, more than 1%"):
+@pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf, 1e12])
+def test_one_network_that_is_not_finite_leaves_the_step_to_the_others(
+    tmp_path: Path, gradient: float
+) -> None:
+    found = []
+    for bad in (False, True):
+        trainer = tiny_trainer(tmp_path / str(bad), tiny_config(steps=1, clip=0.0, optimizer="adamw"))
+        poison(trainer, lambda _step, network, bad=bad: bad and network == 0, gradient)
+        kept: list[Any] = []
+        trainer.run(kept.append)
+        found.append((trainer, kept[0]))
+    (whole, healthy), (rest, left) = found
+    assert (healthy.skipped, healthy.dropped) == (0, 0)
+    assert (left.skipped, left.dropped) == (0, 1)
+    assert math.isfinite(left.loss)
+    assert left.loss != healthy.loss
+    assert math.isfinite(left.grad_norm)
+    moved = [torch.isfinite(p).all() for p in rest.ghn.parameters()]
+    assert all(moved)
+    assert not torch.equal(whole.ghn.embed.weight, rest.ghn.embed.weight)
+
+
+def test_fifty_steps_in_a_row_without_a_network_end_the_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghn_init.training.trainer._LOST", 2)
+    trainer = tiny_trainer(tmp_path, tiny_config())
+    poison(trainer, lambda step, _: step in (1, 3, 4))
+    with pytest.raises(TrainingError, match="2 steps in a row, up to step 4, without a network whose loss"):
         trainer.run()
-    resumed = tiny_trainer(tmp_path, tiny_config(skip_limit=0.01))
-    assert (resumed.state.step, resumed.state.skipped) == (3, 2)
+    resumed = tiny_trainer(tmp_path, tiny_config())
+    assert (resumed.state.step, resumed.state.skipped, resumed.state.dropped) == (4, 3, 6)
 
 
 def test_weights_to_start_from(tmp_path: Path) -> None:

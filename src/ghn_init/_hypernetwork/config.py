@@ -67,6 +67,8 @@ class GHNConfig:
         heads: Attention heads of each of its layers, a divisor of `hid`.
         identity: Add the identity on channels to predicted weights, half mirrored, so that all networks begin
             as nearly the same function; see `_hypernetwork/priors.py`.
+        identity: Add the identity on channels to predicted weights, half mirrored, so that all networks
+            begin as nearly the same function; see `_hypernetwork/priors.py`.
         whitening: Add filters that whiten the training images' patches, times this, to the first convolution
             of networks on three channels; 0: none. The filters are stored with the weights.
 
@@ -103,7 +105,7 @@ class GHNConfig:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
         if not _is_number(self.whitening) or not 0 <= self.whitening <= _LARGEST_FACTOR:
             raise ConfigError(
-                f"GHN configuration: whitening={self.whitening!r}; expected a number from 0 to {_LARGEST_FACTOR}"
+                f"GHN configuration: whitening={self.whitening!r}; expected 0 to {_LARGEST_FACTOR:,}"
             )
         object.__setattr__(self, "whitening", float(self.whitening))
         for name, choices in _CHOICES.items():

@@ -1,12 +1,13 @@
 """What predicted weights start from: the identity on channels, and filters that whiten images.
 
-A GHN of its own accord begins with networks that map the image into random features, each into others, so that
-nothing it learns on one network helps the next. With these priors, which are added to what is decoded, all networks
-begin as nearly the same function: a stem of fixed filters whose features are carried through.
+A GHN of its own accord begins with networks that map the image into random features, each into others, so
+that nothing it learns on one network helps the next. With these priors, which are added to what is decoded,
+all networks begin as nearly the same function: a stem of fixed filters whose features are carried through.
 
-Which layer gets which is told by the graph alone. Both are periodic in the channels, as the decoded block is, so that
-a predicted tensor stays a small repeating block; it grows where a prior has no such period: to the kernel where that
-is larger than the decoded one, and to all outputs of grouped convolutions whose groups do not divide the block.
+Which layer gets which is told by the graph alone. Both are periodic in the channels, as the decoded block is,
+so that a predicted tensor stays a small repeating block. It grows where a prior has no such period: to the
+kernel where that is larger than the decoded one, and to all outputs of grouped convolutions whose groups do
+not divide the block.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _LEAST_INPUTS: Final = 16
 """A layer of fewer input channels has too few to carry features through."""
 
 _MIRRORED: Final = 0.5
-"""Share of the neighbouring channel that is taken off, so that a ReLU passes a feature as a leaky one would."""
+"""Share of the neighbouring channel that is taken off: a ReLU then passes a feature as a leaky one would."""
 
 _RIDGE: Final = 0.01
 """Added to the variances of patches before they are divided by; pixels have deviation 1."""
@@ -52,11 +53,11 @@ _RIDGE: Final = 0.01
 def priors_of(graph: Graph, config: GHNConfig) -> Mapping[int, tuple[str, int]]:
     """The priors of the nodes that have one: "identity", "groups" or "stem", and the channel to begin with.
 
-    "stem": a convolution that reads the network's input, of three channels. "identity": every other weight with
-    enough input channels, but for heads and the linear layers right before them, gates and positional encodings.
-    "groups": the same within the groups of a grouped convolution. Of convolutions that read one node and meet in
-    a concatenation, as the halves of a factorised reduction do, each begins with the channel at which the one
-    before it ended.
+    "stem": a convolution that reads the network's input, of three channels. "identity": every other weight
+    with enough input channels, but for heads and the linear layers right before them, gates and positional
+    encodings. "groups": the same within the groups of a grouped convolution. Of convolutions that read one
+    node and meet in a concatenation, as the halves of a factorised reduction do, each begins with the channel
+    at which the one before it ended.
     """
     found: dict[int, tuple[str, int]] = {}
     if config.whitening:
@@ -155,24 +156,21 @@ def with_prior(values: Tensor, key: ParamKey, config: GHNConfig, whitening: Tens
         config: The GHN's.
         whitening: Its whitening filters, (27, 3, 3, 3).
     """
-    kind, begin = key.prior
+    kind, _ = key.prior
     if not kind:
         return values
-    shape, frames = key.shape, math.prod(key.shape[2:-2])  # frames of a three-dimensional kernel share a prior
     values = tile_to(values, _grown(tuple(values.shape[1:]), key))
     sizes = tuple(values.shape[1:])
     kernel = sizes[2:][-2:]
     if kind == "stem":
         assert whitening is not None
         places, prior = _middle(kernel), stem_filters(whitening, sizes[0], kernel) * config.whitening
-        prior = prior.unsqueeze(2) if len(shape) > 4 else prior
     else:
         places = tuple((size - 1) // 2 for size in kernel)
-        prior = _groups(*sizes[:2], *shape[:2], key.transposed) if kind == "groups" else _identity(
-            *sizes[:2], shape[1], begin
-        )
-        prior = prior.unsqueeze(2) if len(shape) > 4 else prior
-    prior = (prior / frames if frames > 1 else prior).to(values.device, values.dtype)
+        prior = _carrying(sizes[:2], key)
+    if len(key.shape) > 4:  # the frames of a three-dimensional kernel share a prior
+        prior = prior.unsqueeze(2) / math.prod(key.shape[2:-2])
+    prior = prior.to(values.device, values.dtype)
     return _Added.apply(values, (..., *places), prior)  # pyright: ignore[reportReturnType]
 
 
@@ -202,6 +200,14 @@ def _grown(sizes: tuple[int, ...], key: ParamKey) -> tuple[int, ...]:
     if rows % group == 0 or (group % rows == 0 and rows % columns == 0):
         return grown
     return (*grown[:axis], shape[axis], *grown[axis + 1 :])
+
+
+def _carrying(sizes: tuple[int, ...], key: ParamKey) -> Tensor:
+    """The identity of a block with so many (outputs, inputs)."""
+    kind, begin = key.prior
+    if kind == "groups":
+        return _groups(*sizes, *key.shape[:2], key.transposed)
+    return _identity(*sizes, key.shape[1], begin)
 
 
 @lru_cache(maxsize=256)
@@ -268,7 +274,9 @@ def whitening_filters(images: Tensor) -> Tensor:
     size = len(empty_filters())
     total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
     for part in images.split(256):
-        patches = torch.nn.functional.unfold(part.float(), STEM_SIDE).transpose(1, 2).reshape(-1, size).double()
+        patches = (
+            torch.nn.functional.unfold(part.float(), STEM_SIDE).transpose(1, 2).reshape(-1, size).double()
+        )
         total, products, count = total + patches.sum(0), products + patches.T @ patches, count + len(patches)
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - mean.outer(mean))

@@ -16,7 +16,7 @@ _AT_LEAST: Final = {
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
     "param_decay": 0.0, "crop_padding": 0,
 }  # fmt: skip
-_FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema", "skip_limit")
+_FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
@@ -59,7 +59,6 @@ class TrainConfig:
         curriculum: Over this many first architectures the largest size allowed grows from
             `curriculum_nodes` to no limit; 0: no curriculum.
         curriculum_nodes: Nodes of the largest network that a curriculum begins with.
-        skip_limit: Largest fraction of steps whose loss may be not finite.
         prefetch: Meta-batches that a second process prepares ahead; 0: in the training process.
 
     Raises:
@@ -90,7 +89,6 @@ class TrainConfig:
     max_params: float = 0.0
     curriculum: int = 0
     curriculum_nodes: int = 60
-    skip_limit: float = 0.02
     prefetch: int = 3
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ operation, and two Python threads wait for each other.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,13 @@ layer takes as long as running them.
 """
 
 
+LARGEST_GRADIENT: Final = 1e6
+"""Norm of a network's gradients from which on they count as not finite; usual ones are below 100.
+
+Clipping would leave nothing of the other networks' gradients, and the optimizer's momentum keeps it for long.
+"""
+
+
 def prepare_process(threads: int = 1) -> None:
     """Settings of a process that runs many small networks, to be made before it runs the first.
 
@@ -47,6 +55,14 @@ class Result:
     loss: float
     correct: int
     gradients: dict[str, Tensor]
+
+    @property
+    def sound(self) -> bool:
+        """Whether loss and gradients are finite, and small enough to leave something of other networks'."""
+        if not math.isfinite(self.loss):
+            return False
+        norm = torch.nn.utils.get_total_norm(self.gradients.values())
+        return bool(norm < LARGEST_GRADIENT)  # NaN is not
 
 
 @dataclass(frozen=True)

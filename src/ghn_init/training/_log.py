@@ -30,6 +30,7 @@ class Record:
     lr: float
     grad_norm: float | None
     skipped: int
+    dropped: int = 0
     seconds: float
     step_seconds: float
     networks: int

@@ -47,6 +47,8 @@ class TrainingBar(_Bar):
         figures = "  ".join(f"{key} {value:.3g}" for key, value in self._mean.items())
         if record.skipped:
             figures += f"  skipped {record.skipped}"
+        if record.dropped:
+            figures += f"  dropped {record.dropped}"
         self._bar.update(self._task, completed=record.done, step=record.step, figures=figures)
 
 

@@ -43,7 +43,8 @@ class State:
 
     Attributes:
         step: Optimizer steps tried, skipped ones included.
-        skipped: Steps that were not taken because loss or gradient were not finite.
+        skipped: Steps that were not taken because no network was left, or the GHN's gradient was not finite.
+        dropped: (network, batch) pairs that were left out because loss or gradients were not finite.
         position: Place in the stream of networks after the last step.
         seconds: Time spent training, over all parts of the run.
         networks: (network, batch) pairs run.
@@ -51,6 +52,7 @@ class State:
 
     step: int = 0
     skipped: int = 0
+    dropped: int = 0
     position: int = 0
     seconds: float = 0.0
     networks: int = 0

@@ -88,7 +88,7 @@ def _run(trainer: Trainer) -> None:
     if trainer.ranks.first:
         output, state = trainer.options.output, trainer.state
         how, where = ("done", output / "ghn") if finished else ("stopped; run again to go on", output)
-        figures = f"step {state.step}, {state.networks} networks, {state.skipped} steps skipped"
+        figures = f"step {state.step}, {state.networks} networks, {state.dropped} of them dropped"
         typer.echo(f"{how}: {figures}, {where}", err=True)
 
 

@@ -18,7 +18,7 @@ from ghn_init._tracing.trace import trace
 from ghn_init.deepnets import DeepNets1M
 from ghn_init.training._engine import inject
 from ghn_init.training._layers import prepare
-from ghn_init.training.data import Images, Normalisation
+from ghn_init.training.data import Images, Normalisation, halve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,9 +120,10 @@ class Measure:
         normalise: Default: mean and deviation of `data`.
         seed: Of the architectures and of the noise.
         precision: Type in which networks run.
+        image_size: Side of the images that networks see: that of `data`, the default, or half of it.
 
     Raises:
-        TrainingError: No images, or a number of classes that is not the GHN's.
+        TrainingError: No images, a number of classes that is not the GHN's, another `image_size`.
     """
 
     def __init__(
@@ -134,7 +135,13 @@ class Measure:
         normalise: Normalisation | None = None,
         seed: int = 0,
         precision: torch.dtype = torch.float32,
+        image_size: int | None = None,
     ) -> None:
+        self.image_size = image_size or data.size
+        if self.image_size not in (data.size, data.size // 2):
+            raise TrainingError(
+                f"image_size={image_size} and images of {data.size} pixels; expected that or half"
+            )
         if len(data.classes) != ghn.config.num_classes:
             raise TrainingError(f"{len(data.classes)} classes; the GHN predicts {ghn.config.num_classes}")
         if len(data) < 2 or (images is not None and images < 2):
@@ -158,6 +165,7 @@ class Measure:
                 x = self.normalise(self.data.pixels[index])
                 if noise:
                     x = x + noise / std * torch.randn(x.shape, generator=rng)
+                x = x if self.image_size == self.data.size else halve(x)
                 x = x.to(self.ghn.device, self.precision).contiguous(memory_format=torch.channels_last)
                 made.append((x, self.data.labels[index].to(self.ghn.device)))
             self._batches[noise] = made
@@ -174,7 +182,7 @@ class Measure:
     @torch.no_grad()
     def __call__(self, network: Network | nn.Module, noise: float = 0.0) -> float:
         """Top-1 accuracy in percent; a module has to be on the meta device and is taken over."""
-        size = self.data.size
+        size = self.image_size
         if isinstance(network, Network):
             network = network.build(self.ghn.config.num_classes, size, self.seed)
         (params,) = self.ghn([trace(network, (1, 3, size, size))])

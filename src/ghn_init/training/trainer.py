@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from ghn_init._hypernetwork.config import GHNConfig
 
-_FIRST_STEPS = 100
-"""Steps before the fraction of skipped ones is judged."""
+_LOST = 50
+"""Steps in a row without a finite loss or gradient after which the weights are taken for lost."""
 
 _WHITENED = 5_000
 """Training images, about, from which the filters of a GHN with `whitening` are taken."""
@@ -84,8 +84,13 @@ class Trainer:
         self.optimizer = make_optimizer(self.ghn, config)
         self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
         self.state = State()
+        self._skipped_in_a_row = 0
         self.validation = Validation(
-            validation, self.normalise, options.validation_networks, options.validation_images
+            validation,
+            self.normalise,
+            options.validation_networks,
+            options.validation_images,
+            self.image_size,
         )
         if (path := _checkpoint.newest(options.output)) is not None:
             self._resume(path)
@@ -158,7 +163,7 @@ class Trainer:
             waits to be resumed.
 
         Raises:
-            TrainingError: Too many steps without a finite loss; the process that prepares networks or
+            TrainingError: Many steps in a row without a finite loss; the process that prepares networks or
                 another rank died. A checkpoint is written before.
         """
         (step,) = self.ranks.agree([self.state.step])
@@ -216,20 +221,25 @@ class Trainer:
         predicted = self.ghn(batch.graphs)
         images, labels, targets = self._batch(state.step)
         results = self._run_networks(batch, predicted, images, labels, targets)
+        kept = [(params, result) for params, result in zip(predicted, results, strict=True) if result.sound]
         figures = torch.tensor([
-            sum(result.loss for result in results) / len(results),
-            sum(result.correct for result in results) / (len(results) * len(labels)),
+            sum(result.loss for _, result in kept),
+            sum(result.correct for _, result in kept) / len(labels),
+            len(kept),
         ])  # fmt: skip
-        norm = self._update(predicted, [result.gradients for result in results], lr, figures)
-        loss, accuracy = figures.tolist()
-        networks = len(results) * self.ranks.world
+        norm = self._update(
+            [(params, result.gradients) for params, result in kept], len(results), lr, figures
+        )
+        # Means over the processes: without a network that was kept there is no loss, which is NaN here.
+        loss, accuracy = (figures[:2] / figures[2]).tolist()
+        networks, world = len(results) * self.ranks.world, self.ranks.world
         state.step, state.position, state.networks = state.step + 1, batch.stop, state.networks + networks
-        if norm is None:
-            state.skipped += 1
-            self._check_skipped()
+        state.dropped += networks - round(figures[2].item() * world)
+        self._note_skipped(norm is None)
         return Record(
             step=state.step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, skipped=state.skipped,
-            seconds=state.seconds, step_seconds=time.monotonic() - started, networks=networks, done=self.done,
+            dropped=state.dropped, seconds=state.seconds, step_seconds=time.monotonic() - started,
+            networks=networks, done=self.done,
         )  # fmt: skip
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -257,30 +267,38 @@ class Trainer:
 
     def _update(
         self,
-        predicted: list[dict[str, Tensor]],
-        gradients: list[dict[str, Tensor]],
+        kept: list[tuple[dict[str, Tensor], dict[str, Tensor]]],
+        networks: int,
         lr: float,
         figures: Tensor,
     ) -> float | None:
         """Backward through the GHN and an optimizer step; the gradient's norm, or None if none was made.
 
-        Gradients and `figures` (loss first) are averaged over the processes, so that all of them come to
-        the same decision: no step where loss or gradient are not finite.
+        Gradients and `figures` (the number of networks that were kept last) are averaged over the processes,
+        so that all of them come to the same decision: no step where no network is left or the GHN's gradient
+        is not finite.
+
+        Args:
+            kept: Predicted parameters and their gradients, of the networks whose gradients are sound.
+            networks: How many there were: those that are left out lessen the step.
+            lr: Learning rate.
+            figures: Averaged in place.
         """
         decay = 2 * self.config.param_decay
         pairs = [
-            (tensor, torch.add(grad.to(tensor.dtype), tensor.detach(), alpha=decay) / len(predicted))
-            for params, grads in zip(predicted, gradients, strict=True)
+            (tensor, torch.add(grad.to(tensor.dtype), tensor.detach(), alpha=decay) / networks)
+            for params, grads in kept
             for tensor, grad in ((params[name], grad) for name, grad in grads.items())
         ]
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
         for parameter in self.ghn.parameters():
             if parameter.grad is None:  # no network of this step used it
                 parameter.grad = torch.zeros_like(parameter)
         self.ranks.average([figures, *(p.grad for p in self.ghn.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.config.clip or math.inf).item()
-        if not (math.isfinite(norm) and math.isfinite(figures[0].item())):
+        if not (math.isfinite(norm) and figures[-1]):
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -295,12 +313,15 @@ class Trainer:
         values = [self.average[name] for name, _ in self.ghn.named_parameters()]
         get_ema_multi_avg_fn(decay)(values, [p.detach() for p in self.ghn.parameters()], None)
 
-    def _check_skipped(self) -> None:
-        state, limit = self.state, self.config.skip_limit
-        if state.skipped > limit * max(state.step, _FIRST_STEPS):
+    def _note_skipped(self, skipped: bool) -> None:
+        state = self.state
+        state.skipped += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= _LOST:
             raise TrainingError(
-                f"{state.skipped} of {state.step} steps had a loss that is not finite, "
-                f"more than {limit:.0%}; lower the learning rate or lengthen the warm-up"
+                f"{_LOST} steps in a row, up to step {state.step}, without a network whose loss and "
+                "gradients are finite; start again from an earlier checkpoint or from other weights, with a "
+                "lower learning rate or a longer warm-up"
             )
 
     def averaged(self) -> GHN:
@@ -358,6 +379,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "steps": self.state.step,
             "skipped": self.state.skipped,
+            "dropped": self.state.dropped,
             "networks": self.state.networks,
             "seconds": round(self.state.seconds, 1),
             "mean": self.normalise.mean,
