@@ -333,7 +333,7 @@ def test_predicted_networks_begin_with_the_same_features() -> None:
 
 @pytest.mark.parametrize("value", [-1, 1e4, math.nan, "3", True])
 def test_impossible_factors_are_refused(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"whitening=.*expected 0 to 1,000"):
+    with pytest.raises(ConfigError, match=r"whitening=.*expected a number from 0 to 1,000"):
         GHNConfig(whitening=value)
 
 

@@ -103,11 +103,7 @@ class GHNConfig:
         for name in _BOOLEANS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
-        if not _is_number(self.whitening) or not 0 <= self.whitening <= _LARGEST_FACTOR:
-            raise ConfigError(
-                f"GHN configuration: whitening={self.whitening!r}; expected 0 to {_LARGEST_FACTOR:,}"
-            )
-        object.__setattr__(self, "whitening", float(self.whitening))
+        object.__setattr__(self, "whitening", _checked_factor(self.whitening))
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
@@ -257,8 +253,12 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _checked_factor(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST_FACTOR:
+        raise ConfigError(
+            f"GHN configuration: whitening={value!r}; expected a number from 0 to {_LARGEST_FACTOR:,}"
+        )
+    return float(value)
 
 
 def _is_name(value: object) -> bool:
