@@ -264,7 +264,7 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(
     monkeypatch.setattr("safetensors.torch.save_model", full_disk)
     result = run("model.py")
     assert result.exit_code == 1
-    assert "model.safetensors cannot be written: [Errno 28] No space left" in result.stderr
+    assert "model.safetensors cannot be written: No space left" in result.stderr
     assert Path("model.safetensors").read_bytes() == good
     assert files() == ["model.py", "model.safetensors"]
 
@@ -389,8 +389,8 @@ def test_a_folder_is_named_after_the_model_and_must_be_empty(run: Callable[..., 
     assert again.exit_code == 1
     assert "Net exists and is not an empty folder" in again.stderr
     wrong = run("model.py:Net", "--max-shard-size", "1 mile", "-o", "other")
-    assert wrong.exit_code == 1
-    assert "max_shard_size='1 mile'" in wrong.stderr
+    assert wrong.exit_code == 2
+    assert "'1 mile' is no size" in wrong.stderr
     assert not Path("other").exists()
     folder = run("model.py:Net", "-o", "Net")
     assert folder.exit_code == 2

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ArchitectureError, TrainingError
+from ghn_init.cli import app
+from ghn_init.cli._training_options import seconds
 from ghn_init.training import Score, evaluate
-from ghn_init.training._options import seconds
 from ghn_init.training._pool import Job, measure_all
 from ghn_init.training._results import Results, table
-from ghn_init.training.commands import app
 from ghn_init.training.evaluate import Measure, Network
 from training_runs import TINY_GHN, random_images
 
@@ -188,12 +188,12 @@ def test_the_command_skips_what_the_file_has(ghn: GHN, tmp_path: Path) -> None:
     np.savez(data, **arrays)
     arguments = ["evaluate", str(weights), "--data", str(data), "--workers", "1", "-o", str(output)]
     arguments += ["--split", "test", "--bf16"]
-    done = CliRunner().invoke(app(), [*arguments, "--sample", "1"])
+    done = CliRunner().invoke(app, [*arguments, "--sample", "1"])
     assert done.exit_code == 0, done.output
     saved = json.loads(output.read_text())
     saved["scores"][0]["accuracies"]["0"] = 99.0  # as if it had been measured
     output.write_text(json.dumps(saved))
-    done = CliRunner().invoke(app(), [*arguments, "--sample", "2"])
+    done = CliRunner().invoke(app, [*arguments, "--sample", "2"])
     assert done.exit_code == 0, done.output
     (score,) = json.loads(output.read_text())["scores"]
     assert score["n"] == 2
@@ -209,7 +209,7 @@ def test_the_command_measures_published_files_under_noise(shared: Path, tmp_path
     np.savez(tmp_path / "set.npz", **arrays)
     arguments = ["evaluate", str(shared / "parity" / "ghn2_cifar10_random.pt")]
     arguments += ["--data", str(tmp_path / "set.npz"), "--split", "vit", "--split", "resnet50", "--noise"]
-    done = CliRunner().invoke(app(), [*arguments, "--images", "8", "--bf16", "--workers", "1"])
+    done = CliRunner().invoke(app, [*arguments, "--images", "8", "--bf16", "--workers", "1"])
     assert done.exit_code == 0, done.output
     rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()[2:]]
     assert [row[1:5] for row in rows] == [
@@ -227,7 +227,7 @@ def test_the_command_measures_published_files_under_noise(shared: Path, tmp_path
     ],
 )
 def test_commands_explain_themselves(command: str, options: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app(), [command, "--help"], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "160", "NO_COLOR": "1"})
     assert done.exit_code == 0
     assert all(option in done.stdout for option in options)
 

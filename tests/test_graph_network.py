@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import ghn_init
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GraphBatch
+from ghn_init.cli import app
 from ghn_init.training._scaled_init import init_for_training
-from ghn_init.training.commands import app
 from training_runs import TINY_GHN, random_images, tiny_config
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def test_the_command_trains_a_network_in_a_file(tmp_path: Path) -> None:
     arguments = ["train", str(tmp_path / "set.npz"), "--config", str(tmp_path / "config.json")]
     arguments += ["-o", str(tmp_path / "run"), "--validation-networks", "1", "--validation-images", "8"]
     for message in ("stopped; run again", "done: step 2, 4 networks"):
-        done = CliRunner().invoke(app(), [*arguments, "--time-limit", "0"])
+        done = CliRunner().invoke(app, [*arguments, "--time-limit", "0"])
         assert done.exit_code == 0, done.output
         assert message in done.output
     given = Sums(config())

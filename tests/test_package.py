@@ -21,7 +21,8 @@ HEAVY = [
 PACKAGE = Path(ghn_init.__file__).parent
 
 ROOMS = [
-    "_errors", "_threads", "_graph", "_network", "_tracing", "_hypernetwork", "_weights", "_meta", "_writing",
+    "_errors", "_files", "_threads",
+    "_graph", "_network", "_tracing", "_hypernetwork", "_weights", "_meta", "_writing",
 ]  # fmt: skip
 """The rooms of the core, from the bottom up: a module imports from its own room and those below."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import DrawError
+from ghn_init._files import reason, write_bytes
 from ghn_init._graph.graph import NODE_TYPES
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def draw(graph: Graph, path: str | PathLike[str]) -> None:
     else:
         raise DrawError(f"{path}: cannot draw to {suffix!r}; expected .dot, {', '.join(FORMATS)}")
     try:
-        path.write_bytes(content)
+        write_bytes(path, content)
     except OSError as error:
-        raise DrawError(f"{path} cannot be written: {error}") from error
+        raise DrawError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def to_dot(graph: Graph) -> str:

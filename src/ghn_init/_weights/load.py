@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from ghn_init._errors import CheckpointError, ConfigError
+from ghn_init._files import reason, write_bytes
 from ghn_init._hypernetwork.config import GHNConfig
 from ghn_init._hypernetwork.model import GHN
 from ghn_init._weights.files import CHECKSUM, checksum, read_json, read_pickled
@@ -79,22 +80,23 @@ def bundled_names() -> list[str]:
 def save(ghn: GHN, directory: str | PathLike[str]) -> None:
     """Write `model.safetensors` and `config.json` into `directory`, which is made if need be.
 
-    The files are written beside their places and moved there, so that a reader never finds half of one.
+    A reader never finds half of a file.
+
+    Raises:
+        CheckpointError: They cannot be written.
     """
     import safetensors.torch
 
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     state = {name: values.detach().contiguous().cpu() for name, values in ghn.state_dict().items()}
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        draft = directory / f".{name}.part"
-        if name == WEIGHTS_FILE:
-            # One entry of metadata: the order of several changes from run to run, and so would the bytes.
-            # As bytes, because safetensors' `save_file` makes files that only their owner can read.
-            draft.write_bytes(safetensors.torch.save(state, {CHECKSUM: checksum(ghn.config, state)}))
-        else:
-            draft.write_text(json.dumps(ghn.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        draft.replace(directory / name)
+    # One entry of metadata: the order of several changes from run to run, and so would the bytes.
+    weights = safetensors.torch.save(state, {CHECKSUM: checksum(ghn.config, state)})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_bytes(directory / WEIGHTS_FILE, weights)
+        write_bytes(directory / CONFIG_FILE, (json.dumps(ghn.config.to_dict(), indent=2) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {reason(error)}") from error
 
 
 def read_directory(directory: Path | Traversable, gnn: nn.Module | None = None) -> GHN:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 PATTERN: Final = "model{suffix}.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]B)", re.IGNORECASE)
+_UNITS: Final = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 _DTYPES: Final = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -90,18 +94,29 @@ def _split(specs: Mapping[str, Spec], max_shard_size: int | str) -> dict[str, li
     unknown = sorted({str(spec.dtype) for spec in specs.values() if spec.dtype not in _DTYPES})
     if unknown:
         raise PredictError(f"safetensors cannot hold {', '.join(unknown)}")
-    try:
-        if isinstance(max_shard_size, int) and max_shard_size < 1:
-            raise ValueError("expected a positive number of bytes")
-        split = split_state_dict_into_shards_factory(
-            dict(specs),
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern=PATTERN,
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise PredictError(f"max_shard_size={max_shard_size!r}: {error}") from error
+    split = split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=PATTERN,
+        max_shard_size=size_in_bytes(max_shard_size),
+    )
     return split.filename_to_tensors
+
+
+def size_in_bytes(size: int | str) -> int:
+    """The largest size of a shard in bytes, given so or as text such as "5GB" (of 10^9 bytes).
+
+    Raises:
+        PredictError: It is neither, or not above 0.
+    """
+    match = None if isinstance(size, int) else _SIZE.fullmatch(size.strip())
+    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else size
+    if not isinstance(found, int) or found < 1:
+        raise PredictError(
+            f"max_shard_size={size!r}: expected a number of bytes above 0, or text such as '5GB' "
+            "in KB, MB, GB or TB"
+        )
+    return found
 
 
 def _write_file(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor]) -> None:

@@ -1,29 +1,32 @@
 """The command `ghn-init`.
 
-`_group` dispatches and reports errors, `_options` declares what the commands share, `_commands` and
-`_convert` are the commands themselves, `_output` is what they print and write. torch is loaded when a
-command runs, not for `--help`; `train` and `evaluate` load `ghn_init.training` when they run.
+`_group` dispatches and reports errors; `_options` and `_training_options` declare what the commands take;
+`_commands`, `_convert` and `_training` are the commands; `_spec` finds the model, `_output` and `_bars` print
+and write. torch is loaded when a command runs, not for `--help`; so is `ghn_init.training`.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
 from ghn_init import __version__
+from ghn_init.cli import _training
 from ghn_init.cli._commands import inspect, predict
 from ghn_init.cli._convert import convert
-from ghn_init.cli._group import DEBUG, CommandGroup
+from ghn_init.cli._group import DEBUG, Command, CommandGroup
 
 app = typer.Typer(
-    name="ghn-init", cls=CommandGroup, no_args_is_help=True, add_completion=False,
-    subcommand_metavar="SPEC | COMMAND [ARGS]...",
+    name="ghn-init", cls=CommandGroup, no_args_is_help=True, subcommand_metavar="SPEC | COMMAND [ARGS]...",
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-app.command("predict")(predict)
-app.command("inspect")(inspect)
-app.command("convert")(convert)
+for _command in (
+    predict, inspect, convert, _training.train, _training.curve, _training.teach, _training.evaluate,
+):  # fmt: skip
+    app.command(_command.__name__, cls=Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,7 +41,9 @@ def _root(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
-    _debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False,
+    _debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show the traceback of an error; this may stand anywhere.")
+    ] = False,
 ) -> None:
     """Initialise any PyTorch network with weights that a graph hypernetwork predicts.
 
@@ -50,6 +55,8 @@ def _root(
 def main() -> None:
     """Run the command on `sys.argv`.
 
-    Exit status: 0; 1 for an error of ours (one line on stderr, no traceback); 2 for wrong usage.
+    Exit status: 0; 1 for an error of ours or the system's (one line on stderr, no traceback); 2 for wrong
+    usage; 143 after SIGTERM, which leaves no unfinished file behind.
     """
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     app(prog_name="ghn-init")

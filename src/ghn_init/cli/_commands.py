@@ -13,7 +13,7 @@ import typer
 
 from ghn_init._errors import ModelSpecError
 from ghn_init.cli import _options as opt
-from ghn_init.cli._output import Steps, save, say, summary
+from ghn_init.cli._output import Steps, check_output, save, say, summary
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ghn_init.cli._spec import FoundModel
 
 DEFAULT_WEIGHTS = "ghn2-cifar10"
+WEIGHTS_FILE = "model.safetensors"
 
 
 def predict(
@@ -46,7 +47,7 @@ def predict(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
             )  # fmt: skip
-            target = _target(output, request.spec.name, in_shards=max_shard_size is not None)
+            target = _target(output, request, max_shard_size)
         found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
         if max_shard_size is None:
             with steps("writing the weights"):
@@ -85,6 +86,8 @@ def inspect(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
             )  # fmt: skip
+            if draw is not None:
+                check_output(draw, hint="--draw")
         found, plan = _compile(request, steps)
         if draw is not None:
             with steps(f"drawing {draw}"):
@@ -98,18 +101,24 @@ def inspect(
         say(f"drew {draw}")
 
 
-def _target(output: Path | None, name: str, *, in_shards: bool) -> Path:
+def _target(output: Path | None, request: opt.Request, max_shard_size: str | None) -> Path:
     """The file to write, or the folder if it is to be in shards.
 
     Raises:
         typer.BadParameter: It cannot be there (exit status 2).
     """
-    target = output or Path(name if in_shards else f"{name}.safetensors")
-    if not target.parent.is_dir() and not in_shards:
-        raise typer.BadParameter(f"the folder {target.parent} does not exist", param_hint="-o")
-    if target.is_dir() and not in_shards:
+    name = request.spec.name
+    if max_shard_size is not None:
+        opt.check_size(max_shard_size)
+        if str(output) == "-":
+            raise typer.BadParameter("- is no folder", param_hint="-o")
+        return output or Path(name)
+    target = output or Path(f"{name}.safetensors")
+    if target.is_dir():
         hint = "give a file, or --max-shard-size to fill a folder"
         raise typer.BadParameter(f"{target} is a folder; {hint}", param_hint="-o")
+    weights = Path(request.weights)
+    check_output(target, [Path(request.spec.source), weights, weights / WEIGHTS_FILE])
     return target
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="IN", help="A published .pt file, a folder, a bundled name or hf://ORG/REPO\\[@REVISION]."
+        metavar="IN",
+        help="The hypernetwork: a published .pt file, a folder, a bundled name or hf://ORG/REPO\\[@REVISION].",
     ),
 ]
 Target = Annotated[
@@ -23,7 +24,8 @@ Target = Annotated[
     typer.Argument(
         metavar="OUT",
         file_okay=False,
-        help="The folder for model.safetensors and config.json; made if need be, files in it are replaced.",
+        help="The folder for model.safetensors and config.json, which is made if need be; these two files "
+        "are replaced.",
     ),
 ]
 
@@ -31,14 +33,10 @@ Target = Annotated[
 def convert(source: Source, target: Target) -> None:
     """Write a hypernetwork, e.g. a published .pt file, as model.safetensors and config.json."""
     import ghn_init
-    from ghn_init._errors import CheckpointError
     from ghn_init._weights.load import save
 
     ghn = ghn_init.load(source)
-    try:
-        save(ghn, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
+    save(ghn, target)
     numel = sum(values.numel() for values in ghn.parameters())
     say(f"{source}: {_described(ghn.config)}, {numel:,} parameters; saved {target}")
 

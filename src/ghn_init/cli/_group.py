@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ghn_init._errors import GHNInitError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 DEFAULT_COMMAND = "predict"
 DEBUG = "--debug"
 
-LAZY_COMMANDS = {
-    "train": "Train a graph hypernetwork on sampled architectures.",
-    "curve": "Draw the learning curve of a training run, finished or not.",
-    "teach": "Train a small classifier for soft labels to train on.",
-    "evaluate": "Measure how well a graph hypernetwork's predictions classify.",
-}
-"""Commands that `ghn_init.training.commands` defines, and the line that `--help` shows for them."""
+IN_WORDS_OF_THE_COMMAND_LINE = (("example_input=", "--input-shape"),)
+"""Arguments of the library's functions that its errors recommend, and the options to give instead."""
 
 
-class LazyCommand(TyperCommand):
-    """A command whose function is imported when it runs, so that `--help` stays quick."""
+class Command(TyperCommand):
+    """A command whose help does not say of a flag that it takes a value."""
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Hand over to the real command, its own `--help` included."""
-        return self._real().make_context(info_name, args, parent=parent, **extra)
-
-    def _real(self) -> Any:
-        function = getattr(import_module("ghn_init.training.commands"), str(self.name))
-        app = typer.Typer(add_completion=False)
-        app.command(self.name)(function)
-        return typer.main.get_command(app)
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, flags without the `<bool>` that typer shows for them."""
+        return _plain_flags(super().get_params(ctx))
 
 
 class CommandGroup(TyperGroup):
     """A group in which `ghn-init SPEC` means `ghn-init predict SPEC`."""
 
-    def __init__(self, **attrs: Any) -> None:
-        super().__init__(**attrs)
-        for name, summary in LAZY_COMMANDS.items():
-            self.add_command(LazyCommand(name=name, help=summary))
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, flags without the `<bool>` that typer shows for them."""
+        return _plain_flags(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command before the first argument that is neither command nor group option.
@@ -58,12 +48,40 @@ class CommandGroup(TyperGroup):
             args = [*args[:position], DEFAULT_COMMAND, *args[position:]]
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand; an error of ours becomes one line on stderr and exit status 1."""
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        """Run the command; our errors and the system's become one line on stderr and exit status 1."""
         try:
-            return super().invoke(ctx)
-        except GHNInitError as error:
-            if ctx.params.get("_debug"):
+            return super().main(args, *rest, **options)
+        except (GHNInitError, OSError) as error:
+            _empty_stdout()
+            if DEBUG in (sys.argv if args is None else args):
                 raise
-            print(f"ghn-init: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-            raise typer.Exit(1) from None
+            print(f"ghn-init: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+            sys.exit(1)
+
+
+def _plain_flags(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+def _one_line(error: GHNInitError | OSError) -> str:
+    """An error's message in one line, with the options' names where it has those of Python's arguments."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is None:
+        text = f"stdout: {error.strerror}"
+    for argument, option in IN_WORDS_OF_THE_COMMAND_LINE:
+        text = text.replace(argument, option)
+    return text
+
+
+def _empty_stdout() -> None:
+    """Throw away what stdout does not take, lest Python complain of it when it ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ghn_init._errors import ModelSpecError
+from ghn_init._errors import ModelSpecError, PredictError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,8 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="SPEC",
-        help="The model: FILE.py, FILE.py:NAME or MODULE:NAME, NAME being an nn.Module instance, a class "
-        "or a function that builds one.",
+        help="The model, as FILE.py, FILE.py:NAME or MODULE:NAME; NAME is an nn.Module instance, or a class "
+        "or function that makes one.",
     ),
 ]
 Settings = Annotated[
@@ -28,7 +28,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Keyword argument of the class or function; a Python literal, else a string. Repeatable.",
+        help="Pass a keyword argument to the class or function. VALUE is a Python literal, or else a string. "
+        "Repeat the option for more.",
     ),
 ]
 Output = Annotated[
@@ -37,46 +38,65 @@ Output = Annotated[
         "-o",
         "--output",
         metavar="FILE",
-        help="Where to write the state dict; NAME.safetensors here if left out. Replaced if it exists. With "
-        "--max-shard-size a folder, NAME if left out, which must be new or empty.",
+        help="Write the state dict to this file, which is replaced if it exists; by default NAME.safetensors "
+        "in the current folder. With --max-shard-size it is a folder, by default NAME, that is new or empty.",
     ),
 ]
 MaxShardSize = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Write a folder of files of at most this size, e.g. 5GB, tensor by tensor: a model that a class "
-        "or function builds takes memory for its largest tensor only.",
+        help="Write a folder of files of at most this size, such as 5GB, tensor by tensor. A model that a "
+        "class or function builds then takes memory for its largest tensor only.",
     ),
 ]
 Drawing = Annotated[
     Path | None,
-    typer.Option("--draw", metavar="FILE", dir_okay=False, help="Draw the graph: .svg, .pdf, .png or .dot."),
+    typer.Option(
+        "--draw",
+        metavar="FILE",
+        help="Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz.",
+    ),
 ]
 Weights = Annotated[
-    str, typer.Option(help="Bundled name, file, folder or hf://ORG/REPO\\[@REVISION] of the hypernetwork.")
+    str,
+    typer.Option(
+        metavar="WEIGHTS",
+        help="Predict with this hypernetwork: a bundled name, a file, a folder or hf://ORG/REPO\\[@REVISION].",
+    ),
 ]
 Head = Annotated[
     Literal["auto", "predict", "keep"],
-    typer.Option(help="The classifier: predict it, keep it, or predict it if its width is known (auto)."),
+    typer.Option(help="Predict the classifier, keep it, or (auto) predict it if its width is known."),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Predict only parameters whose names match. Repeatable."),
+    typer.Option(
+        metavar="PATTERN", help="Predict only parameters whose names match. Repeat the option for more."
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Keep parameters whose names match. Repeatable."),
+    typer.Option(metavar="PATTERN", help="Keep parameters whose names match. Repeat the option for more."),
 ]
 Diversify = Annotated[
     Literal["noise", "orthogonal"] | None,
     typer.Option(help="Make the copies that tiling leaves differ (arXiv 2207.10049)."),
 ]
-Seed = Annotated[int, typer.Option(help="Of --diversify, and of the initialisation of what is kept.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Seed the random numbers of --diversify and of the initialisation of what is kept.",
+    ),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if a parameter cannot be predicted.")]
 InputShape = Annotated[
     str | None,
-    typer.Option(metavar="N,C,H,W", help="Shape of the example input, e.g. 1,3,224,224; found if left out."),
+    typer.Option(
+        metavar="N,C,H,W",
+        help="Trace the model with an input of this shape, such as 1,3,224,224; by default one is found.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -111,6 +131,20 @@ def make_request(
     except ModelSpecError as error:
         raise typer.BadParameter(str(error)) from error
     return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
+
+
+def check_size(text: str) -> None:
+    """See that this is a size such as 5GB.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    from ghn_init._writing.safetensors_writer import size_in_bytes  # loads torch
+
+    try:
+        size_in_bytes(text)
+    except PredictError as error:
+        raise typer.BadParameter(f"{text!r} is no size; write --max-shard-size 5GB") from error
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -14,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ghn_init._errors import PredictError, listing
+from ghn_init._files import destination, reason, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -31,6 +31,36 @@ PATIENCE = 1.0
 def say(text: str) -> None:
     """Print to stderr: stdout is for results that a program may read."""
     typer.echo(text, err=True)
+
+
+def check_output(path: Path, inputs: Iterable[Path] = (), *, hint: str = "-o") -> None:
+    """See, before anything is computed, that a file may be written to `path`.
+
+    Args:
+        path: What the user gave.
+        inputs: Files that the command reads, which it therefore does not replace.
+        hint: The option that `path` was given with.
+
+    Raises:
+        typer.BadParameter: Something stands there that is no file, is read-only or is one of the inputs, or
+            the folder does not exist (exit status 2).
+    """
+
+    def refused(why: str) -> typer.BadParameter:
+        return typer.BadParameter(f"{path} {why}", param_hint=hint)
+
+    if str(path) == "-":
+        raise refused("would be a file of that name; give a FILE, results for programs come with --json")
+    if path.suffix == ".py":
+        raise refused("is the name of a Python file, which is not overwritten")
+    try:
+        target = destination(path)
+        if any(file.exists() and target.exists() and target.samefile(file) for file in inputs):
+            raise refused("is what the command reads; write elsewhere")
+        if not target.parent.is_dir():
+            raise refused(f"cannot be written: the folder {path.parent} does not exist")
+    except OSError as error:
+        raise refused(f"cannot be written: {reason(error)}") from error
 
 
 class Steps:
@@ -104,17 +134,12 @@ def save(model: nn.Module, path: Path) -> int:
             f"{type(model).__name__}: the state dict holds {', '.join(alien)}, which are no tensors and do "
             "not fit into safetensors; use ghn_init.predict in Python and torch.save"
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # what the user's umask says; safetensors makes files private
-        # One entry of metadata: with more, their order, and so the file's bytes, changes from run to run.
-        save_model(model, str(partial), {"format": "pt"})
-        partial.chmod(mode)
-        size = partial.stat().st_size
-        partial.replace(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        with replacing(path) as partial:
+            # One entry of metadata: with more, their order, and so the file's bytes, changes from run to run.
+            save_model(model, str(partial), {"format": "pt"})
+            return partial.stat().st_size
+    except OSError as error:
+        raise PredictError(f"{path} cannot be written: {reason(error)}") from error
+    except (SafetensorError, RuntimeError) as error:
         raise PredictError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return size

@@ -98,13 +98,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    _write(partial, data)
-    partial.replace(path)
-
-
 def _rename(path: Path, target: Path) -> None:
     path.rename(target)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
-from ghn_init.training._checkpoint import write_atomically
+from ghn_init._files import write_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_at]
-                write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
+                write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
             if tensorboard:
                 self._board = summary_writer()(folder / TENSORBOARD, purge_step=resume_at + 1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghn_init._errors import TrainingError
-from ghn_init.training._checkpoint import write_atomically
+from ghn_init._files import write_bytes
 from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Score
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Results:
             scores.append({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
         result = {"weights": self._weights, **self._header, "torch": torch.__version__, "scores": scores}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes(self._path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def digest(ghn: GHN) -> str:

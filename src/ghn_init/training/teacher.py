@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghn_init._errors import TrainingError
+from ghn_init._files import replacing
 from ghn_init.training.data import Normalisation, augment, batch_indices, generator
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def accuracy(labels: Tensor, images: Images) -> float:
 
 
 def save_soft_labels(path: str | PathLike[str], labels: Tensor, images: Images) -> None:
-    """Write soft labels as .npz, with a digest of the images that they belong to."""
-    with Path(path).open("wb") as file:
+    """Write soft labels as .npz, with a digest of the images that they belong to, in one piece."""
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, soft_labels=labels.half().numpy(), images=np.array(digest(images)))
 
 

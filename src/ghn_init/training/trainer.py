@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,8 +160,8 @@ class Trainer:
             on_step: Called after every step.
 
         Returns:
-            True if the run is over: the weights are exported and the learning curve is drawn. False if it
-            waits to be resumed.
+            True if the run is over: the weights are exported and, where matplotlib is installed, the learning
+            curve is drawn. False if it waits to be resumed.
 
         Raises:
             TrainingError: Many steps in a row without a finite loss; the process that prepares networks or
@@ -183,7 +184,8 @@ class Trainer:
             return False
         if self.ranks.first:
             self.export(self.options.output / "ghn")
-            draw_curve(self.options.output)
+            if find_spec("matplotlib"):  # of the `train` extra; a run without it is none the worse
+                draw_curve(self.options.output)
         return True
 
     def _run(self, on_step: Callable[[Record], None]) -> None:

@@ -1,4 +1,4 @@
-"""The commands `ghn-init train`, `curve`, `teach` and `evaluate`; `_options` declares what they take."""
+"""The commands `ghn-init train`, `curve`, `teach` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ghn_init.training import _options as opt
+from ghn_init.cli import _training_options as opt
+from ghn_init.cli._output import check_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +82,7 @@ def _graph_network(config: GHNConfig) -> nn.Module:
 
 def _run(trainer: Trainer) -> None:
     """Train with a progress bar, and say how it ended."""
-    from ghn_init.training._progress import TrainingBar
+    from ghn_init.cli._bars import TrainingBar
 
     with TrainingBar(shown=trainer.ranks.first) as bar:
         finished = trainer.run(bar.step)
@@ -94,6 +95,8 @@ def _run(trainer: Trainer) -> None:
 
 def curve(run: opt.Run, *, output: opt.Picture = None) -> None:
     """Draw the learning curve of a training run: loss and accuracies over time, from its log."""
+    if output is not None:
+        check_output(output, [run / "log.jsonl"])
     from ghn_init.training._curve import draw_curve
 
     typer.echo(draw_curve(run, output))
@@ -108,7 +111,8 @@ def teach(
     width: opt.TeacherWidth = 32,
 ) -> None:
     """Train a small classifier and write its soft labels of the training images."""
-    from ghn_init.training._progress import TeacherBar
+    check_output(output)
+    from ghn_init.cli._bars import TeacherBar
     from ghn_init.training.data import Normalisation, hold_out, load_images
     from ghn_init.training.teacher import accuracy, save_soft_labels, soft_labels, train_teacher
 
@@ -134,12 +138,14 @@ def evaluate(
     workers: opt.Workers = None,
 ) -> None:
     """Measure the accuracy of networks with predicted parameters, split by split."""
+    if output is not None:
+        check_output(output)
     import torch
 
     from ghn_init import load
+    from ghn_init.cli._bars import EvaluationBar
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import Job, cores, measure_all
-    from ghn_init.training._progress import EvaluationBar
     from ghn_init.training._results import Results, table
     from ghn_init.training.data import Normalisation, load_images
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
@@ -161,11 +167,3 @@ def evaluate(
             results.add(job, accuracy)
             bar.network(f"{job.network.split} {job.network.index}", accuracy)
     typer.echo(table(results.scores()))
-
-
-def app() -> typer.Typer:
-    """The commands, for `python -m ghn_init.training`."""
-    application = typer.Typer(add_completion=False, no_args_is_help=True)
-    for command in (train, curve, teach, evaluate):
-        application.command()(command)
-    return application

@@ -1,0 +1,79 @@
+"""Writing files: each is complete or not there at all, and takes the place of nothing but a file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_KINDS: Final = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link to itself",
+}  # fmt: skip
+"""What may stand where a file is wanted."""
+
+_WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """The file that writing to `path` makes or replaces; symbolic links are followed.
+
+    Raises:
+        OSError: Something is there that is no file, or a file that is not to be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    if not stat.S_ISREG(mode):
+        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; only a file is ever replaced")
+    # The superuser may write everything, so that a file's own mode has to be asked as well.
+    if not mode & _WRITABLE or not os.access(target, os.W_OK):
+        raise PermissionError("it is read-only")
+    return target
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Inside, an empty file beside `path` to write into; at the end it takes the place of `path`.
+
+    After an exception of any kind `path` is what it was, and nothing else is left. A new file has the mode
+    that the user's umask says, one that is replaced keeps its own.
+
+    Raises:
+        OSError: As for `destination`, or the folder does not exist or cannot be written.
+    """
+    target = destination(path)
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        partial.touch(exist_ok=False)
+        mode = (target if target.exists() else partial).stat().st_mode
+        yield partial
+        partial.chmod(stat.S_IMODE(mode))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace a file in one step, once its new content is on the disk.
+
+    Raises:
+        OSError: As for `replacing`.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def reason(error: OSError) -> str:
+    """What an error of the system says, without the name of the file that it says it of."""
+    return error.strerror or str(error)
