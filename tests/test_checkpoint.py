@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -231,13 +233,10 @@ def test_truncated_published_file(published: Path, keep: int) -> None:
         load(published)
 
 
-def test_published_file_without_configuration(published: Path) -> None:
+def test_published_file_with_a_bad_configuration(published: Path) -> None:
     found = torch.load(published, weights_only=True)
-    torch.save(found["state_dict"], published)
-    with pytest.raises(CheckpointError, match="expected a dictionary with state_dict and config, found"):
-        load(published)
     torch.save(torch.zeros(3), published)
-    with pytest.raises(CheckpointError, match="found Tensor"):
+    with pytest.raises(CheckpointError, match=r"expected a dictionary with state_dict and .*, found Tensor"):
         load(published)
     torch.save({**found, "config": {**found["config"], "ve": 3}}, published)
     with pytest.raises(ConfigError, match=r"published\.pt: GHN configuration: ve=3"):
@@ -262,7 +261,7 @@ def test_things_that_are_no_weights(tmp_path: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face hub that downloads files: one repository, two revisions."""
+    """The part of the Hugging Face hub that downloads files: one repository, two names and revisions."""
 
     asked: ClassVar[list[str]] = []
 
@@ -280,7 +279,9 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         file = self.folder / self.path.rpartition("/")[2]
         known = any(
-            self.path.startswith(f"/org/repo/resolve/{revision}/") for revision in ("main", "v1", COMMIT)
+            self.path.startswith(f"/{repo}/resolve/{revision}/")
+            for repo in ("org/repo", "SamsungSAILMontreal/ghn3")
+            for revision in ("main", "v1", COMMIT)
         )
         content = file.read_bytes() if known and file.is_file() else b""
         self.send_response(200 if content else 404)
@@ -348,6 +349,38 @@ def test_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:
     assert f"hf://org/repo gives {total}" in offline
     assert "hf://org/other fails: hf://org/other: expected" in offline
     assert "HF_HUB_OFFLINE" in offline
+
+
+def test_a_published_file_on_the_hub(hub: str, folder: Path, tmp_path: Path) -> None:
+    original = GHN(GHNConfig.ghn3("t", 5, hid=8, layers=2, heads=2, max_shape=(3, 4, 4, 4)))
+    (folder / "ghn3tm8.pt").write_bytes(pickle.dumps(OrderedDict(original.state_dict()), protocol=4))
+    (folder / "model.safetensors").unlink()
+    code = """
+import ghn_init, torch
+for address in ("ghn3tm8.pt", "ghn3tm8.pt@v1", "other/ghn3tm8.pt"):
+    layer = torch.nn.Conv2d(3, 8, 3)
+    ghn_init.predict(layer, weights=f"hf://SamsungSAILMontreal/ghn3/{address}", head="predict")
+    print(address, "gives", float(layer.weight.detach().double().sum()))
+for address in ("hf://SamsungSAILMontreal/ghn3", "hf://SamsungSAILMontreal/ghn3/no.pt"):
+    try:
+        ghn_init.load(address)
+    except ghn_init.CheckpointError as error:
+        print(error)
+"""
+    layer = ghn_init.predict(torch.nn.Conv2d(3, 8, 3), original.eval(), head="predict")
+    total = float(layer.weight.detach().double().sum())
+    online = in_new_process(code, tmp_path / "home", hub)
+    offline = in_new_process(code, tmp_path / "home", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    for found in (online, offline):
+        for address in ("ghn3tm8.pt", "ghn3tm8.pt@v1", "other/ghn3tm8.pt"):
+            assert f"{address} gives {total}" in found, found
+    assert "expected a repository with model.safetensors and config.json" in online
+    assert "a published file there is hf://SamsungSAILMontreal/ghn3/FILE.pt" in online
+    assert "hf://SamsungSAILMontreal/ghn3: expected a repository with no.pt" in online
+    asked = [path for path in Hub.asked if path.endswith("ghn3tm8.pt")]
+    assert {path.split("/resolve/")[1] for path in asked} >= {
+        "main/ghn3tm8.pt", "v1/ghn3tm8.pt", "main/other/ghn3tm8.pt",
+    }  # fmt: skip
 
 
 def test_from_pretrained_reads_the_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:

@@ -5,9 +5,14 @@ More examples: `pytest tests/test_damaged_files.py --hypothesis-profile=nightly`
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import resource
+import struct
 import zipfile
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GHNInitError, load
 from ghn_init._hypernetwork.config import PUBLISHED_FIELDS
 from ghn_init._weights.load import save
+from ghn_init._weights.pickled_state import read_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +65,7 @@ def folder(sound: GHN, tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = {"state_dict": sound.state_dict(), "config": config, "epoch": 3, "optimzer": {}}
     torch.save(document, folder / "published.pt")
     torch.save(document, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "hub.pt").write_bytes(pickle.dumps(OrderedDict(sound.state_dict()), protocol=4))
     return folder
 
 
@@ -114,6 +121,24 @@ def test_damaged_published_file_of_the_old_kind(folder: Path, what: tuple[str, f
     assert all(values.isfinite().all() for values in loaded.state_dict().values())
 
 
+@given(what=damage)
+def test_damaged_state_dict_of_the_hub(folder: Path, what: tuple[str, float, int]) -> None:
+    """These have no checksums either."""
+    (folder / "six.pt").write_bytes(damaged((folder / "hub.pt").read_bytes(), *what))
+    try:
+        loaded = load(folder / "six.pt")
+    except GHNInitError:
+        return
+    assert all(values.isfinite().all() for values in loaded.state_dict().values())
+
+
+@given(content=st.binary(max_size=200), protocol=st.integers(2, 5))
+def test_anything_after_the_start_of_a_pickle(folder: Path, content: bytes, protocol: int) -> None:
+    (folder / "seven.pt").write_bytes(bytes([0x80, protocol]) + content)
+    with pytest.raises(CheckpointError, match=r"seven\.pt: expected a"):
+        load(folder / "seven.pt")
+
+
 plain = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8)
 values = st.recursive(plain, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner))
 
@@ -131,7 +156,7 @@ def test_any_value_in_the_configuration(folder: Path, sound: GHN, key: str, valu
 
 
 def test_sound_files_load(folder: Path, sound: GHN) -> None:
-    for path in (folder / "model.safetensors", folder / "published.pt", folder / "old.pt"):
+    for path in (folder / name for name in ("model.safetensors", "published.pt", "old.pt", "hub.pt")):
         assert outcome(path, sound) == SAME
 
 
@@ -250,3 +275,135 @@ def test_a_file_that_inflates_is_refused(tmp_path: Path) -> None:
         archive.writestr("bomb/data.pkl", b"\0" * 10**7)
     with pytest.raises(CheckpointError, match=r"\(10,000,000 bytes packed into [\d,]+\); it is"):
         load(tmp_path / "bomb.pt")
+
+
+# State dicts in a pickle stream, made to harm
+
+
+class Calls:
+    """Unpickling this would call a function with these arguments."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def storage(content: bytes) -> Calls:
+    return Calls(torch.storage._load_from_bytes, content)
+
+
+def in_legacy_form(values: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(values, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def tensor(*arguments: Any) -> Calls:
+    return Calls(torch._utils._rebuild_tensor_v2, *arguments, False, OrderedDict())
+
+
+FOUR = torch.zeros(4).__reduce_ex__(2)[1][0].__reduce__()[1][0]
+"""What pickle writes of four numbers' storage."""
+
+HOSTILE = {
+    "a function": (Calls(os.mkdir, "unpickled"), "the name posix.mkdir"),
+    "a function of torch": (Calls(torch.load, "x.pt"), "the name torch.serialization.load"),
+    "a function in a tensor's values": (
+        storage(in_legacy_form(Calls(os.mkdir, "unpickled"))), "values need code to be run",
+    ),
+    "values of another form": (storage(pickle.dumps(Calls(os.mkdir, "unpickled"))), "in another form than"),
+    "no storage": (storage(in_legacy_form(torch.zeros(4))), "a Tensor in place of a tensor's values"),
+    "beyond the storage": (tensor(storage(FOUR), 0, (5,), (1,)), "reaches beyond its values"),
+    "far beyond it": (tensor(storage(FOUR), 1 << 70, (1 << 70,), (1,)), "reaches beyond its values|LONG1"),
+    "sizes without steps": (tensor(storage(FOUR), 0, (2, 2), (1,)), "a tensor of no size"),
+    "before it": (tensor(storage(FOUR), -1, (4,), (1,)), "a tensor of no size"),
+    "sizes that are none": (tensor(storage(FOUR), 0, ("2",), (1,)), "a tensor of no size"),
+    "no values": (tensor("abc", 0, (4,), (1,)), "a tensor without values"),
+    "arguments for a dictionary": (Calls(OrderedDict, [("a", 1)]), "OrderedDict with 1 arguments|EMPTY_LIST"),
+    "an object": (object(), "the name builtins.object|copyreg"),
+    "a list": ([1], "the instruction EMPTY_LIST"),
+    "a float": (1.5, "the instruction BINFLOAT"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_streams_that_want_more_than_tensors_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    value, reason = HOSTILE[name]
+    for protocol in (3, 4):
+        (tmp_path / "evil.pt").write_bytes(pickle.dumps(OrderedDict(a=value), protocol=protocol))
+        with pytest.raises(CheckpointError, match=rf"evil\.pt: .* which is refused \(.*({reason})"):
+            load(tmp_path / "evil.pt")
+    assert not (tmp_path / "unpickled").exists()
+
+
+STREAMS = {
+    "the largest place in the memo": (b"}r" + struct.pack("<I", 2**32 - 1) + b".", "found"),
+    "bytes that are not there": (b"\x8e" + struct.pack("<Q", 2**40) + b".", "refused"),
+    "text that is not there": (b"X" + struct.pack("<I", 2**32 - 1) + b".", "refused"),
+    "an empty stack": (b"R.", "an instruction without its values"),
+    "no mark": (b"}u.", "refused"),
+    "entries of a tuple": (b")X\x01\x00\x00\x00aNs.", "something else than a dictionary of names"),
+    "a number for a name": (b"}K\x01Ns.", "something else than a dictionary of names"),
+    "a string that is called": (b"X\x17\x00\x00\x00collections.OrderedDict)R.", "something else than a name"),
+    "an unknown place in the memo": (b"h\x07.", "refused"),
+    "another instruction": (b"(lp0\n.", "the instruction LIST"),
+    "no end": (b"}", "refused"),
+    "a number alone": (b"K\x01.", "it holds a int, no dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_impossible_streams_are_refused_and_take_no_memory(name: str, tmp_path: Path) -> None:
+    content, reason = STREAMS[name]
+    (tmp_path / "evil.pt").write_bytes(b"\x80\x02" + content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=reason):
+        load(tmp_path / "evil.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_a_tensor_is_used_once(tmp_path: Path) -> None:
+    """The same bytes twice would be the same tensor, which the writers never make."""
+    once = storage(FOUR)
+    state = OrderedDict(a=tensor(once, 0, (4,), (1,)), b=tensor(once, 0, (4,), (1,)))
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(state, protocol=4))
+    with pytest.raises(CheckpointError, match=r"x\.pt: expected a configuration or the tensors of a GHN"):
+        load(tmp_path / "x.pt")  # one storage, two tensors: that is read
+    content = pickle.dumps(OrderedDict(a=FOUR, b=storage(FOUR)), protocol=4)
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="a tensor's values in another form"):
+        load(tmp_path / "x.pt")
+
+
+def test_tensors_that_claim_more_memory_than_the_file_has(sound: GHN, tmp_path: Path) -> None:
+    large = torch.zeros(1).expand(15, 10**6)
+    state = OrderedDict(sound.state_dict()) | {"embed.weight": large}
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(state, protocol=4))
+    torch.save(state, tmp_path / "y.pt")
+    for name in ("x.pt", "y.pt"):
+        with pytest.raises(CheckpointError, match=r"tensors of at most [\d,]+ bytes, .*, found 6\d,\d+,\d+"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x78\x9c", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\x00", b"\x5d\x00", b'\x04"M\x18']
+)
+def test_compressed_files_are_told_as_such(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(start + bytes(100))
+    with pytest.raises(CheckpointError, match=r"x\.pt: expected .* found a compressed file; read it with"):
+        load(tmp_path / "x.pt")
+
+
+def test_reading_a_stream_takes_little_more_than_its_tensors(tmp_path: Path) -> None:
+    state = OrderedDict((f"t{index}", torch.ones(1_000_000)) for index in range(25))
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(state, protocol=4))
+    read_state(tmp_path / "x.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kept = [read_state(tmp_path / "x.pt") for _ in range(2)]
+    assert len(kept[1]) == 25
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160_000  # 100 MB more, not 200

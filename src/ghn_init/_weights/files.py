@@ -6,6 +6,7 @@ a `CheckpointError`, and takes memory in proportion to the file, not to what its
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from ghn_init._errors import CheckpointError
+from ghn_init._threads import alone
+from ghn_init._weights.pickled_state import LEGACY, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +40,10 @@ _LARGEST_HEADER: Final = 1 << 20
 """Bytes of a safetensors header; a GHN's has some three thousand."""
 
 _ZIP: Final = b"PK\x03\x04"
+_PICKLE: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+
+_COMPRESSED: Final = (b"\x78", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00", b'\x04"M\x18')
+"""What joblib's compressed files begin with: zlib, gzip, bz2, xz, lzma, lz4."""
 
 
 def checksum(config: GHNConfig, state: Mapping[str, Tensor]) -> str:
@@ -116,14 +123,23 @@ def read_safetensors(file: Path | Traversable, largest: int) -> tuple[dict[str, 
 
 
 def read_pickled(path: Path) -> Any:
-    """Read a file that `torch.save` wrote, if it holds plain values and tensors only.
+    """Read a file that `torch.save` wrote, or joblib, if it holds plain values and tensors only.
 
     Raises:
         CheckpointError: The file is damaged, something else, or would run code.
     """
+    with path.open("rb") as stream:
+        start = stream.read(len(LEGACY))
+    if start.startswith(_PICKLE) and start != LEGACY:
+        return read_state(path)
+    if start.startswith(_COMPRESSED):
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of torch.save, or an uncompressed one of joblib, found a "
+            "compressed file; read it with joblib.load, if you trust it, and save the result with torch.save"
+        )
     _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint of plain tensors, found a file that is damaged or that needs "
@@ -133,6 +149,21 @@ def read_pickled(path: Path) -> Any:
     # What else torch.load raises for such files is not documented, and wide: RuntimeError, EOFError, ...
     except Exception as error:
         raise CheckpointError(_unreadable(path, first_line(error))) from error
+
+
+def _load(path: Path) -> Any:
+    """What `torch.load` makes of a file, with the one class that published training checkpoints need.
+
+    `args` is there an `argparse.Namespace`, a bag of values. torch's list of classes is one for the process,
+    so it is changed, for a moment, only where it has to be.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "argparse.Namespace" not in str(error):
+            raise
+    with alone(), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_archive(path: Path) -> None:

@@ -113,16 +113,16 @@ class HubGHN(PyTorchModelHubMixin, GHN, library_name="ghn-init", license="mit"):
         return cls.of(read_directory(directory, gnn).to(map_location))
 
 
-def read_hub(repo: str, revision: str | None = None, gnn: nn.Module | None = None) -> GHN:
-    """Read the weights in a repository of the hub, or in the cache where the hub cannot be reached.
-
-    `gnn` is the graph network of weights with a foreign one.
+def fetch(repo: str, revision: str | None = None, file: str | None = None) -> Path:
+    """The folder of a repository's weights, or one file of it, in the cache; from there where offline.
 
     Raises:
-        CheckpointError: A repository that cannot be reached and is not in the cache, or bad weights.
+        CheckpointError: A repository or file that cannot be reached and is not in the cache.
     """
-    with _hub_errors(repo):
-        return read_directory(_fetch(repo, revision=revision), gnn)
+    with _hub_errors(repo, file):
+        if file is not None:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        return _fetch(repo, revision=revision)
 
 
 def _fetch(repo: str, **options: Any) -> Path:
@@ -141,14 +141,16 @@ def _fetch(repo: str, **options: Any) -> Path:
 
 
 @contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
+def _hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
     """Turn the hub's errors into one of ours that says what to do."""
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError) as error:  # the hub's HTTP errors are OSErrors
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        files = file or f"{WEIGHTS_FILE} and {CONFIG_FILE}"
+        other = "" if file else f"; a published file there is hf://{repo}/FILE.pt"
         raise CheckpointError(
-            f"hf://{repo}: expected a repository with {WEIGHTS_FILE} and {CONFIG_FILE}, found "
+            f"hf://{repo}: expected a repository with {files}, found "
             f"{type(error).__name__}: {reason}; check its name and revision, the connection (HF_ENDPOINT, "
-            "HF_HUB_OFFLINE) and, if it is private, the token"
+            f"HF_HUB_OFFLINE) and, if it is private, the token{other}"
         ) from error

@@ -13,7 +13,7 @@ import textwrap
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -21,7 +21,8 @@ from ghn_init._errors import CheckpointError, ConfigError
 from ghn_init._files import reason, write_bytes
 from ghn_init._hypernetwork.config import GHNConfig
 from ghn_init._hypernetwork.model import GHN
-from ghn_init._weights.files import CHECKSUM, checksum, read_json, read_pickled
+from ghn_init._weights import published
+from ghn_init._weights.files import CHECKSUM, checksum, read_json
 from ghn_init._weights.files import read_safetensors as read_tensors
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ DEFAULT_WEIGHTS: Final = "ghn2-cifar10"
 WEIGHTS_FILE: Final = "model.safetensors"
 CONFIG_FILE: Final = "config.json"
 
-_HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.+))?")
+_HUB: Final = re.compile(
+    r"hf://(?P<repo>[^/@]+/[^/@]+)"
+    # The revision stands before the file, as in huggingface_hub's addresses, or at the end.
+    r"(?:(?:@(?P<first>refs/pr/\d+|[^/@]+))?/(?P<file>(?:(?!\.\.?/)[^/@]+/)*[^/@]+\.pth?))?"
+    r"(?(first)|(?:@(?P<last>.+))?)"
+)
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_NAMED: Final = 8
 """Wrong tensors that an error names; it counts the others."""
@@ -47,25 +53,32 @@ def load(
     *,
     device: torch.device | str | None = None,
     gnn: nn.Module | None = None,
+    config: GHNConfig | None = None,
 ) -> GHN:
     """Load a GHN, in evaluation mode.
 
     Args:
         weights: The name of bundled weights; a directory with `model.safetensors` and `config.json`, or
-            the path of such a `model.safetensors`; a published `.pt` file; "hf://org/repo" or
-            "hf://org/repo@revision" on the Hugging Face hub (or in its cache); or a GHN, which is returned.
+            the path of such a `model.safetensors`; a published `.pt` file of a GHN-1, GHN-2 or GHN-3;
+            "hf://org/repo", for such a directory on the Hugging Face hub (or in its cache), or
+            "hf://org/repo/FILE.pt" for a published file there, either with "@revision" at its end; or a
+            GHN, which is returned.
         device: Where to put it; None: the CPU, and a given GHN stays where it is.
         gnn: The graph network of weights whose configuration names one that is not part of this package
             (`GHNConfig.hypernet`). It becomes part of the GHN and gets the weights.
+        config: The configuration of a published file that has none. Without it all sizes are those of the
+            tensors, and the GHN has virtual edges and normalises weights, unless it is a GHN-1.
 
     Raises:
         CheckpointError: Weights that are missing, damaged, or not those of a GHN.
         ConfigError: A configuration with an unknown key or an impossible value, or that names a graph
-            network which is not given.
+            network which is not given; or one that is given for weights that have their own.
     """
     if isinstance(weights, GHN) and gnn is not None:
         raise ConfigError("a GHN and a graph network; expected only one of them: the GHN has its own")
-    ghn = weights if isinstance(weights, GHN) else _find(weights, gnn)
+    if isinstance(weights, GHN) and config is not None:
+        raise ConfigError("a GHN and a configuration; expected only one of them: the GHN has its own")
+    ghn = weights if isinstance(weights, GHN) else _find(weights, gnn, config)
     return ghn if device is None else ghn.to(device)
 
 
@@ -127,21 +140,10 @@ def read_safetensors(
     return filled
 
 
-def read_published(path: Path, gnn: nn.Module | None = None) -> GHN:
-    """Read a published `.pt` file; its configuration is the one in the file."""
-    found = read_pickled(path)
-    missing = [key for key in ("state_dict", "config") if not isinstance(_get(found, key), dict)]
-    if missing:
-        keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(
-            f"{path}: expected a dictionary with state_dict and config, found {keys}; without its "
-            "configuration a state dict cannot be read"
-        )
-    try:
-        config = GHNConfig.from_published(found["config"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return build(config, found["state_dict"], str(path), gnn)
+def read_published(path: Path, gnn: nn.Module | None = None, config: GHNConfig | None = None) -> GHN:
+    """Read a published file; see `published.read` for its forms and for `config`."""
+    found = published.read(path, config)
+    return build(found.config, found.state, str(path), gnn)
 
 
 def build(config: GHNConfig, state: Mapping[str, Tensor], source: str, gnn: nn.Module | None = None) -> GHN:
@@ -206,36 +208,41 @@ def _is_float(values: Tensor) -> bool:
     return values.is_floating_point()
 
 
-def _find(weights: str | PathLike[str], gnn: nn.Module | None) -> GHN:
+def _find(weights: str | PathLike[str], gnn: nn.Module | None, config: GHNConfig | None) -> GHN:
     """Tell the kinds of sources apart and read."""
-    if isinstance(weights, str):
-        if weights in bundled_names():
-            return read_directory(_bundled_folder() / weights, gnn)
-        if weights.startswith("hf://"):
-            return _read_hub(weights, gnn)
     if not isinstance(weights, str | PathLike):
         raise CheckpointError(f"weights of type {type(weights).__name__}; expected a name, a path or a GHN")
-    path = Path(weights)
-    if path.is_dir():
-        return read_directory(path, gnn)
-    if not path.is_file():
+    place: Path | Traversable = Path(weights)
+    if isinstance(weights, str) and weights in bundled_names():
+        place = _bundled_folder() / weights
+    elif isinstance(weights, str) and weights.startswith("hf://"):
+        place = _on_hub(weights)
+    if isinstance(place, Path) and place.is_file() and place.suffix != ".safetensors":
+        return read_published(place, gnn, config)
+    if config is not None:
+        raise ConfigError(f"{weights}: a configuration for weights that have their own; leave config out")
+    if place.is_dir():
+        return read_directory(place, gnn)
+    if not isinstance(place, Path) or not place.is_file():
         raise CheckpointError(
             f"{str(weights)!r}: no such weights; expected a bundled name "
             f"({', '.join(bundled_names()) or 'none in this installation'}), a directory, a .safetensors or "
             ".pt file, or hf://org/repo"
         )
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, path.with_name(CONFIG_FILE), gnn)
-    return read_published(path, gnn)
+    return read_safetensors(place, place.with_name(CONFIG_FILE), gnn)
 
 
-def _read_hub(address: str, gnn: nn.Module | None) -> GHN:
+def _on_hub(address: str) -> Path:
+    """The folder or file in the hub's cache that an address names, fetched if need be."""
     match = _HUB.fullmatch(address)
     if match is None:
-        raise CheckpointError(f"{address!r}: expected hf://org/repo or hf://org/repo@revision")
-    from ghn_init._weights.hub import read_hub
+        raise CheckpointError(
+            f"{address!r}: expected hf://org/repo or hf://org/repo@revision, or a file there, "
+            "hf://org/repo/FILE.pt or hf://org/repo/FILE.pt@revision"
+        )
+    from ghn_init._weights.hub import fetch
 
-    return read_hub(match["repo"], match["revision"], gnn)
+    return fetch(match["repo"], match["first"] or match["last"], match["file"])
 
 
 def _config_of(file: Path | Traversable) -> GHNConfig:
@@ -248,7 +255,3 @@ def _config_of(file: Path | Traversable) -> GHNConfig:
 
 def _bundled_folder() -> Traversable:
     return resources.files("ghn_init") / "weights"
-
-
-def _get(found: Any, key: str) -> Any:
-    return found.get(key) if isinstance(found, dict) else None

@@ -43,7 +43,9 @@ def convert(source: Source, target: Target) -> None:
 
 def _described(config: GHNConfig) -> str:
     """What kind of hypernetwork this is, in words."""
-    if config.hypernet == "mlp":
+    if config.transformer:
+        kind = "GHN-3"
+    elif config.hypernet == "mlp":
         kind = "MLP"
     else:
         kind = "GHN-2" if config.ve and config.weight_norm and config.layernorm else "GHN-1"
