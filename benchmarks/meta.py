@@ -19,7 +19,6 @@ import torch
 from zoo_models import ZOOS, Network, networks
 
 import ghn_init
-from ghn_init._meta.initialise import kinds_of
 from ghn_init._meta.materialise import kept_values
 from ghn_init._writing.entry import to_write
 
@@ -56,7 +55,7 @@ def tried(network: Network, ghn: ghn_init.GHN, *, large_on_meta: bool) -> tuple[
     try:
         plan = ghn_init.plan(model, ghn, head="predict")
         predicted = [name for row in to_write(plan.rows) for name in row.written]
-        kept_values(model, predicted, kinds_of(plan.graph), seed=0)
+        kept_values(model, predicted, seed=0)
     except ghn_init.GHNInitError as error:
         return "refused", str(error)
     return "complete", ""

@@ -26,7 +26,7 @@ GRAPH = Graph(NODES, ((0, 1), (1, 2), (2, 3), (2, 4), (3, 4)), name='My "Net"')
 
 
 def test_every_node_type_has_a_colour_of_its_own() -> None:
-    assert set(COLOURS) == set(NODE_TYPES)
+    assert tuple(COLOURS) == NODE_TYPES
     assert len(set(COLOURS.values())) == len(NODE_TYPES)
 
 

@@ -1,4 +1,4 @@
-"""Memory: beyond the model, predicting needs less than its largest tensor and 100 MB."""
+"""Memory: beyond the model, predicting needs less than its largest tensor, or twice that, and 100 MB."""
 
 from __future__ import annotations
 
@@ -88,5 +88,6 @@ def test_beyond_the_model_there_is_room_for_its_largest_tensor(name: str) -> Non
     ghn_init.predict(make(8), ghn, head="predict", **options)
     model = make()
     extra = peak_beyond(lambda: ghn_init.predict(model, ghn, head="predict", **options))
-    assert extra < max(param.numel() * 4 for param in model.parameters()) + 100e6
+    tensors = 2 if make is tall else 1  # LAPACK wants the transpose of a matrix with more outputs
+    assert extra < tensors * max(param.numel() * 4 for param in model.parameters()) + 100e6
     assert all(param.isfinite().all() for param in model.parameters())

@@ -1,4 +1,4 @@
-"""Writing through parametrisations and the older hooks of torch.nn.utils."""
+"""Writing through parametrisations of torch.nn.utils."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def doubled(module: nn.Module) -> nn.Module:
     return parametrize.register_parametrization(module, "weight", Doubled())
 
 
-EXACT = [doubled, parametrizations.weight_norm, nn.utils.weight_norm]
-SPECTRAL = [parametrizations.spectral_norm, nn.utils.spectral_norm]
+EXACT = [doubled, parametrizations.weight_norm]
+SPECTRAL = [parametrizations.spectral_norm]
 THROUGH = [*EXACT, *SPECTRAL, parametrizations.orthogonal]
 
 
@@ -98,6 +98,28 @@ def test_the_vectors_of_a_spectral_norm_follow_the_new_weight(wrap: Any, ghn: GH
     expected = plain[3].weight / torch.linalg.matrix_norm(plain[3].weight, 2)
     torch.testing.assert_close(model[3].weight, expected, rtol=0.02, atol=1e-3)
     assert torch.linalg.matrix_norm(model[3].weight, 2).item() == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "predicted", "kept"),
+    [
+        (nn.utils.weight_norm, "3.weight_v", ["3.weight_g"]),
+        (nn.utils.spectral_norm, "3.weight_orig", []),
+    ],
+)
+def test_behind_the_older_hooks_the_direction_is_predicted(
+    wrap: Any, predicted: str, kept: list[str], ghn: GHN
+) -> None:
+    model, plain = network(wrap), predict(network(), ghn, example_input=EXAMPLE)
+    before = state(model)
+    rows = plan(model, ghn, example_input=EXAMPLE).rows
+    assert [row.name for row in rows if row.action == "kept"] == kept
+    predict(model, ghn, example_input=EXAMPLE)
+    model(torch.randn(EXAMPLE))  # the hook computes the weight
+    torch.testing.assert_close(model.get_parameter(predicted), plain[3].weight)
+    assert all(torch.equal(before[name], model.get_parameter(name)) for name in kept)
+    assert model[3].weight.isfinite().all()
 
 
 def test_an_orthogonal_weight_is_made_orthogonal(ghn: GHN) -> None:

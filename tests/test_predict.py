@@ -27,7 +27,7 @@ from ghn_init import (
 )
 from ghn_init._weights import load as loading
 from ghn_init._writing import diversify as diversifying
-from ghn_init._writing import predictions, transpose
+from ghn_init._writing import predictions
 from ghn_init._writing.diversify import diversify, filter_correlation
 
 if TYPE_CHECKING:
@@ -651,12 +651,9 @@ def test_orthogonal_keeps_the_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (43, 8), (8, 8), (1, 5), (5, 1), (9, 2, 2, 2)])
-@pytest.mark.parametrize("small", [0, 1 << 22])
 def test_the_orthogonal_factor_is_that_of_torch(
-    shape: tuple[int, ...], small: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transpose, "_SMALL", small)
-    monkeypatch.setattr(transpose, "_BLOCK", 3)
     monkeypatch.setattr(diversifying, "NOISE_STRENGTH", 0.0)
     weight = torch.randn(shape)
     matrix = weight.clone().flatten(1)
@@ -665,18 +662,6 @@ def test_the_orthogonal_factor_is_that_of_torch(
     diversify(weight, weight.clone(), "orthogonal", name="w", seed=0)
     expected = q.T if shape[0] < matrix.shape[1] else q
     torch.testing.assert_close(weight.flatten(1), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (7, 3), (12, 4), (1030, 1030), (600, 513)])
-@pytest.mark.parametrize("small", [0, 1 << 22])
-def test_transposing_in_place(shape: tuple[int, int], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transpose, "_SMALL", small)
-    matrix = torch.randn(shape)
-    values = matrix.flatten().clone()
-    transpose.transpose(values, *shape)
-    assert torch.equal(values.view(shape[::-1]), matrix.T)
-    transpose.transpose_back(values, *shape)
-    assert torch.equal(values.view(shape), matrix)
 
 
 # Running statistics ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import DrawError
 from ghn_init._files import reason, write_bytes
-from ghn_init._graph.graph import NODE_TYPES
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -17,13 +16,15 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph, Node
 
 COLOURS: Final = {
-    "input": "#222222",
-    "conv": "#4477aa", "sep_conv": "#77aadd", "dil_conv": "#99ddff", "msa": "#aa3377", "cse": "#ee99aa",
-    "bias": "#bbbbbb", "bn": "#eecc66", "ln": "#ee8866", "pos_enc": "#994455",
-    "max_pool": "#228833", "avg_pool": "#44bb99", "glob_avg": "#bbcc33",
-    "sum": "#ffffff", "concat": "#dddddd",
+    "max_pool": "#228833", "avg_pool": "#44bb99", "sep_conv": "#77aadd", "dil_conv": "#99ddff",
+    "conv": "#4477aa", "msa": "#aa3377", "cse": "#ee99aa", "sum": "#ffffff", "concat": "#dddddd",
+    "input": "#222222", "bias": "#bbbbbb", "bn": "#eecc66", "ln": "#ee8866", "pos_enc": "#994455",
+    "glob_avg": "#bbcc33",
 }  # fmt: skip
-"""Fill colour of every node type: convolutions blue, pooling green, normalisation yellow."""
+"""Fill colour of every node type, in the order of `NODE_TYPES`, which is that of the legend.
+
+Convolutions are blue, pooling green, normalisation yellow.
+"""
 
 FORMATS: Final = (".svg", ".pdf", ".png")
 """What graphviz renders; .dot needs no graphviz."""
@@ -74,9 +75,9 @@ def _node_line(index: int, node: Node) -> str:
 
 
 def _legend(graph: Graph) -> list[str]:
-    """One labelled box for every type that occurs, with its count, in the order of `NODE_TYPES`."""
+    """One labelled box for every type that occurs, with its count, in the order of `COLOURS`."""
     counts = Counter(node.type for node in graph.nodes)
-    present = [name for name in NODE_TYPES if name in counts]
+    present = [name for name in COLOURS if name in counts]
     lines = [
         "  subgraph cluster_legend {",
         f"    label={_quote(f'{graph.name}: {len(graph)} nodes, {len(graph.edges)} edges')};",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ghn_init._errors import GraphError
+from ghn_init._graph.draw import draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -204,8 +205,6 @@ class Graph:
 
         Needs graphviz for everything but .dot: `pip install ghn-init[draw]` and the `dot` program.
         """
-        from ghn_init._graph.draw import draw
-
         draw(self, path)
 
 

@@ -7,11 +7,11 @@ For every module that owns such tensors these are asked, in this order, until ea
 2. the module's `reset_parameters()`;
 3. its methods that compute buffers: `init_non_persistent_buffers()` (timm), `define_*()` (torchvision);
 4. `init_weights()` and `reset_parameters()` of the modules around it, the nearest first;
-5. `_init_weights(module)` of the modules around it;
-6. the usual value for what the tensor is (`_usual`), where there is one.
+5. `_init_weights(module)` of the modules around it.
 
 While they run, every other tensor of the model is on the meta device, where initialising costs and
-changes nothing. A tensor that nobody gives a value is an error, not garbage.
+changes nothing. A tensor that nobody gives a value is an error, not garbage: a scale that multiplies
+activations, say, may be 1e-6 or 20, and neither its name nor the defaults of constructors tell.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError, listing
-from ghn_init._meta.usual import fill_usual
 from ghn_init._network.locations import Location, hidden, locations_of
 from ghn_init._network.pretrained import is_pretrained
 from ghn_init._threads import alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from ghn_init._graph.graph import Graph
 
 _RESETS: Final = ("reset_parameters", "_reset_parameters")
 """Methods that initialise a module's own tensors; nn.MultiheadAttention's has the underscore."""
@@ -48,13 +46,6 @@ _AROUND: Final = ("init_weights", "reset_parameters")
 """Methods that initialise a module and what is inside it."""
 
 
-def kinds_of(graph: Graph) -> dict[str, str]:
-    """What every parameter of the graph is, by name: a node type, "bias", or a role."""
-    kinds = {unmatched.name: unmatched.role for unmatched in graph.unmatched}
-    kinds |= {node.param: node.type for node in graph.nodes if node.param is not None}
-    return kinds | {node.bias: "bias" for node in graph.nodes if node.bias is not None}
-
-
 Source = tuple[str, "Callable[[], object]"]
 """An initialiser: its place, for messages, and its call."""
 
@@ -65,15 +56,11 @@ class Initialiser:
     Args:
         model: The model that they belong to.
         lost: Their places; each one's tensor is on the meta device.
-        kinds: What parameters are, by name: a node type from `kinds_of`.
         seed: Of the random numbers; each module's depend on this and its path alone.
     """
 
-    def __init__(
-        self, model: nn.Module, lost: Sequence[Location], kinds: Mapping[str, str], seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, lost: Sequence[Location], seed: int) -> None:
         self._model = model
-        self._kinds = kinds
         self._seed = seed
         self._modules = dict(model.named_modules())
         self.owners: dict[str, list[Location]] = {}
@@ -110,13 +97,7 @@ class Initialiser:
         with alone(), torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the accelerators as well.
             torch.default_generator.manual_seed(_seed(path, self._seed))
-            own = _ask(self._own(path), marked)
-            around = _ask(self._around(path), marked)
-            if not own:  # the usual value does not stand in for a module's own code that is broken
-                for location, tensor, version in marked:
-                    if not _written(location, tensor, version):
-                        fill_usual(location, self._kinds.get(location.name, ""))
-        return own + around
+            return _ask(self._own(path), marked) + _ask(self._around(path), marked)
 
     def _own(self, path: str) -> Iterator[Source]:
         """What a transformers model does for the module at `path`, and its own methods."""
@@ -152,7 +133,7 @@ class Initialiser:
         told = "".join(f"; {failure}" for failure in failures)
         return PredictError(
             f"{type(self._model).__name__} is on the meta device, and {names} would have no value: neither "
-            f"predicted nor initialised by a module, and there is no usual value{told}. Build the model "
+            f"predicted nor initialised by a module{told}. Build the model "
             "inside `with ghn_init.large_on_meta():`, which keeps values of small tensors, or give it one "
             "first (`module.name = nn.Parameter(torch.zeros(...))`, or `= torch.arange(...)` for a buffer)"
         )
@@ -163,7 +144,6 @@ def initialising(
     model: nn.Module,
     lost: Sequence[Location],
     others: Sequence[Location],
-    kinds: Mapping[str, str],
     seed: int,
 ) -> Iterator[Initialiser]:
     """Inside, the initialiser of `lost` may be used: `others`, the rest of the model, are hidden.
@@ -171,7 +151,7 @@ def initialising(
     At the end every place holds what it held before, whatever the initialisers put there.
     """
     with hidden([*others, *lost]):
-        yield Initialiser(model, lost, kinds, seed)
+        yield Initialiser(model, lost, seed)
 
 
 def _ask(sources: Iterator[Source], marked: Sequence[tuple[Location, Tensor, int]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Give the tensors of a model on the meta device storage, and values to those that are not predicted.
 
 `nn.Module.to_empty` leaves every value undefined and breaks ties; here a model ends up complete: its
-predicted parameters are about to be written, and what is kept gets a value from `_initial`.
+predicted parameters are about to be written, and what is kept gets a value as `initialise` says.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from ghn_init._network.locations import Location, locations_of
 from ghn_init._network.sharded import home_of, is_sharded, like_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator
 
 
 @contextmanager
-def materialised(
-    model: nn.Module, predicted: Collection[str], kinds: Mapping[str, str], seed: int
-) -> Iterator[None]:
+def materialised(model: nn.Module, predicted: Collection[str], seed: int) -> Iterator[None]:
     """Inside, every tensor of `model` that was on the meta device is on the CPU, or its mesh's devices.
 
     Tensors whose names are in `predicted` are uninitialised: the caller fills them. The others get
-    values as `_initial` says, seeded by `seed`; the global random state is left alone. Parameters keep
+    values as `initialise` says, seeded by `seed`; the global random state is left alone. Parameters keep
     dtype, strides, requires_grad, ties and Python attributes, but they are new objects: an optimizer made
     before refers to the old ones. After an error the model is on the meta device again, as it was. Does
     nothing without meta tensors.
@@ -36,7 +34,6 @@ def materialised(
     Args:
         model: The model; only some of its tensors may be on the meta device.
         predicted: Names of the parameters that the caller fills.
-        kinds: What parameters are, by name, see `_initial.Initialiser`.
         seed: Of what is not predicted.
 
     Raises:
@@ -46,7 +43,7 @@ def materialised(
         yield
         return
     before = [(location, location.get()) for location in locations_of(model) if location.get().is_meta]
-    values = kept_values(model, predicted, kinds, seed)
+    values = kept_values(model, predicted, seed)
     olds = {id(old): old for _, old in before}
     home = home_of(list(olds.values()))
     # Each value goes when it is copied, so that none but the largest is there twice.
@@ -61,14 +58,12 @@ def materialised(
         raise
 
 
-def kept_values(
-    model: nn.Module, predicted: Collection[str], kinds: Mapping[str, str], seed: int
-) -> dict[int, Tensor]:
+def kept_values(model: nn.Module, predicted: Collection[str], seed: int) -> dict[int, Tensor]:
     """Values of the meta tensors that are not predicted, by the tensor's id."""
     lost, others = lost_locations(model, predicted)
     ids = {location.name: id(location.get()) for location in lost}
     values = {}
-    with initialising(model, lost, others, kinds, seed) as initialiser:
+    with initialising(model, lost, others, seed) as initialiser:
         for path in initialiser.owners:
             values |= {ids[name]: value for name, value in initialiser.values(path).items()}
     return values

@@ -27,11 +27,6 @@ class Location:
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
     @property
-    def is_buffer(self) -> bool:
-        """A buffer rather than a parameter."""
-        return self.attribute in self.module._buffers  # noqa: SLF001 no public way to tell
-
-    @property
     def parameter(self) -> nn.Parameter | None:
         """The parameter that is registered there now, or None if there is none any more."""
         return self.module._parameters.get(self.attribute)  # noqa: SLF001 getattr finds other things too

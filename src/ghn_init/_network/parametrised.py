@@ -1,16 +1,18 @@
 """Weights that a module computes from other parameters, and writing through that computation.
 
-`torch.nn.utils.parametrize` (with it `parametrizations.weight_norm`, `spectral_norm` and `orthogonal`) and
-the older hooks `torch.nn.utils.weight_norm` and `spectral_norm` replace a weight by parameters of their own.
-In the graph the computed weight stands for itself, under the name that it had; a prediction of it is
-solved for those parameters, by the parametrisation's own `right_inverse`.
+`torch.nn.utils.parametrize` (with it `parametrizations.weight_norm`, `spectral_norm` and `orthogonal`)
+replaces a weight by parameters of its own. In the graph the computed weight stands for itself, under the
+name that it had; a prediction of it is solved for those parameters, by the parametrisation's `right_inverse`.
+
+The older hooks `torch.nn.utils.weight_norm` and `spectral_norm`, which torch calls deprecated and which
+torchvision, timm and transformers do not use, are traced like a computation written by hand: the direction is
+predicted and the magnitude kept.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -25,12 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 POWER_ITERATIONS: Final = 15
-"""Of a spectral norm's vectors for a new weight; as many as torch does for the first one."""
+"""How often a spectral norm's vectors are improved for a new weight: as often as torch does at first."""
 
 
 @dataclass(frozen=True)
-class Computed(ABC):
-    """A weight that is computed from other parameters.
+class Computed:
+    """A weight that is computed from other parameters, by `torch.nn.utils.parametrize`.
 
     Attributes:
         module: The module whose weight it is.
@@ -48,39 +50,60 @@ class Computed(ABC):
         return self._inside(self.attribute)
 
     @property
-    @abstractmethod
+    def _chain(self) -> Any:
+        return self.module.parametrizations[self.attribute]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+
+    @property
+    def _functions(self) -> list[nn.Module]:
+        """The parametrisations, in the order in which they are applied."""
+        chain = self._chain
+        return [chain[index] for index in range(len(chain))]
+
+    @property
+    def of_parameters(self) -> bool:
+        """The originals are parameters; a parametrised buffer is none of our business."""
+        return len(dict(self._chain.named_parameters(recurse=False))) == len(self.parts)
+
+    @property
     def how(self) -> str:
-        """How it is computed, in words."""
+        """How it is computed, in words: the parametrisations' names."""
+        names = ", ".join(type(function).__name__.lstrip("_") for function in self._functions)
+        return f"parametrisation {names}"
 
     @property
-    @abstractmethod
     def parts(self) -> tuple[str, ...]:
-        """Qualified names of the parameters that are solved for."""
+        """Names of the parameters that are solved for: `original`, or `original0`, `original1`, ..."""
+        chain = self._chain
+        names = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
+        return tuple(self._deep(name) for name in names)
 
     @property
-    @abstractmethod
     def own(self) -> tuple[str, ...]:
-        """Qualified names of the computation's other tensors; a solution sets the buffers among them."""
+        """Names of the tensors of the parametrisations themselves."""
+        parts = set(self.parts)
+        tensors = (*self._chain.named_parameters(), *self._chain.named_buffers())
+        return tuple(name for inner, _ in tensors if (name := self._deep(inner)) not in parts)
 
     @property
     def solved(self) -> tuple[str, ...]:
-        """Qualified names of all tensors that `solve` gives a value."""
-        return (*self.parts, *self.own)
+        """Names of the tensors that `solve` gives a value: the originals and parametrisations' buffers."""
+        return (*self.parts, *(self._deep(name) for name, _ in self._chain.named_buffers()))
 
     @property
     def obstacle(self) -> str:
-        """Why no value can be written through the computation, or ""."""
+        """Why no value can be written through it, or "": no `right_inverse`, or one that cannot work yet."""
+        for function in self._functions:
+            kind = type(function).__name__.lstrip("_")
+            if not hasattr(function, "right_inverse"):
+                return f"parametrised by {kind}, which has no right_inverse"
+            tensors = (*function.parameters(), *function.buffers())
+            if not _is_spectral(function) and any(tensor.is_meta for tensor in tensors):
+                return f"parametrised by {kind}, which is on the meta device itself"
         return ""
 
-    @abstractmethod
     def watch(self, seen: Callable[[Tensor], None]) -> Any:
         """Call `seen` with the weight whenever it was computed; returns the handle that ends this."""
-
-    @abstractmethod
-    def _solved(self, value: Tensor) -> dict[str, Tensor]: ...
-
-    def refresh(self) -> None:  # noqa: B027 most are computed when they are asked for
-        """Compute the weight anew where the module keeps it."""
+        return self._chain.register_forward_hook(lambda _module, _args, output: seen(output))
 
     @torch.no_grad()
     def solve(self, value: Tensor, seed: int = 0) -> dict[str, Tensor]:
@@ -111,70 +134,6 @@ class Computed(ABC):
             if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise PredictError(f"{self.name}: {self.how} gives values that are not finite for {name}")
         return solution
-
-    def _inside(self, name: str) -> str:
-        return f"{self.path}.{name}" if self.path else name
-
-
-@dataclass(frozen=True)
-class Parametrised(Computed):
-    """A weight under `torch.nn.utils.parametrize`."""
-
-    @property
-    def _chain(self) -> Any:
-        return self.module.parametrizations[self.attribute]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
-
-    @property
-    def _functions(self) -> list[nn.Module]:
-        """The parametrisations, in the order in which they are applied."""
-        chain = self._chain
-        return [chain[index] for index in range(len(chain))]
-
-    @property
-    def of_parameters(self) -> bool:
-        """The originals are parameters; a parametrised buffer is none of our business."""
-        return len(dict(self._chain.named_parameters(recurse=False))) == len(self.parts)
-
-    @property
-    def how(self) -> str:
-        """The parametrisations' names."""
-        names = ", ".join(type(function).__name__.lstrip("_") for function in self._functions)
-        return f"parametrisation {names}"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """`original`, or `original0`, `original1`, ..."""
-        chain = self._chain
-        names = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
-        return tuple(self._deep(name) for name in names)
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """The tensors of the parametrisations themselves."""
-        parts = set(self.parts)
-        tensors = (*self._chain.named_parameters(), *self._chain.named_buffers())
-        return tuple(name for inner, _ in tensors if (name := self._deep(inner)) not in parts)
-
-    @property
-    def solved(self) -> tuple[str, ...]:
-        """The originals and the parametrisations' buffers."""
-        return (*self.parts, *(self._deep(name) for name, _ in self._chain.named_buffers()))
-
-    @property
-    def obstacle(self) -> str:
-        """A parametrisation without `right_inverse`, or one that cannot work yet."""
-        for function in self._functions:
-            kind = type(function).__name__.lstrip("_")
-            if not hasattr(function, "right_inverse"):
-                return f"parametrised by {kind}, which has no right_inverse"
-            tensors = (*function.parameters(), *function.buffers())
-            if not _is_spectral(function) and any(tensor.is_meta for tensor in tensors):
-                return f"parametrised by {kind}, which is on the meta device itself"
-        return ""
-
-    def watch(self, seen: Callable[[Tensor], None]) -> Any:
-        """See `Computed.watch`."""
-        return self._chain.register_forward_hook(lambda _module, _args, output: seen(output))
 
     def _solved(self, value: Tensor) -> dict[str, Tensor]:
         functions = [copy.deepcopy(function) for function in self._functions]
@@ -213,84 +172,8 @@ class Parametrised(Computed):
     def _deep(self, name: str) -> str:
         return self._inside(f"parametrizations.{self.attribute}.{name}")
 
-
-@dataclass(frozen=True)
-class Hooked(Computed):
-    """A weight that a forward pre-hook of `torch.nn.utils` computes.
-
-    Attributes:
-        hook: The hook.
-    """
-
-    hook: Any
-
-    @property
-    def how(self) -> str:
-        """The hook's name."""
-        return f"{type(self.hook).__name__} hook"
-
-    def watch(self, seen: Callable[[Tensor], None]) -> Any:
-        """See `Computed.watch`."""
-        # The hooks run in the order in which they were registered.
-        return self.module.register_forward_pre_hook(
-            lambda module, _args: seen(getattr(module, self.attribute))
-        )
-
-
-@dataclass(frozen=True)
-class WeightNormHook(Hooked):
-    """`torch.nn.utils.weight_norm`."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Magnitude and direction."""
-        return self._inside(f"{self.attribute}_g"), self._inside(f"{self.attribute}_v")
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
-
-    def _solved(self, value: Tensor) -> dict[str, Tensor]:
-        magnitude, direction = self.parts
-        return {magnitude: torch.norm_except_dim(value, 2, self.hook.dim), direction: value}
-
-    def refresh(self) -> None:
-        """See `Computed.refresh`."""
-        setattr(self.module, self.attribute, self.hook.compute_weight(self.module))
-
-
-@dataclass(frozen=True)
-class SpectralNormHook(Hooked):
-    """`torch.nn.utils.spectral_norm`."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The weight before it is normalised."""
-        return (self._inside(f"{self.attribute}_orig"),)
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """The two singular vectors."""
-        return self._inside(f"{self.attribute}_u"), self._inside(f"{self.attribute}_v")
-
-    def _solved(self, value: Tensor) -> dict[str, Tensor]:
-        twin = nn.Module()
-        setattr(twin, f"{self.attribute}_orig", value)
-        for end in ("_u", "_v"):
-            vector = getattr(self.module, f"{self.attribute}{end}")
-            setattr(twin, f"{self.attribute}{end}", _direction(vector, value))
-        for _ in range(POWER_ITERATIONS):
-            self.hook.compute_weight(twin, do_power_iteration=True)
-        vectors = {name: getattr(twin, name[len(self._inside("")) :]) for name in self.own}
-        return {self.parts[0]: value} | vectors
-
-    def refresh(self) -> None:
-        """See `Computed.refresh`."""
-        setattr(self.module, self.attribute, self.hook.compute_weight(self.module, do_power_iteration=False))
-
-
-_HOOKS: Final[dict[str, type[Hooked]]] = {"WeightNorm": WeightNormHook, "SpectralNorm": SpectralNormHook}
+    def _inside(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
 
 
 def computed_weights(model: nn.Module) -> dict[str, Computed]:
@@ -299,12 +182,8 @@ def computed_weights(model: nn.Module) -> dict[str, Computed]:
     for path, module in model.named_modules():
         chains = module._modules.get("parametrizations")  # noqa: SLF001 hasattr takes ten times longer
         if isinstance(chains, nn.ModuleDict):
-            weights = (Parametrised(module, path, attribute) for attribute in chains)
+            weights = (Computed(module, path, attribute) for attribute in chains)
             found += [weight for weight in weights if weight.of_parameters]
-        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 no public way to list hooks
-            kind = _HOOKS.get(type(hook).__name__)
-            if kind is not None and type(hook).__module__.startswith("torch.nn.utils."):
-                found.append(kind(module, path, hook.name, hook))
     return {weight.name: weight for weight in found}
 
 

@@ -9,9 +9,10 @@ Both apply to weights of two or more dimensions; norms and biases stay as they w
 seeded per parameter, by the caller's seed and the parameter's name, so that a value depends neither on
 which other parameters are predicted nor on the order, and the global random state is never touched.
 
-Both are made on the CPU, one full weight at a time, in its own memory. "noise" costs as much time as random
-initialisation; "orthogonal" costs a QR decomposition of every layer's matrix: half a second for ResNet-18,
-but 20 s for the 4096 x 25088 matrix of VGG on one core.
+Both are made on the CPU, one full weight at a time: "noise" in its own memory, "orthogonal" in as much again
+for a weight with more outputs than inputs. "noise" costs as much time as random initialisation; "orthogonal"
+costs a QR decomposition of every layer's matrix: half a second for ResNet-18, but 20 s for the 4096 x 25088
+matrix of VGG on one core.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ import hashlib
 from typing import TYPE_CHECKING, Final
 
 import torch
-
-from ghn_init._writing.transpose import transpose, transpose_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,19 +87,16 @@ def _orthogonalise(weight: Tensor) -> None:
     """
     matrix = weight.view(weight.shape[0], -1)
     norm = torch.linalg.vector_norm(matrix)
-    rows, columns = matrix.shape
-    if rows >= columns:
-        transpose(weight.view(-1), rows, columns)
-        matrix = weight.view(columns, rows)
-    tall = matrix.T  # LAPACK reads and writes columns, so that this takes no second matrix
+    # LAPACK reads and writes columns, so that the transpose of a wide matrix takes no second one.
+    tall = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T.contiguous().T
     factors = torch.empty(min(matrix.shape))
     torch.geqrf(tall, out=(tall, factors))
     signs = torch.where(tall.diagonal() < 0, -1.0, 1.0)
     torch.linalg.householder_product(tall, factors, out=tall)
     tall *= signs
     tall *= norm / min(matrix.shape) ** 0.5
-    if rows >= columns:
-        transpose_back(weight.view(-1), rows, columns)
+    if matrix.shape[0] >= matrix.shape[1]:
+        matrix.copy_(tall)
 
 
 def _seed(name: str, seed: int) -> int:

@@ -109,7 +109,6 @@ def _write_one(entry: Entry, way: Way, tensors: Mapping[str, Tensor], options: O
     if way == "solved":
         for name, value in values_of(entry, options).items():
             tensors[name].copy_(value)
-        entry.computed.refresh()  # pyright: ignore[reportOptionalMemberAccess]  `_way` says that it is there
     elif way == "cut":
         param.to_local().copy_(part_of(value_of(entry, options), param))
     elif way == "made":

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError, listing
-from ghn_init._meta.initialise import kinds_of
 from ghn_init._meta.materialise import materialised
 from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.sharded import reshard
@@ -83,7 +82,7 @@ class Plan(Generic[ModelT]):
                 f"({reasons})"
             )
         names = [name for entry in entries for name in entry.written]
-        with plain_torch(), materialised(network, names, kinds_of(self.graph), self.options.seed):
+        with plain_torch(), materialised(network, names, self.options.seed):
             write(network, entries, self.options)
         return self.model
 
@@ -94,7 +93,7 @@ class Plan(Generic[ModelT]):
         """
         entries, network = to_write(self.rows), self._network()
         with plain_torch():
-            return save(network, entries, kinds_of(self.graph), self.options, folder, max_shard_size)
+            return save(network, entries, self.options, folder, max_shard_size)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the tensors that are written, one full tensor at a time, on the CPU.

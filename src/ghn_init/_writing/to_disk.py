@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 def save(
     network: nn.Module,
     entries: Sequence[Entry],
-    kinds: Mapping[str, str],
     options: Options,
     folder: str | PathLike[str],
     max_shard_size: int | str,
@@ -44,7 +43,6 @@ def save(
     Args:
         network: The network, on any device.
         entries: Those with a prediction, see `to_write`.
-        kinds: What parameters are, from `kinds_of`.
         options: The caller's choices.
         folder: Where to; it must not exist, or be empty.
         max_shard_size: Of one file.
@@ -63,7 +61,7 @@ def save(
     sources = _sources(network, stored, entries, lost)
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
-    with fresh_folder(folder) as partial, initialising(network, lost, others, kinds, options.seed) as initial:
+    with fresh_folder(folder) as partial, initialising(network, lost, others, options.seed) as initial:
         values = _Values(options, initial, sources)
         opened = write_checkpoint(partial, specs, values.take, max_shard_size)
         _save_config(network, partial)

@@ -6,10 +6,11 @@ stream; `Architecture.build()` makes the `nn.Module`.
 
 from __future__ import annotations
 
-from ghn_init.deepnets._architecture import OPERATIONS, Architecture, Genotype
+from ghn_init.deepnets._architecture import Architecture
 from ghn_init.deepnets._published import read_published, write_published
 from ghn_init.deepnets._random import Stream
 from ghn_init.deepnets._sample import sample
+from ghn_init.deepnets._space import OPERATIONS, Genotype
 from ghn_init.deepnets._splits import SPLITS, DeepNets1M, ResNet50
 from ghn_init.deepnets._widths import evaluation_width, training_width
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ghn_init.deepnets._architecture import LARGE_INPUT
+from ghn_init.deepnets._space import LARGE_INPUT
 
 if TYPE_CHECKING:
     from ghn_init.deepnets._architecture import Architecture

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghn_init.deepnets._architecture import LARGE_INPUT, Architecture
 from ghn_init.deepnets._ops import RECTIFIED, FactorizedReduction, Layers, _Conv2d, _Linear, subsampled
+from ghn_init.deepnets._space import LARGE_INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ghn_init.deepnets._architecture import Architecture
     from ghn_init.deepnets._plan import CellPlan
 
 

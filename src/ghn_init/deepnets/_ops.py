@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghn_init.deepnets._architecture import HEADS, OPERATIONS
+from ghn_init.deepnets._space import HEADS, OPERATIONS
 
 RECTIFIED: Final = frozenset(name for name in OPERATIONS if "conv" in name)
 """Operations whose argument has passed a ReLU already (`skip_connect` too, where it has a stride)."""

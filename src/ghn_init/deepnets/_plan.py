@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ghn_init.deepnets._architecture import Genotype
+    from ghn_init.deepnets._space import Genotype
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import ArchitectureError
-from ghn_init.deepnets._architecture import OPERATIONS, Architecture, Edge, Genotype
+from ghn_init.deepnets._architecture import Architecture
 from ghn_init.deepnets._plan import plan_network
 from ghn_init.deepnets._random import Stream
+from ghn_init.deepnets._space import OPERATIONS, Edge, Genotype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import ArchitectureError
-from ghn_init.deepnets._architecture import LARGE_INPUT, Architecture, Genotype
+from ghn_init.deepnets._architecture import Architecture
 from ghn_init.deepnets._published import read_published
 from ghn_init.deepnets._sample import sample
+from ghn_init.deepnets._space import LARGE_INPUT, Genotype
 from ghn_init.deepnets._widths import evaluation_width
 
 if TYPE_CHECKING:
