@@ -1,0 +1,254 @@
+"""The campaign: one long training in parts, started or continued by the same command; see docs/training.md.
+
+    benchmarks/campaign.sh DATA RUN [--time 2h] [--fall 40m] [--processes 2]
+
+A call spends `--time` and then stops: first parts at a constant learning rate, then, for the last `--fall`
+of it, one on full-size images whose rate falls to zero. What a part trains on goes by the core-minutes of the
+whole campaign (`PHASES`). Every part starts from the averaged weights of the one before it, with a seed of
+its own; the first one of a folder RUN that is new starts from the weights in `campaign/`, and without any of
+these from scratch. A call that was interrupted is completed by the next one. After every part its weights,
+with the position and figures of the campaign, are written to `campaign/`, which is there to be committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
+"""Where the newest weights and their position are kept, for the next machine."""
+
+POSITION, PART, CONFIG = "position.json", "part.json", "config.json"
+
+RECIPE: Final[dict[str, Any]] = {
+    "optimizer": "muon", "lr": 1e-3, "schedule": "constant", "warmup": 100, "ema": 0.998, "crop_padding": 1,
+}  # fmt: skip
+GHN: Final = {"depth_buckets": 128, "identity": True, "whitening": 3.0}
+
+PHASES: Final[tuple[tuple[str, float, dict[str, Any]], ...]] = (
+    ("small", 80, {"image_size": 16, "max_params": 1, "max_nodes": 150}),
+    ("all16", 480, {"image_size": 16, "max_params": 4}),
+    ("all32", float("inf"), {"image_size": 32, "max_params": 4, "soft_labels": 0.5}),
+)
+"""Names, core-minutes of the campaign at which a phase ends, and what it trains on."""
+
+FALLING: Final[dict[str, Any]] = {**PHASES[-1][2], "schedule": "linear", "warmup": 50, "ema": 0.995}
+
+SHORTEST: Final = 60.0
+"""Seconds of the shortest part that is started."""
+
+FIRST_SEED: Final = 11
+VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "24", "--validation-images", "512")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the campaign is.
+
+    Attributes:
+        parts: Parts that are over.
+        pairs: (network, batch) pairs of all of them.
+        core_minutes: Their training time, times the processes.
+        figures: Last validation, and dropped networks and skipped steps, of every part by its name.
+    """
+
+    parts: int = 0
+    pairs: int = 0
+    core_minutes: float = 0.0
+    figures: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> Position:
+        """The position in a file that `publish` wrote."""
+        values = json.loads(file.read_text())
+        return cls(**{**values, "figures": tuple(values["figures"])})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of `ghn-init train`: its folder, configuration, first weights, and the position before it."""
+
+    folder: Path
+    config: dict[str, Any]
+    start: str | None
+    processes: int
+    before: Position
+
+    @classmethod
+    def read(cls, folder: Path) -> Part:
+        """The part that has its files in `folder`."""
+        values = json.loads((folder / PART).read_text())
+        before = Position(**{**values["before"], "figures": tuple(values["before"]["figures"])})
+        return cls(folder, values["config"], values["start"], values["processes"], before)
+
+    def write(self) -> None:
+        """Note the part in its folder, before it starts."""
+        self.folder.mkdir(parents=True)
+        (self.folder / CONFIG).write_text(json.dumps(self.config, indent=1) + "\n")
+        values = asdict(self) | {"folder": self.folder.name}
+        (self.folder / PART).write_text(json.dumps(values, indent=1) + "\n")
+
+    @property
+    def weights(self) -> Path:
+        """Where its weights are when it is over."""
+        return self.folder / "ghn"
+
+    @property
+    def over(self) -> bool:
+        """Whether it came to its end."""
+        return (self.weights / "training.json").exists()
+
+    def after(self) -> Position:
+        """The position after it; it has to be over."""
+        run = json.loads((self.weights / "training.json").read_text())
+        spent = run["seconds"] * self.processes / 60
+        lines = (json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines())
+        shown = ("validation", "standard_error", "convolutional", "transformers", "norm_free")
+        validations = [
+            {key: line[key] for key in shown if key in line} for line in lines if "validation" in line
+        ]
+        pairs, core_minutes = self.before.pairs + run["networks"], self.before.core_minutes + spent
+        figures = {
+            "part": self.folder.name,
+            "pairs": pairs,
+            "core_minutes": round(core_minutes, 1),
+            "image_size": self.config["image_size"],
+            "skipped": run["skipped"],
+            **(validations[-1] if validations else {}),
+        }
+        return Position(self.before.parts + 1, pairs, core_minutes, (*self.before.figures, figures))
+
+
+def next_part(
+    run: Path, position: Position, start: str | None, seconds: float, fall: float, processes: int
+) -> Part:
+    """The part with which a call goes on that has so many seconds left, the last `fall` for falling."""
+    name, level, values = "fall", seconds, FALLING
+    for phase, end, settings in PHASES:
+        possible = min(seconds - fall, (end - position.core_minutes) * 60 / processes)
+        if possible >= SHORTEST:
+            name, level, values = phase, possible, settings
+            break
+    config = {
+        **RECIPE, **values, "ghn": GHN, "seed": FIRST_SEED + position.parts, "meta_batch": processes,
+        "duration": round(level, 1),
+    }  # fmt: skip
+    return Part(run / f"{position.parts + 1:03d}-{name}", config, start, processes, position)
+
+
+def parts_of(run: Path) -> list[Part]:
+    """The parts in a folder, in their order."""
+    return [Part.read(file.parent) for file in sorted(run.glob(f"*/{PART}"))]
+
+
+def command(part: Part, data: Path, limit: float, processes: int) -> list[str]:
+    """What trains a part, or goes on with it, for `limit` seconds at most."""
+    many = next(
+        n
+        for n in range(min(processes, part.config["meta_batch"]), 0, -1)
+        if not part.config["meta_batch"] % n
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many), "-m", "ghn_init"]
+    options = ["-o", str(part.folder), "--config", str(part.folder / CONFIG), "--time-limit", f"{limit:.0f}s"]
+    options += ["--from", part.start] if part.start else []
+    if part.config.get("soft_labels"):
+        options += ["--soft-labels", str(soft_labels(part.folder.parent, data))]
+    return [sys.executable, *launch, "train", str(data), *options, *VALIDATION]
+
+
+def soft_labels(run: Path, data: Path) -> Path:
+    """The soft labels of the campaign, made when they are first wanted."""
+    file = run / "soft.npz"
+    if not file.exists():
+        start([sys.executable, "-m", "ghn_init", "teach", str(data), "-o", str(file)])
+    return file
+
+
+def start(arguments: list[str]) -> None:
+    """Run a command; SIGTERM is passed on to it, so that a run ends after its step with a checkpoint."""
+    process = subprocess.Popen(arguments)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        if code := process.wait():
+            sys.exit(code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def publish(part: Part) -> Position:
+    """Keep the weights of a part that is over, and the position after it; print it."""
+    position = part.after()
+    KEPT.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(part.weights / name, KEPT / name)
+    (KEPT / POSITION).write_text(json.dumps(asdict(position), indent=1) + "\n")
+    print(json.dumps(position.figures[-1]), flush=True)
+    return position
+
+
+def beginning(run: Path) -> tuple[Position, str | None]:
+    """Where a call begins that has no part to complete: the position, and the weights to start from."""
+    if parts := parts_of(run):
+        return parts[-1].after(), str(parts[-1].weights)
+    if (KEPT / POSITION).exists():
+        return Position.read(KEPT / POSITION), str(KEPT)
+    return Position(), None
+
+
+def unfinished(run: Path) -> Iterator[Part]:
+    """The part that an earlier call did not complete, if there is one."""
+    yield from (part for part in parts_of(run)[-1:] if not part.over)
+
+
+def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int) -> None:
+    """Spend `seconds` on the campaign."""
+    deadline = time.monotonic() + seconds
+
+    def left() -> float:
+        return deadline - time.monotonic()
+
+    def train(part: Part) -> bool:
+        start(command(part, data, max(left(), 1.0), processes))
+        if part.over:
+            publish(part)
+        return part.over
+
+    if not all(train(part) for part in unfinished(run)):
+        return
+    while left() >= SHORTEST:
+        part = next_part(run, *beginning(run), left(), fall, processes)
+        part.write()
+        if not train(part):
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="images, as for `ghn-init train`")
+    parser.add_argument("run", type=Path, help="folder of the campaign's parts")
+    parser.add_argument("--time", default="2h", help="what this call spends: 30m, 2h")
+    parser.add_argument("--fall", default="", help="of it, at a falling rate at the end; default: a third")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    from ghn_init.training._options import seconds
+
+    whole = seconds(given.time)
+    campaign(given.data, given.run, whole, seconds(given.fall) if given.fall else whole / 3, given.processes)
+
+
+if __name__ == "__main__":
+    main()

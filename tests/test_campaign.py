@@ -1,0 +1,128 @@
+"""benchmarks/campaign.py: what it trains on and when, from where it goes on, what it keeps."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghn_init.training import TrainConfig
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.source
+
+
+@pytest.fixture
+def campaign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, with its weights kept in a folder of the test."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("campaign")
+    monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
+    return module
+
+
+@pytest.fixture
+def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Commands that would have trained; the clock moves on by what they were given, and each leaves a run."""
+    commands: list[dict[str, Any]] = []
+    clock = itertools.count()
+    now = [0.0]
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
+
+    def start(arguments: list[str]) -> None:
+        if "teach" in arguments:
+            Path(arguments[arguments.index("-o") + 1]).touch()
+            return
+        folder = Path(arguments[arguments.index("-o") + 1])
+        config = json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
+        limit = float(arguments[arguments.index("--time-limit") + 1].rstrip("s"))
+        first = arguments[arguments.index("--from") + 1] if "--from" in arguments else None
+        earlier = sum(entry["seconds"] for entry in commands if entry["name"] == folder.name)
+        seconds = min(limit, config["duration"] - earlier)
+        now[0] += seconds
+        commands.append({"name": folder.name, "from": first, "seconds": seconds, "arguments": arguments})
+        if earlier + seconds < config["duration"] - 1:
+            return
+        (folder / "ghn").mkdir()
+        for name in ("model.safetensors", "config.json"):
+            (folder / "ghn" / name).write_text(f"{folder.name} {next(clock)}")
+        run = {"seconds": config["duration"], "networks": 100, "skipped": 0}
+        (folder / "ghn" / "training.json").write_text(json.dumps(run))
+        (folder / "log.jsonl").write_text(
+            json.dumps({"step": 1, "validation": 20.0, "accuracies": []}) + "\n"
+        )
+
+    monkeypatch.setattr(campaign, "start", start)
+    return commands
+
+
+def hours(campaign: Any, run: Path, many: float, fall: float = 0.5) -> None:
+    campaign.campaign(Path("data"), run, many * 3600, fall * 3600, 2)
+
+
+def test_a_campaign_goes_through_its_phases_and_ends_every_call_with_a_falling_rate(
+    campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    hours(campaign, run, 5)
+    assert [entry["name"] for entry in trained] == ["001-small", "002-all16", "003-all32", "004-fall"]
+    assert [round(entry["seconds"] / 60) for entry in trained] == [40, 200, 30, 30]
+    starts = [entry["from"] and Path(entry["from"]).parent.name for entry in trained]
+    assert starts == [None, "001-small", "002-all16", "003-all32"]
+    assert ["--soft-labels" in entry["arguments"] for entry in trained] == [False, False, True, True]
+    configs = [TrainConfig.from_dict(part.config) for part in campaign.parts_of(run)]
+    assert [config.image_size for config in configs] == [16, 16, 32, 32]
+    assert [config.schedule for config in configs] == ["constant"] * 3 + ["linear"]
+    assert len({config.seed for config in configs}) == 4
+    assert all(config.ghn.identity and config.ghn.whitening == 3 for config in configs)
+    position = campaign.Position.read(tmp_path / "kept" / "position.json")
+    assert (position.parts, position.pairs, round(position.core_minutes)) == (4, 400, 600)
+    assert [entry["part"] for entry in position.figures] == [entry["name"] for entry in trained]
+    assert (tmp_path / "kept" / "model.safetensors").read_text().startswith("004-fall")
+
+    hours(campaign, run, 1)
+    assert [entry["name"] for entry in trained[4:]] == ["005-all32", "006-fall"]
+
+
+def test_an_interrupted_part_is_completed_by_the_next_call(
+    campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (part,) = [campaign.next_part(run, campaign.Position(), None, 3600.0, 1200.0, 2)]
+    part.write()
+    assert not part.over
+    hours(campaign, run, 0.5, 0.25)  # less than the 40 minutes that it was to take
+    assert [entry["name"] for entry in trained] == ["001-small"]
+    hours(campaign, run, 1)
+    assert [entry["name"] for entry in trained] == ["001-small", "001-small", "002-all16", "003-fall"]
+
+
+def test_a_new_machine_goes_on_from_what_was_kept(
+    campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    hours(campaign, tmp_path / "first", 1)
+    hours(campaign, tmp_path / "second", 1)
+    assert [entry["name"] for entry in trained] == ["001-small", "002-fall", "003-all16", "004-fall"]
+    assert trained[2]["from"] == str(tmp_path / "kept")
+    position = campaign.Position.read(tmp_path / "kept" / "position.json")
+    assert (position.pairs, round(position.core_minutes)) == (400, 240)
+
+
+def test_fewer_processes_share_a_meta_batch(campaign: Any, tmp_path: Path) -> None:
+    part = campaign.next_part(tmp_path, campaign.Position(), None, 3600.0, 1200.0, 6)
+    for processes, used in ((6, "6"), (4, "3"), (1, "1"), (9, "6")):
+        command = campaign.command(part, Path("data"), 60, processes)
+        assert command[command.index("--nproc-per-node") + 1] == used
+
+
+def test_a_command_that_fails_ends_the_campaign(campaign: Any) -> None:
+    campaign.start([sys.executable, "-c", ""])
+    with pytest.raises(SystemExit) as ended:
+        campaign.start([sys.executable, "-c", "raise SystemExit(3)"])
+    assert ended.value.code == 3
