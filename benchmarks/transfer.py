@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from ghn_init.cli._training_options import training_config
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer, hold_out, load_images
 from ghn_init.training._engine import Engine, prepare_process
 from ghn_init.training._meta_batches import MetaBatch, Stream
-from ghn_init.training._options import training_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
