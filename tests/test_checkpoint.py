@@ -214,8 +214,10 @@ def test_files_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     torch.save({"state_dict": Payload(), "config": {}}, "evil.pt")
     with pytest.raises(
         CheckpointError, match=r"evil\.pt: .* needs code to be run to read it, which is refused"
-    ):
+    ) as raised:
         load("evil.pt")
+    assert "(it calls posix.mkdir)" in str(raised.value) or os.name != "posix"
+    assert "weights_only" not in str(raised.value)
     assert not Path("unpickled").exists()
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, load_model
 from torch import nn
 from torchvision.models import resnet18
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import ghn_init
@@ -165,7 +166,7 @@ def test_inspect_json_and_drawing(run: Callable[..., Result]) -> None:
     assert Path("graph.dot").read_text(encoding="utf-8").startswith('digraph "Net"')
 
 
-def test_torchvision_spec(run: Callable[..., Result]) -> None:
+def test_a_network_of_torchvision_is_predicted(run: Callable[..., Result]) -> None:
     result = run("torchvision.models:resnet18", "--set", "num_classes=10", "--strict")
     assert result.exit_code == 0, result.output
     resnet18(num_classes=10).load_state_dict(load_file("resnet18.safetensors"))
@@ -233,12 +234,58 @@ def test_wrong_usage_exits_2(run: Callable[..., Result], arguments: list[str], m
     assert files() == ["model.py"]
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["inspect"], ["train"], ["evaluate"]])
-def test_help_everywhere(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command", [[], ["predict"], ["inspect"], ["convert"], ["train"], ["curve"], ["teach"], ["evaluate"]]
+)
+def test_every_command_has_a_help_page(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage: ghn-init" in result.stdout or "Usage: root" in result.stdout
     assert " ".join(command) in result.stdout
+
+
+def help_texts() -> list[tuple[str, str]]:
+    """(name, text) of every command, argument and option."""
+    commands = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    found = []
+    for name, command in commands.items():
+        found.append((name, command.help))
+        found += [(f"{name} {param.name}", param.help) for param in command.params if param.name != "help"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), help_texts())
+def test_help_is_in_whole_sentences(name: str, text: str) -> None:
+    """They end like sentences, and begin with a verb or name what is meant: no "Of ...", no "Between ..."."""
+    assert text.endswith(".")
+    for sentence in text.split(". "):
+        first = sentence.split()[0]
+        assert first[0].isupper()
+        assert first not in {"Of", "Between", "Only", "Also", "Length", "Where", "For", "Held-out"}, name
+
+
+def test_flags_do_not_look_as_if_they_took_a_value() -> None:
+    for command in ("predict", "inspect", "train", "evaluate"):
+        page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "160"}).stdout
+        assert "<int>" in page or "SPEC" in page or "DATA" in page
+        assert "<bool>" not in page
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("ghn-init con", ["convert"]),
+        ("ghn-init model.py --strict --dive", ["--diversify"]),
+        ("ghn-init inspect model.py --head ", ["auto", "predict", "keep"]),
+    ],
+)
+def test_shells_complete_commands_options_and_choices(words: str, offered: list[str]) -> None:
+    variables = {
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "_GHN_INIT_COMPLETE": "complete_bash",
+    }
+    assert CliRunner().invoke(app, [], prog_name="ghn-init", env=variables).stdout.split() == offered
 
 
 def test_version_and_no_arguments() -> None:

@@ -20,6 +20,7 @@ NET = """class Net(nn.Sequential):
     def __init__(self, width=4):
         super().__init__(nn.Linear(2, width))
 """
+HIDDEN = NET.replace("Net", "_Net")
 
 
 @pytest.fixture
@@ -43,20 +44,23 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mode
         ("nets/small.py:build_model", "nets/small.py", "build_model", "build_model"),
         ("torchvision.models:resnet50", "torchvision.models", "resnet50", "resnet50"),
         ("package.nets:Net.small", "package.nets", "Net.small", "small"),
-        ("package.nets", "package.nets", None, "nets"),
         (r"C:\nets\model.py", r"C:\nets\model.py", None, "model"),
         (r"C:\nets\model.py:Net", r"C:\nets\model.py", "Net", "Net"),
     ],
 )
-def test_parse_spec(text: str, source: str, attribute: str | None, name: str) -> None:
+def test_a_spec_is_a_source_and_perhaps_a_name_in_it(
+    text: str, source: str, attribute: str | None, name: str
+) -> None:
     spec = parse_spec(text)
     assert (spec.source, spec.attribute, str(spec)) == (source, attribute, text)
     if "\\" not in text or sys.platform == "win32":
         assert spec.name == name
 
 
-@pytest.mark.parametrize("text", ["", "model.py:", "model.py:2x", "a b", "model.py:build()", "-x"])
-def test_parse_spec_refuses(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "model.py:", "model.py:2x", "a b", "model.py:build()", "-x", "package.nets"]
+)
+def test_texts_that_name_no_model_are_refused(text: str) -> None:
     with pytest.raises(ModelSpecError, match="write FILE"):
         parse_spec(text)
 
@@ -73,7 +77,7 @@ def test_settings_are_literals_else_strings() -> None:
     ("pairs", "message"),
     [(["width"], "not KEY=VALUE"), (["a-b=1"], "not KEY=VALUE"), (["a=1", "a=2"], "given twice")],
 )
-def test_settings_refuse(pairs: list[str], message: str) -> None:
+def test_texts_that_are_no_settings_are_refused(pairs: list[str], message: str) -> None:
     with pytest.raises(ModelSpecError, match=message):
         parse_settings(pairs)
 
@@ -82,11 +86,10 @@ def test_settings_refuse(pairs: list[str], message: str) -> None:
     ("body", "chosen"),
     [
         (NET, "Net"),
-        (NET + "net = Net()\n", "net"),
         (NET + "criterion = nn.CrossEntropyLoss()\n", "Net"),
-        (NET + "def build_model():\n    return Net()\n", "build_model"),
-        (NET + "def anything() -> Net:\n    return Net()\n", "anything"),
-        (NET + "def anything() -> 'nn.Module':\n    return Net()\n", "anything"),
+        (NET + "def build_model():\n    raise SystemExit('called')\n", "Net"),
+        (HIDDEN + "def anything() -> nn.Module:\n    return _Net()\n", "anything"),
+        (HIDDEN + "def anything() -> '_Net':\n    return _Net()\n", "anything"),
         (NET + "def get_data():\n    raise SystemExit('called')\n", "Net"),
         (NET + "def main():\n    raise SystemExit('called')\n", "Net"),
         (NET + "def make_net(size):\n    return Net(size)\n", "Net"),
@@ -95,7 +98,7 @@ def test_settings_refuse(pairs: list[str], message: str) -> None:
         ("from torch.nn import Sequential, Linear\nnet = Sequential(Linear(2, 4))\n", "net"),
     ],
 )
-def test_what_is_closest_to_a_model_is_chosen(
+def test_a_file_with_one_thing_that_makes_a_model_needs_no_name(
     write: Callable[..., ModelSpec], body: str, chosen: str
 ) -> None:
     found = load_model(write(body))
@@ -112,17 +115,22 @@ def test_settings_choose_what_accepts_them(write: Callable[..., ModelSpec]) -> N
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        (NET + "net = Net()\n", r"2 candidates.*model\.py:Net, model\.py:net"),
+        (NET + "def f() -> Net:\n    return Net()\n", r"2 candidates.*model\.py:Net, model\.py:f"),
+        (HIDDEN + "def build_model():\n    return _Net()\n", r"no function that is annotated"),
         (NET + "class Other(Net):\n    pass\n", r"2 candidates.*model\.py:Net, model\.py:Other"),
-        (NET + "a = Net()\nb = Net()\n", r"2 candidates.*model\.py:a, model\.py:b"),
+        (NET + "a = Net()\nb = Net()\n", r"3 candidates.*model\.py:Net, model\.py:a, model\.py:b"),
         (
             "class Net(nn.Module):\n    def __init__(self, width): ...\n",
             r"Net \(.*'width'\).*--set KEY=VALUE",
         ),
-        ("x = 1\n", r"no nn\.Module instance or class.*write model\.py:NAME"),
-        ("loss = nn.MSELoss()\n", "no nn.Module instance or class"),
+        ("x = 1\n", r"no nn\.Module instance with parameters, .*write model\.py:NAME"),
+        ("loss = nn.MSELoss()\n", "no nn.Module instance with parameters"),
     ],
 )
-def test_none_or_several_candidates(write: Callable[..., ModelSpec], body: str, message: str) -> None:
+def test_none_or_several_candidates_are_an_error_that_lists_them(
+    write: Callable[..., ModelSpec], body: str, message: str
+) -> None:
     with pytest.raises(ModelSpecError, match=message):
         load_model(write(body))
 
@@ -254,3 +262,33 @@ def test_errors_in_a_module_name_the_file() -> None:
     )
     with pytest.raises(ModelSpecError, match=message):
         load_model(ModelSpec("torchvision.models", "resnet18"), {"num_class": 3})
+
+
+def test_a_file_that_reads_the_command_line_does_not_see_ours(
+    write: Callable[..., ModelSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ["ghn-init", "model.py", "--json", "--width", "9"]
+    monkeypatch.setattr(sys, "argv", ours)
+    body = (
+        "import argparse\nparser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--width', type=int, default=5)\nargs = parser.parse_args()\n"
+        "def net() -> nn.Module:\n    return nn.Linear(parser.parse_args().width, args.width)\n"
+    )
+    assert next(load_model(write(body)).model.parameters()).shape == (5, 5)
+    assert sys.argv is ours
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a" * 5000 + ".py", r"^a{200}\.\.\.: cannot be read: File name too long$"),
+        ("folder.py", "expected a Python file, found a folder or a device"),
+    ],
+)
+def test_names_that_no_file_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.py").mkdir()
+    with pytest.raises(ModelSpecError, match=message):
+        load_model(ModelSpec(source))

@@ -56,7 +56,12 @@ def given_input(example_input: object) -> ExampleInput:
     if isinstance(example_input, Mapping):
         return ExampleInput((), {key: _argument(value) for key, value in example_input.items()}, "dict")
     if _is_shape(example_input):
-        return _of_shape(example_input)
+        try:
+            return _of_shape(example_input)
+        except (RuntimeError, TypeError) as error:  # a size below 0, or more elements than torch can count
+            raise TraceError(
+                f"there is no input of shape {tuple(example_input)}: {str(error).splitlines()[0]}"
+            ) from error
     if isinstance(example_input, (tuple, list)):
         return ExampleInput(tuple(_argument(value) for value in example_input), {}, "tuple")
     raise TraceError(

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from dataclasses import fields
@@ -38,6 +39,9 @@ _LARGEST_CONFIG: Final = 1 << 16
 
 _LARGEST_HEADER: Final = 1 << 20
 """Bytes of a safetensors header; a GHN's has some three thousand."""
+
+_CALLED: Final = re.compile(r"GLOBAL ([\w.]*\w)")
+"""The functions and classes in torch's message about a file that it refuses."""
 
 _ZIP: Final = b"PK\x03\x04"
 _PICKLE: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
@@ -119,7 +123,7 @@ def read_safetensors(file: Path | Traversable, largest: int) -> tuple[dict[str, 
             "copied to its end, so fetch or save it again"
         ) from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return state, header.get("__metadata__", {}).get(CHECKSUM)
+    return state, (header.get("__metadata__") or {}).get(CHECKSUM)
 
 
 def read_pickled(path: Path) -> Any:
@@ -209,4 +213,5 @@ def first_line(error: BaseException) -> str:
 
 def _refused(error: pickle.UnpicklingError) -> str:
     """What the safe unpickler objected to, without torch's advice to read the file unsafely."""
-    return str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition(" Please use")[0]
+    names = ", ".join(dict.fromkeys(_CALLED.findall(str(error))))
+    return f"it calls {names}" if names else "its pickle does more than hold tensors"

@@ -44,6 +44,9 @@ _HUB: Final = re.compile(
     r"(?(first)|(?:@(?P<last>.+))?)"
 )
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LONGEST_SHOWN: Final = 200
+"""Characters of a place that an error repeats."""
+
 _MOST_NAMED: Final = 8
 """Wrong tensors that an error names; it counts the others."""
 
@@ -70,7 +73,7 @@ def load(
             tensors, and the GHN has virtual edges and normalises weights, unless it is a GHN-1.
 
     Raises:
-        CheckpointError: Weights that are missing, damaged, or not those of a GHN.
+        CheckpointError: Weights that are missing, damaged, not those of a GHN, or cannot be read.
         ConfigError: A configuration with an unknown key or an impossible value, or that names a graph
             network which is not given; or one that is given for weights that have their own.
     """
@@ -78,7 +81,10 @@ def load(
         raise ConfigError("a GHN and a graph network; expected only one of them: the GHN has its own")
     if isinstance(weights, GHN) and config is not None:
         raise ConfigError("a GHN and a configuration; expected only one of them: the GHN has its own")
-    ghn = weights if isinstance(weights, GHN) else _find(weights, gnn, config)
+    try:
+        ghn = weights if isinstance(weights, GHN) else _find(weights, gnn, config)
+    except OSError as error:  # no permission, a name too long, a file that only looks like one
+        raise CheckpointError(f"{str(weights)[:_LONGEST_SHOWN]}: cannot be read: {reason(error)}") from error
     return ghn if device is None else ghn.to(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -114,7 +115,7 @@ def _target(output: Path | None, request: opt.Request, max_shard_size: str | Non
             raise typer.BadParameter("- is no folder", param_hint="-o")
         return output or Path(name)
     target = output or Path(f"{name}.safetensors")
-    if target.is_dir():
+    if os.path.isdir(target):  # noqa: PTH112 (Path's own fails where a name is too long)
         hint = "give a file, or --max-shard-size to fill a folder"
         raise typer.BadParameter(f"{target} is a folder; {hint}", param_hint="-o")
     weights = Path(request.weights)

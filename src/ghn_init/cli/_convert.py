@@ -31,7 +31,7 @@ Target = Annotated[
 
 
 def convert(source: Source, target: Target) -> None:
-    """Write a hypernetwork, e.g. a published .pt file, as model.safetensors and config.json."""
+    """Write a hypernetwork, such as a published .pt file, as model.safetensors and config.json."""
     import ghn_init
     from ghn_init._weights.load import save
 

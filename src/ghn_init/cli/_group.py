@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand, TyperGroup
 
 from ghn_init._errors import GHNInitError
+from ghn_init._files import reason
+from ghn_init.cli._output import LONGEST_SHOWN, in_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEFAULT_COMMAND = "predict"
 DEBUG = "--debug"
-
-IN_WORDS_OF_THE_COMMAND_LINE = (("example_input=", "--input-shape"),)
-"""Arguments of the library's functions that its errors recommend, and the options to give instead."""
 
 
 class Command(TyperCommand):
@@ -68,13 +67,11 @@ def _plain_flags(params: list[Any]) -> list[Any]:
 
 
 def _one_line(error: GHNInitError | OSError) -> str:
-    """An error's message in one line, with the options' names where it has those of Python's arguments."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is None:
-        text = f"stdout: {error.strerror}"
-    for argument, option in IN_WORDS_OF_THE_COMMAND_LINE:
-        text = text.replace(argument, option)
-    return text
+    """An error's message in one line; an error of the system's that names no file is one of stdout."""
+    if isinstance(error, OSError):
+        where = "stdout" if error.filename is None else str(error.filename)[:LONGEST_SHOWN]
+        return f"{where}: {reason(error)}"
+    return in_options(" ".join(str(error).split()))
 
 
 def _empty_stdout() -> None:

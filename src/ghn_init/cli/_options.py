@@ -123,13 +123,16 @@ def make_request(
 
     Raises:
         typer.BadParameter: Wrong usage (exit status 2).
+        ModelSpecError: The model's file is not there.
     """
-    from ghn_init.cli._spec import parse_settings, parse_spec  # loads torch
+    from ghn_init.cli._spec import check_file, parse_settings, parse_spec  # loads torch
 
     try:
         parsed, keywords = parse_spec(spec), parse_settings(settings or ())
     except ModelSpecError as error:
         raise typer.BadParameter(str(error)) from error
+    if parsed.is_file:
+        check_file(parsed.source)  # at once, not after all else has been loaded
     return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
 
 

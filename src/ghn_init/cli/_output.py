@@ -24,6 +24,21 @@ if TYPE_CHECKING:
     from ghn_init._writing.plan import Plan
     from ghn_init.cli._spec import FoundModel
 
+LONGEST_SHOWN = 200
+"""Characters of a name that an error repeats."""
+
+_OPTIONS = (
+    (
+        "example_input=, a shape such as (1, 3, 224, 224) or the arguments of its call",
+        "--input-shape, such as 1,3,224,224; arguments that are no tensor are for ghn_init.predict in Python",
+    ),
+    ("example_input=", "--input-shape"),
+    ("head='predict'", "--head predict"),
+    ("head='keep'", "--head keep"),
+    ("strict=True", "--strict"),
+)
+"""Arguments of the library's functions that its messages name, and what they are on the command line."""
+
 PATIENCE = 1.0
 """Seconds before a progress bar appears."""
 
@@ -31,6 +46,13 @@ PATIENCE = 1.0
 def say(text: str) -> None:
     """Print to stderr: stdout is for results that a program may read."""
     typer.echo(text, err=True)
+
+
+def in_options(text: str) -> str:
+    """A message of the library's, with options where it names arguments of its functions."""
+    for argument, option in _OPTIONS:
+        text = text.replace(argument, option)
+    return text
 
 
 def check_output(path: Path, inputs: Iterable[Path] = (), *, hint: str = "-o") -> None:
@@ -47,7 +69,7 @@ def check_output(path: Path, inputs: Iterable[Path] = (), *, hint: str = "-o") -
     """
 
     def refused(why: str) -> typer.BadParameter:
-        return typer.BadParameter(f"{path} {why}", param_hint=hint)
+        return typer.BadParameter(f"{str(path)[:LONGEST_SHOWN]} {why}", param_hint=hint)
 
     if str(path) == "-":
         raise refused("would be a file of that name; give a FILE, results for programs come with --json")
@@ -109,7 +131,7 @@ def summary(found: FoundModel, plan: Plan, milliseconds: Mapping[str, float], pa
     for row in plan.rows:
         if row.action == "kept":
             reasons.setdefault(row.reason, []).append(row.name)
-    lines += [f"    {listing(names, limit=4)}: {reason}" for reason, names in reasons.items()]
+    lines += [f"    {listing(names, limit=4)}: {in_options(why)}" for why, names in reasons.items()]
     done = milliseconds["predicting"] + milliseconds["writing"]
     lines.append(f"{done:.0f} ms to predict and write; saved {path}, {size / 1e6:.1f} MB")
     return "\n".join(lines)

@@ -12,27 +12,27 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import re
+import stat
 import sys
 import traceback
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import nn
 
 from ghn_init._errors import ModelSpecError
+from ghn_init._files import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import ModuleType
 
-FACTORY_NAME = re.compile(
-    r"(build|make|create|get)(_?\w*(model|net|network|backbone))?|model|net|network", re.IGNORECASE
-)
-"""A function without return annotation counts as a model factory if it is called like one."""
+_LONGEST_SHOWN = 200
+"""Characters of a file's name that an error repeats."""
 
 FAILURES = (Exception, SystemExit)
 """What the user's code may raise while it is loaded: scripts without a main guard like to exit."""
@@ -86,7 +86,7 @@ def parse_spec(text: str) -> ModelSpec:
     elif not _is_dotted(attribute):
         raise ModelSpecError(f"{text!r}: {attribute!r} after the colon is not a name; write FILE.py:NAME")
     spec = ModelSpec(source, attribute or None)
-    if not spec.is_file and not _is_dotted(source):
+    if not spec.is_file and not (attribute and _is_dotted(source)):
         raise ModelSpecError(
             f"{text!r} names no model; write FILE.py, FILE.py:NAME or MODULE:NAME, "
             "e.g. torchvision.models:resnet50"
@@ -154,16 +154,20 @@ def _is_dotted(text: str) -> bool:
 
 @contextlib.contextmanager
 def _importable(spec: ModelSpec) -> Iterator[None]:
-    """Put the file's folder (its package's parent, in a package) and the current one on `sys.path`."""
-    before = list(sys.path)
+    """Put the file's folder (its package's parent, in a package) and the current one on `sys.path`.
+
+    Code that reads `sys.argv` finds the file's name alone: our arguments are not its own.
+    """
+    before, arguments = list(sys.path), sys.argv
     folders = [str(Path.cwd())]
     if spec.is_file:
         folders.insert(0, str(_package_path(Path(spec.source))[0]))
     sys.path[:0] = folders
+    sys.argv = [spec.source]
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:], sys.argv = before, arguments
 
 
 def _package_path(file: Path) -> tuple[Path, list[str]]:
@@ -177,8 +181,8 @@ def _package_path(file: Path) -> tuple[Path, list[str]]:
 
 def _import(spec: ModelSpec) -> ModuleType:
     """Import the spec's source; failures of its code become one-line errors with file and line."""
-    if spec.is_file and not Path(spec.source).is_file():
-        raise ModelSpecError(f"{spec.source}: no such file (looked in {Path.cwd()})")
+    if spec.is_file:
+        check_file(spec.source)
     try:
         return _import_file(Path(spec.source)) if spec.is_file else importlib.import_module(spec.source)
     except ModuleNotFoundError as error:
@@ -190,6 +194,23 @@ def _import(spec: ModelSpec) -> ModuleType:
         raise _user_error(spec, f"importing {spec.source}", error) from error
     except FAILURES as error:
         raise _user_error(spec, f"importing {spec.source}", error) from error
+
+
+def check_file(source: str) -> None:
+    """See that there is a file to import.
+
+    Raises:
+        ModelSpecError: There is none, or it cannot be read.
+    """
+    try:
+        mode = Path(source).stat().st_mode
+    except FileNotFoundError:
+        raise ModelSpecError(f"{source}: no such file (looked in {Path.cwd()})") from None
+    except OSError as error:  # no permission, a name too long
+        shown = f"{source[:_LONGEST_SHOWN]}..." if len(source) > _LONGEST_SHOWN else source
+        raise ModelSpecError(f"{shown}: cannot be read: {reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise ModelSpecError(f"{source}: expected a Python file, found a folder or a device")
 
 
 def _import_file(file: Path) -> ModuleType:
@@ -239,54 +260,43 @@ def _place(spec: ModelSpec, error: BaseException) -> str:
 
 
 def _only_candidate(module: ModuleType, spec: ModelSpec, settings: Mapping[str, Any]) -> str:
-    """The name of the one thing in `module` that makes a model.
-
-    What is closer to a model comes first: an instance, else a factory, else a class. Within one kind
-    there must be no choice.
-    """
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    kinds: tuple[Callable[[Any, ModuleType], bool], ...] = (_is_instance, _is_factory, _is_class)
-    needy: list[str] = []
-    for is_kind in kinds:
-        found = [name for name, value in own.items() if is_kind(value, module)]
-        ready = [name for name in found if _refusal(own[name], settings) is None]
-        if len(ready) == 1:
-            return ready[0]
-        if ready:
-            listed = ", ".join(f"{spec.source}:{name}" for name in ready)
-            raise ModelSpecError(f"{spec.source} has {len(ready)} candidates, name one of them: {listed}")
-        needy += [f"{name} ({_refusal(own[name], settings)})" for name in found]
-    if needy:
+    """The name of the one thing in a file that the settings make a model of; nothing is guessed."""
+    found = {name: value for name, value in vars(module).items() if _makes_a_model(name, value, module)}
+    refusals = {name: _refusal(value, settings) for name, value in found.items()}
+    ready = [name for name, refusal in refusals.items() if refusal is None]
+    if len(ready) == 1:
+        return ready[0]
+    if ready:
+        listed = ", ".join(f"{spec.source}:{name}" for name in ready)
+        raise ModelSpecError(f"{spec.source} has {len(ready)} candidates, name one of them: {listed}")
+    if refusals:
         raise ModelSpecError(
             f"{spec.source} has nothing that can be called with {_call_text('', settings)}: "
-            f"{'; '.join(needy)}; give arguments with --set KEY=VALUE"
+            f"{'; '.join(f'{name} ({refusal})' for name, refusal in refusals.items())}; "
+            "give arguments with --set KEY=VALUE"
         )
     raise ModelSpecError(
-        f"{spec.source} has no nn.Module instance or class and no function that builds one (annotated "
-        f"to return one, or called build_model, make_net, create_model, ...); write {spec.source}:NAME"
+        f"{spec.source} has no nn.Module instance with parameters, no nn.Module class and no function that "
+        f"is annotated to return one; write {spec.source}:NAME"
     )
 
 
-def _is_instance(value: object, _module: ModuleType) -> bool:
-    """A module with parameters: a loss or an activation that stands about is not the model."""
-    return isinstance(value, nn.Module) and any(True for _ in value.parameters())
-
-
-def _is_class(value: object, module: ModuleType) -> bool:
-    return inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
-
-
-def _is_factory(value: object, module: ModuleType) -> bool:
-    """A function of this file that says, by its annotation or its name, that it returns a model."""
-    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+def _makes_a_model(name: str, value: object, module: ModuleType) -> bool:
+    """Whether this is a public instance with parameters, or a class or annotated function of the file."""
+    if name.startswith("_"):
         return False
-    try:
-        returns = get_type_hints(value).get("return")
-    except (NameError, AttributeError):  # a name that is imported for type checking only
-        returns = None
-    if returns is None:
-        return FACTORY_NAME.fullmatch(value.__name__) is not None
-    return inspect.isclass(returns) and issubclass(returns, nn.Module)
+    if isinstance(value, nn.Module):
+        return any(True for _ in value.parameters())  # a loss or an activation that stands about is no model
+    if getattr(value, "__module__", None) != module.__name__:
+        return False
+    if inspect.isfunction(value):
+        try:
+            # Its return alone: other annotations may name what is imported for type checking only.
+            returns = SimpleNamespace(__annotations__={"return": value.__annotations__.get("return")})
+            value = get_type_hints(returns, vars(module))["return"]
+        except (NameError, AttributeError):
+            return False
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _refusal(target: object, settings: Mapping[str, Any]) -> str | None:

@@ -55,7 +55,7 @@ Settings = Annotated[
         "--set",
         metavar="KEY=VALUE",
         rich_help_panel=_MODEL,
-        help="Set a field of TrainConfig (lr=3e-4), or with ghn. before it one of GHNConfig (ghn.hid=64). "
+        help="Set a field of TrainConfig, such as lr=3e-4, or of GHNConfig, such as ghn.hid=64. "
         "Repeat the option for more.",
     ),
 ]

@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LAUNCHERS = (
-    ("WORLD_SIZE", "RANK"),  # torchrun, `accelerate launch`
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
-    ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
-)
-"""Environment variables in which a launcher says how many processes there are and which this one is."""
-
-_LOCAL = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-"""Where the same launchers say which of its machine's processes this one is."""
-
 _CPU = torch.device("cpu")
 
 
@@ -57,20 +47,19 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """Meet the other processes that torchrun, `accelerate launch` or mpirun started, if one of them did.
+        """Meet the other processes that torchrun or `accelerate launch` started, if one of them did.
 
-        The first process's address is in MASTER_ADDR and MASTER_PORT. Gradients are exchanged through
+        There are WORLD_SIZE of them, this one is the one of number RANK, and the first one's address is in
+        MASTER_ADDR and MASTER_PORT. Gradients are exchanged through
         gloo, by way of the CPU: they are few megabytes, and several processes may share a GPU, which NCCL
         refuses.
 
         Raises:
-            TrainingError: The processes did not find each other, or `accelerate launch` was asked for several
-                and started one.
+            TrainingError: The processes did not find each other, or `accelerate launch` would start them
+                through mpirun.
         """
-        for size, rank in _LAUNCHERS:
-            if size in os.environ:
-                _meet(int(os.environ[rank]), int(os.environ[size]))
-                break
+        if "WORLD_SIZE" in os.environ:
+            _meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         else:
             _check_launcher()
         return cls.current()
@@ -134,17 +123,16 @@ def local_device() -> torch.device:
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available():
         return _CPU
-    place = next((int(os.environ[name]) for name in _LOCAL if name in os.environ), 0)
-    return torch.device("cuda", place % torch.cuda.device_count())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def _check_launcher() -> None:
-    """Without an MPI to start them, `accelerate launch --cpu --num_processes 2` starts one process.
+    """Refuse `accelerate launch --cpu --num_processes 2`: it starts one process, or several through mpirun.
 
-    It gives the address of the first process all the same, which it does not for a single one.
+    It gives the address of the first process either way, which it does not for a single one.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         raise TrainingError(
-            "`accelerate launch` was asked for several processes and started this one alone; it starts CPU "
-            "processes through mpirun, so give --mpirun_hostfile FILE, or use `torchrun --nproc-per-node N`"
+            "`accelerate launch --cpu` starts several processes through mpirun at best, or this one alone; "
+            "use `torchrun --nproc-per-node N`, or `accelerate launch --multi_gpu`, which needs no GPU"
         )
