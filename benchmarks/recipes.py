@@ -1,4 +1,4 @@
-"""The table of docs/training.md that compares recipes: finished runs of equal budgets beside a reference.
+"""The table of docs/experiments.md that compares recipes: finished runs of equal budgets beside a reference.
 
     python benchmarks/recipes.py runs/base runs/muon runs/smooth ...
 
