@@ -159,8 +159,9 @@ def with_prior(values: Tensor, key: ParamKey, config: GHNConfig, whitening: Tens
     kind, _ = key.prior
     if not kind:
         return values
-    values = tile_to(values, _grown(tuple(values.shape[1:]), key))
-    sizes = tuple(values.shape[1:])
+    sizes = _grown(tuple(values.shape[1:]), key)
+    if sizes != tuple(values.shape[1:]):
+        values = tile_to(values, sizes)
     kernel = sizes[2:][-2:]
     if kind == "stem":
         assert whitening is not None
