@@ -5,9 +5,10 @@
 A call spends `--time` and then stops: first parts at a constant learning rate, then, for the last `--fall`
 of it, one on full-size images whose rate falls to zero. What a part trains on goes by the core-minutes of the
 whole campaign (`PHASES`). Every part starts from the averaged weights of the one before it, with a seed of
-its own; the first one of a folder RUN that is new starts from the weights in `campaign/`, and without any of
-these from scratch. A call that was interrupted is completed by the next one. After every part its weights,
-with the position and figures of the campaign, are written to `campaign/`, which is there to be committed.
+its own. The first one of a folder RUN that is new starts from the weights in `campaign/`, or from the bundled
+ones if that has only their position, or from scratch if it has none. A call that was interrupted is completed
+by the next one. After every part its weights, with the position and figures of the campaign, are written to
+`campaign/`, which is there to be committed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
 """Where the newest weights and their position are kept, for the next machine."""
+
+BUNDLED: Final = "ghn2-cifar10"
+"""The newest weights where `KEPT` has only their position."""
 
 POSITION, PART, CONFIG = "position.json", "part.json", "config.json"
 
@@ -203,7 +207,8 @@ def beginning(run: Path) -> tuple[Position, str | None]:
     if parts := parts_of(run):
         return parts[-1].after(), str(parts[-1].weights)
     if (KEPT / POSITION).exists():
-        return Position.read(KEPT / POSITION), str(KEPT)
+        weights = str(KEPT) if (KEPT / "model.safetensors").exists() else BUNDLED
+        return Position.read(KEPT / POSITION), weights
     return Position(), None
 
 

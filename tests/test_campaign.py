@@ -112,6 +112,9 @@ def test_a_new_machine_goes_on_from_what_was_kept(
     assert trained[2]["from"] == str(tmp_path / "kept")
     position = campaign.Position.read(tmp_path / "kept" / "position.json")
     assert (position.pairs, round(position.core_minutes)) == (400, 240)
+    (tmp_path / "kept" / "model.safetensors").unlink()  # they are bundled
+    hours(campaign, tmp_path / "third", 1)
+    assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", "ghn2-cifar10"]
 
 
 def test_fewer_processes_share_a_meta_batch(campaign: Any, tmp_path: Path) -> None:
