@@ -94,6 +94,14 @@ def test_a_single_image_is_no_batch(ghn: GHN) -> None:
         Measure(ghn, random_images(40, size=8), images=1)
 
 
+def test_networks_may_see_images_of_half_the_size(ghn: GHN) -> None:
+    measure = Measure(ghn, random_images(8, size=16), image_size=8)
+    assert measure.batches()[0][0].shape == (8, 3, 8, 8)
+    assert 0 <= measure(Network("val", 0)) <= 100
+    with pytest.raises(TrainingError, match="image_size=5 and images of 16 pixels; expected that or half"):
+        Measure(ghn, random_images(8, size=16), image_size=5)
+
+
 def test_noise_has_its_deviation_on_pixels(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(64, size=16))
     (clean, _), (noisy, _) = measure.batches()[0], measure.batches(0.08)[0]

@@ -451,6 +451,65 @@ def test_weights_to_start_from(tmp_path: Path) -> None:
         Trainer(tiny_config(), images, images, options, start=GHN(GHNConfig(hid=16)))
 
 
+def test_filters_come_from_the_training_images_or_with_the_weights(tmp_path: Path) -> None:
+    from ghn_init._hypernetwork.priors import whitening_filters
+    from ghn_init.training import RunOptions, Trainer
+    from ghn_init.training.data import Normalisation, halve
+
+    images, options = random_images(), RunOptions(output=tmp_path)
+    ghn = {**training_runs.TINY_GHN, "whitening": 2.0, "identity": True}
+    x = Normalisation.of(images)(images.pixels)
+    for size, seen in ((0, x), (8, halve(x))):
+        config = tiny_config(ghn=ghn, image_size=size, scaled_init=1)
+        trainer = Trainer(config, images, images, options)
+        assert torch.equal(trainer.ghn.get_buffer("whitening"), whitening_filters(seen))
+    others = random_images(seed=5)
+    again = Trainer(tiny_config(ghn=ghn), others, others, options, start=trainer.ghn)
+    assert torch.equal(again.ghn.get_buffer("whitening"), whitening_filters(halve(x)))
+    assert again.averaged().get_buffer("whitening").abs().max() > 0
+
+
+def test_a_validation_sees_the_size_trained_on_and_tells_kinds_of_networks_apart(tmp_path: Path) -> None:
+    from ghn_init.training._validation import Validation
+    from ghn_init.training.data import Normalisation
+    from ghn_init.training.evaluate import Measure
+
+    images = random_images(8, size=16)
+    ghn = GHN(GHNConfig.from_dict(training_runs.TINY_GHN))
+    validation = Validation(images, Normalisation.of(images), 4, 8, 8)
+    kinds = [arch.transformer for arch in validation.architectures]
+    assert kinds == [False, False, True, False]
+    figures = validation(ghn, torch.float32)
+    accuracies = figures["accuracies"]
+    assert figures["validation"] == pytest.approx(sum(accuracies) / 4, abs=0.1)
+    assert figures["convolutional"] == pytest.approx(
+        (accuracies[0] + accuracies[1] + accuracies[3]) / 3, abs=0.1
+    )
+    assert (figures["transformers"], figures["transformers_error"]) == (accuracies[2], 0)
+    assert figures.keys() >= {"norm_free", "norm_free_error", "convolutional_error", "maximum"}
+    seen: list[tuple[int, bool]] = []
+
+    def note(self: Any, network: nn.Module, noise: float = 0.0) -> float:
+        layers = [type(layer).__name__ for layer in network.modules()]
+        seen.append((self.batches(noise)[0][0].shape[-1], "_BatchNorm2d" in layers))
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measure, "__call__", note)
+        validation(ghn, torch.float32)
+    assert seen == [(8, True)] * 4 + [(8, False)]
+
+
+def test_crops_may_be_padded_by_nothing(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_config(crop_padding=0))
+    x, labels, _ = trainer._batch(0)
+    for image, label in zip(x, labels, strict=True):
+        originals = trainer.normalise(trainer.images.pixels[trainer.images.labels == label])
+        assert any(
+            torch.allclose(image, other) or torch.allclose(image, other.flip(2)) for other in originals
+        )
+
+
 def test_first_weights_may_be_scaled(tmp_path: Path) -> None:
     plain = tiny_trainer(tmp_path / "a").ghn
     scaled = tiny_trainer(tmp_path / "b", tiny_config(scaled_init=2)).ghn
