@@ -1,11 +1,8 @@
 """A hypernetwork around a graph network of your own: make it, train it, save it, load it, predict.
 
-Any module with the signature of `Convolutions.forward` can take the gated network's place. This one is
-made of torch_geometric's layers (`pip install torch_geometric`).
+Any module with the signature of `Convolutions.forward` can be assigned to `GHN.gnn`. This one is made of
+torch_geometric's layers (`pip install torch_geometric`).
 Run: `python examples/custom_graph_network.py`.
-From the command line the class is named as the configuration's `hypernet`:
-
-    ghn-init train DATA --steps 1000 --set ghn.hypernet=examples/custom_graph_network.py:Convolutions
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GraphConv
@@ -46,23 +44,26 @@ def random_images(count: int) -> Images:
     return Images(pixels, torch.arange(count) % 10, tuple("abcdefghij"))
 
 
+def custom(config: ghn_init.GHNConfig) -> ghn_init.GHN:
+    """A hypernetwork with this graph network, not trained."""
+    ghn = ghn_init.GHN(config)
+    ghn.gnn = Convolutions(config)
+    return ghn
+
+
 def main() -> None:
     torch.manual_seed(0)
-    config = ghn_init.GHNConfig(hypernet="custom_graph_network:Convolutions", hid=16)
+    config = ghn_init.GHNConfig(hid=16)
     training = TrainConfig(
         ghn=config, steps=3, meta_batch=2, batch_size=16, max_params=1.5, max_nodes=200, prefetch=0
     )
     with tempfile.TemporaryDirectory() as folder:
         options = RunOptions(output=Path(folder), validation_networks=2, validation_images=32)
-        trainer = Trainer(training, random_images(64), random_images(64), options, make_gnn=Convolutions)
+        trainer = Trainer(training, random_images(64), random_images(64), options, start=custom(config))
         trainer.run(lambda record: print(f"step {record.step}: loss {record.loss:.3f}"))
 
-        weights = Path(folder) / "ghn"
-        try:
-            ghn_init.load(weights)
-        except ghn_init.ConfigError as error:  # the file says what it needs
-            print(error)
-        ghn = ghn_init.load(weights, gnn=Convolutions(config))
+        ghn = custom(config)
+        load_model(ghn, Path(folder) / "ghn" / "model.safetensors")
 
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from ghn_init import GHN, GHNConfig, load
 from ghn_init._errors import CheckpointError, PredictError
 from ghn_init._files import replacing, write_bytes
-from ghn_init._weights.load import save as save_hypernetwork
+from ghn_init._weights.directory import save as save_hypernetwork
 from ghn_init._writing.safetensors_writer import size_in_bytes
 from ghn_init.cli import app
 from ghn_init.cli._output import save

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ghn_init import GHN, CheckpointError, ConfigError, GHNConfig, GHNInitError, load
 from ghn_init._hypernetwork.config import PUBLISHED_FIELDS
-from ghn_init._weights.load import save
+from ghn_init._weights.directory import save
 from ghn_init._weights.pickled_state import read_state
 
 if TYPE_CHECKING:

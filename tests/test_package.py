@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -25,11 +26,6 @@ ROOMS = [
     "_graph", "_network", "_tracing", "_hypernetwork", "_weights", "_meta", "_writing",
 ]  # fmt: skip
 """The rooms of the core, from the bottom up: a module imports from its own room and those below."""
-
-UPWARD = {
-    ("_hypernetwork", "_weights"),  # GHN.save_pretrained and GHN.from_pretrained reach for the files
-}  # fmt: skip
-"""Imports that still climb."""
 
 
 def modules_after(statement: str) -> set[str]:
@@ -103,8 +99,15 @@ def test_the_core_imports_in_one_direction_only() -> None:
         imported = {name.split(".")[0] for path in paths for name in imports_of(path)}
         assert not imported & {"cli", "training", "deepnets"}, room
         above = {name for name in imported if level_of.get(name, 0) > level_of[room]}
-        above -= {upper for lower, upper in UPWARD if lower == room}
         assert not above, f"{room} imports {above}, which stand above it"
+
+
+def test_no_two_modules_need_each_other() -> None:
+    """Neither at the top nor in functions; imports for type hints alone do not count."""
+    paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    needs = {name: needed_by(path) & paths.keys() - {name, "ghn_init"} for name, path in paths.items()}
+    order = TopologicalSorter({name: needed for name, needed in needs.items() if name != "ghn_init"})
+    order.prepare()  # raises a CycleError that names the modules
 
 
 @pytest.mark.source
@@ -163,3 +166,33 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {a.name.removeprefix("ghn_init.") for a in node.names if a.name.startswith("ghn_init.")}
     return found
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def needed_by(path: Path) -> set[str]:
+    """The modules that a file imports when it runs, wherever in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guards = (node for node in ast.walk(tree) if isinstance(node, ast.If) and is_type_checking(node.test))
+    hints = {id(inner) for guard in guards for node in guard.body for inner in ast.walk(node)}
+    needed: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in hints:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {
+                name
+                for name in inside
+                if (PACKAGE.parent / name.replace(".", "/")).with_suffix(".py").exists()
+            }
+            needed |= modules or {node.module}
+        elif isinstance(node, ast.Import) and id(node) not in hints:
+            needed |= {alias.name for alias in node.names}
+    return needed
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"

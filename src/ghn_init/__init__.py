@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph, Node
     from ghn_init._hypernetwork.batch import GraphBatch
     from ghn_init._hypernetwork.config import GHNConfig
-    from ghn_init._hypernetwork.model import GHN
     from ghn_init._meta.large_on_meta import large_on_meta
     from ghn_init._tracing.rules.registered import register
     from ghn_init._tracing.trace import trace
+    from ghn_init._weights.ghn import GHN
     from ghn_init._weights.load import load
     from ghn_init._writing.batchnorm import calibrate_batchnorm
     from ghn_init._writing.familiarity import OutOfDistributionWarning
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "GHN": "_hypernetwork.model",
+    "GHN": "_weights.ghn",
     "GHNConfig": "_hypernetwork.config",
     "Graph": "_graph.graph",
     "GraphBatch": "_hypernetwork.batch",

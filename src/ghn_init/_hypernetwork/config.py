@@ -35,10 +35,7 @@ _LARGEST_FACTOR: Final = 1_000
 """Of `whitening`; far beyond use."""
 
 _BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip", "identity")
-_CHOICES: Final = {"decoder": ("conv",)}
-
-OWN_NETWORKS: Final = ("gatedgnn", "transformer", "mlp")
-"""Graph networks that are part of this package."""
+_CHOICES: Final = {"hypernet": ("gatedgnn", "transformer", "mlp"), "decoder": ("conv",)}
 
 GHN3_SIZES: Final = {"t": (64, 3, 8), "s": (128, 5, 16), "l": (256, 12, 16), "xl": (384, 24, 16)}
 """`hid`, `layers` and `heads` of the published GHN-3s: T/m8, S/m8, L/m8 and XL/m16 (arXiv 2303.04143)."""
@@ -52,8 +49,7 @@ class GHNConfig:
         max_shape: Largest tensor that the convolutional decoder makes, (O, I, K, K).
         num_classes: Width of the classifier that the decoder makes.
         hypernet: The graph network: "gatedgnn", "transformer" for a GHN-3, "mlp" for the baseline that sees
-            no edges, or the name of one that is not part of this package, as MODULE:CLASS or
-            FILE.py:CLASS, for which a module has to be given wherever a GHN is made or loaded.
+            no edges.
         decoder: "conv", the only published one.
         weight_norm: Normalise predicted parameters by their fan-in (GHN-2).
         ve: Virtual edges (GHN-2).
@@ -107,11 +103,6 @@ class GHNConfig:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
-        if self.hypernet not in OWN_NETWORKS and not _is_name(self.hypernet):
-            raise ConfigError(
-                f"GHN configuration: hypernet={self.hypernet!r}; expected one of {OWN_NETWORKS}, or the name "
-                "MODULE:CLASS of a graph network of your own"
-            )
         if self.hid % 4:
             raise ConfigError(
                 f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)"
@@ -215,11 +206,6 @@ class GHNConfig:
         return cls.from_dict(missing_mean | given | {"hypernet": "transformer"})
 
     @property
-    def foreign(self) -> bool:
-        """Whether the graph network is one that is not part of this package."""
-        return self.hypernet not in OWN_NETWORKS
-
-    @property
     def transformer(self) -> bool:
         """Whether this is a GHN-3: a transformer, whose nodes and kernels are treated as it was published."""
         return self.hypernet == "transformer"
@@ -259,12 +245,6 @@ def _checked_factor(value: object) -> float:
             f"GHN configuration: whitening={value!r}; expected a number from 0 to {_LARGEST_FACTOR:,}"
         )
     return float(value)
-
-
-def _is_name(value: object) -> bool:
-    """Whether this is MODULE:CLASS."""
-    module, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return bool(module.strip()) and name.isidentifier()
 
 
 def _checked_shape(shape: object) -> tuple[int, ...]:

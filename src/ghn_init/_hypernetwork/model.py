@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ from ghn_init._hypernetwork.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from os import PathLike
 
 
 def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
@@ -64,20 +61,8 @@ class PlaceEncoder(nn.Module):
         return self.embed_depth(index[:, 0]) + self.embed_height(index[:, 1])
 
 
-def _graph_network(config: GHNConfig, given: nn.Module | None) -> nn.Module:
+def _graph_network(config: GHNConfig) -> nn.Module:
     """The graph network that a configuration asks for."""
-    if config.foreign and given is None:
-        raise ConfigError(
-            f"GHN configuration: the graph network hypernet={config.hypernet!r} is not part of ghn-init; "
-            "give the module itself, as in GHN(config, gnn=module) or ghn_init.load(weights, gnn=module)"
-        )
-    if given is not None and not config.foreign:
-        raise ConfigError(
-            f"GHN configuration: hypernet={config.hypernet!r} and a {type(given).__name__} as graph network; "
-            "leave the module out, or name its class in `hypernet` as MODULE:CLASS"
-        )
-    if given is not None:
-        return given
     if config.transformer:
         return Transformer(config)
     if config.hypernet == "mlp":
@@ -85,28 +70,24 @@ def _graph_network(config: GHNConfig, given: nn.Module | None) -> nn.Module:
     return GatedGNN(config.hid, virtual_edges=config.ve, rounds=config.rounds)
 
 
-class GHN(Decoders):
+class Hypernetwork(Decoders):
     """A graph hypernetwork: GHN-2, GHN-1, GHN-3 or the MLP baseline, as its configuration says.
 
-    Names of parameters are those of the published checkpoints.
+    Names of parameters are those of the published checkpoints. A graph network of one's own is assigned to
+    `gnn`: called with the features (R, d) of all nodes and their `GraphBatch`, it returns new ones (R, d).
 
     Args:
         config: What it is made of; default: GHN-2 for CIFAR-10.
-        gnn: The graph network where `config.hypernet` names one that is not part of this package. Called
-            with the features (R, d) of all nodes and their `GraphBatch`, it returns new features (R, d).
-
-    Raises:
-        ConfigError: Such a network is missing, or there is one that the configuration does not name.
     """
 
-    def __init__(self, config: GHNConfig | None = None, *, gnn: nn.Module | None = None) -> None:
+    def __init__(self, config: GHNConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or GHNConfig()
         d, longest = config.hid, max(config.max_shape[:2])
         std = d**-0.5 if config.transformer else 1.0
         self.embed = _embedding(len(NODE_TYPES), d, std)
         self.shape_enc = ShapeEncoder(config)
-        self.gnn = _graph_network(config, gnn)
+        self.gnn: nn.Module = _graph_network(config)
         if config.layernorm:
             self.ln = nn.LayerNorm(d)
         if config.depth_buckets:
@@ -228,33 +209,3 @@ class GHN(Decoders):
             for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
                 tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
         return tiles
-
-    # The hub's methods: huggingface_hub takes longer to import than a prediction takes, so it is loaded here.
-
-    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> str | None:
-        """Write `model.safetensors`, `config.json` and a model card into a directory.
-
-        Options are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`, e.g. `push_to_hub`.
-        """
-        from ghn_init._weights.hub import HubGHN
-
-        return HubGHN.of(self).save_pretrained(Path(save_directory), **options)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload to a repository of the hub; see `huggingface_hub.PyTorchModelHubMixin.push_to_hub`."""
-        from ghn_init._weights.hub import HubGHN
-
-        return HubGHN.of(self).push_to_hub(repo_id, **options)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> GHN:
-        """Load strictly from a directory that `save_pretrained` wrote, or from a repository "org/repo".
-
-        Options are those of `huggingface_hub.PyTorchModelHubMixin.from_pretrained`, e.g. `revision`.
-
-        Raises:
-            CheckpointError: Weights that are missing, damaged, or not those of a GHN.
-        """
-        from ghn_init._weights.hub import HubGHN
-
-        return HubGHN.from_pretrained(os.fspath(pretrained_model_name_or_path), **options)

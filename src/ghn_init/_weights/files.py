@@ -91,7 +91,7 @@ def read_json(file: Path | Traversable) -> dict[str, Any]:
     return values
 
 
-def read_safetensors(file: Path | Traversable, largest: int) -> tuple[dict[str, Tensor], str | None]:
+def read_tensors(file: Path | Traversable, largest: int) -> tuple[dict[str, Tensor], str | None]:
     """Read the tensors of a safetensors file, and the checksum in its metadata if there is one.
 
     Args:

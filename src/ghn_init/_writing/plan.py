@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ghn_init._graph.graph import Graph
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Action, Entry
     from ghn_init._writing.options import Diversify, Head
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ghn_init._graph.graph import Graph
-    from ghn_init._hypernetwork.model import GHN
     from ghn_init._hypernetwork.tile import Tile
+    from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Entry
 
 _DEVICES: Final = ("cpu", "cuda", "xpu", "mps")

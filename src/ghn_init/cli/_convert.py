@@ -33,7 +33,7 @@ Target = Annotated[
 def convert(source: Source, target: Target) -> None:
     """Write a hypernetwork, such as a published .pt file, as model.safetensors and config.json."""
     import ghn_init
-    from ghn_init._weights.load import save
+    from ghn_init._weights.directory import save
 
     ghn = ghn_init.load(source)
     save(ghn, target)

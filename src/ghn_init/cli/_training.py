@@ -11,9 +11,6 @@ from ghn_init.cli import _training_options as opt
 from ghn_init.cli._output import check_output
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ghn_init._hypernetwork.config import GHNConfig
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._run import RunOptions
     from ghn_init.training.trainer import Trainer
@@ -68,16 +65,7 @@ def _trainer(
     images, validation = hold_out(load_images(data, "train"))
     if soft_labels is not None:
         images = with_soft_labels(images, soft_labels)
-    make_gnn = _graph_network if config.ghn.foreign else None
-    first = load(start, gnn=make_gnn(config.ghn) if make_gnn else None) if start else None
-    return Trainer(config, images, validation, options, start=first, make_gnn=make_gnn)
-
-
-def _graph_network(config: GHNConfig) -> nn.Module:
-    """A graph network of the class that `config.hypernet` names."""
-    from ghn_init.cli._spec import load_model, parse_spec
-
-    return load_model(parse_spec(config.hypernet), {"config": config}).model
+    return Trainer(config, images, validation, options, start=load(start) if start else None)
 
 
 def _run(trainer: Trainer) -> None:

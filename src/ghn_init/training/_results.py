@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
     from ghn_init.training._pool import Job
 
 TARGETS = {

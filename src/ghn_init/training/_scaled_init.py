@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.batch import GraphBatch
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
 
 VECTOR_RMS: Final = 0.1
 """RMS of decoded vectors before their activation: norm weights 1 +- 0.05, biases +- 0.02."""
@@ -27,7 +27,7 @@ VECTOR_RMS: Final = 0.1
 
 @torch.no_grad()
 def init_for_training(ghn: GHN, graphs: Sequence[Graph] | GraphBatch, seed: int = 0) -> None:
-    """Draw new weights, but for a foreign graph network, and rescale the decoders' last layers, in place.
+    """Draw new weights and rescale the decoders' last layers, in place.
 
     Afterwards the decoded weights of `graphs` have unit RMS before the normalisation sqrt(beta / fan_in),
     for the convolutional decoder and for the classifier's, so that the first predicted networks have the
@@ -41,7 +41,7 @@ def init_for_training(ghn: GHN, graphs: Sequence[Graph] | GraphBatch, seed: int 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = type(ghn)(ghn.config, gnn=ghn.gnn if ghn.config.foreign else None)
+        fresh = type(ghn)(ghn.config)
     ghn.load_state_dict(fresh.state_dict())
     batch = ghn.batch(graphs)
     # From the inside out: the classifier's layers read what the ones before them make.

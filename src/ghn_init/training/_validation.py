@@ -17,7 +17,7 @@ from ghn_init.training.evaluate import Measure
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
     from ghn_init.training.data import Images, Normalisation
 
 _NORM_FREE: Final = 4

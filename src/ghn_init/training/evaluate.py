@@ -23,7 +23,7 @@ from ghn_init.training.data import Images, Normalisation, halve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
 
 BATCH_SIZE = 64
 NOISE = 0.08

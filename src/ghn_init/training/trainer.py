@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
-from ghn_init._hypernetwork.model import GHN
+from ghn_init._weights.ghn import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch import nn
-
-    from ghn_init._hypernetwork.config import GHNConfig
 
 _LOST = 50
 """Steps in a row without a finite loss or gradient after which the weights are taken for lost."""
@@ -57,11 +54,8 @@ class Trainer:
         validation: Held-out images for quick validations.
         options: Where to keep it.
         start: Weights to start from instead of random ones; a checkpoint goes before them.
-        make_gnn: What makes the graph network from the GHN's configuration, usually its class, where
-            `config.ghn.hypernet` names one that is not part of this package.
 
     Raises:
-        ConfigError: Such a network is missing, or there is one that the configuration does not name.
         TrainingError: Weights to start from, images or number of processes that do not fit the
             configuration; a checkpoint there that is damaged or belongs to another configuration.
     """
@@ -74,13 +68,12 @@ class Trainer:
         options: RunOptions,
         *,
         start: GHN | None = None,
-        make_gnn: Callable[[GHNConfig], nn.Module] | None = None,
     ) -> None:
         self.config, self.images, self.options = config, images, options
         self.ranks = Ranks.current()
         self._check()
         self.normalise = Normalisation.of(images)
-        self.ghn = self._first_weights(start, make_gnn).to(self.ranks.device)
+        self.ghn = self._first_weights(start).to(self.ranks.device)
         self.average = {name: value.detach().clone() for name, value in self.ghn.named_parameters()}
         self.optimizer = make_optimizer(self.ghn, config)
         self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
@@ -122,21 +115,20 @@ class Trainer:
                 f"meta_batch={config.meta_batch} networks cannot be shared evenly by {world} processes"
             )
 
-    def _first_weights(self, start: GHN | None, make_gnn: Callable[[GHNConfig], nn.Module] | None) -> GHN:
+    def _first_weights(self, start: GHN | None) -> GHN:
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # so that all processes have the same weights
-            ghn = GHN(config.ghn, gnn=make_gnn(config.ghn) if make_gnn else None)
         if start is not None:
             if start.config != config.ghn:
                 raise TrainingError(f"weights to start from are of {start.config}; expected {config.ghn}")
-            ghn.load_state_dict(start.state_dict())
-        elif config.scaled_init:
+            return copy.deepcopy(start).requires_grad_(True).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # so that all processes have the same weights
+            ghn = GHN(config.ghn)
+        if config.scaled_init:
             graphs = Stream(config, self.image_size).graphs(config.scaled_init)
             init_for_training(ghn, graphs, seed=config.seed)
-        if start is None:
-            few = self.images.pixels[:: max(len(self.images) // _WHITENED, 1)]
-            ghn.whiten(self._sized(self.normalise(few)))
+        few = self.images.pixels[:: max(len(self.images) // _WHITENED, 1)]
+        ghn.whiten(self._sized(self.normalise(few)))
         return ghn
 
     def _sized(self, x: Tensor) -> Tensor:
