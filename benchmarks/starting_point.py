@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
     "default": None,
     "predicted": {},
+    "whole": {"scale": "predicted"},
     "noise": {"diversify": "noise"},
     "orthogonal": {"diversify": "orthogonal"},
 }

@@ -70,7 +70,7 @@ class Classifier(pl.LightningModule):
 def main() -> None:
     warnings.simplefilter("ignore")  # Lightning's advice about workers and loggers
     images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    callback = PredictedWeights("net", head="predict")
+    callback = PredictedWeights("net")
     trainer = pl.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[callback],

@@ -22,7 +22,7 @@ def main() -> None:
         print(f"{action:9} {parameters:3} parameters, {elements:11,} elements")
 
     started = time.perf_counter()
-    ghn_init.predict(model)  # the same as plan.apply()
+    ghn_init.predict(model)  # the same as plan.apply(); scale="predicted" to use it untrained
     print(f"predicted in {1000 * (time.perf_counter() - started):.0f} ms")
 
     assert model.conv1.weight is before

@@ -92,15 +92,18 @@ def fsdp(reference: nn.Module, ghn: GHN) -> None:
     assert replace(trace(model), name="Net") == trace(network())
     planned = plan(model, ghn)
     assert [row.name for row in planned.rows] == list(params)
-    assert {row.name for row in planned.rows if row.action == "kept"} == {"head.weight", "head.bias"}
+    kept = {row.name: row.reason for row in planned.rows if row.action == "kept"}
+    assert kept.keys() == {"norm.weight", "norm.bias", "down.bias", "head.weight", "head.bias"}
+    assert kept["norm.bias"] == "norm layer (scale='own')"
+    assert kept["down.bias"].startswith("all its values are ")
     planned.apply()
     assert all(param is params[name] for name, param in model.named_parameters())
     assert_full(model, reference)
     x = torch.randn(IMAGES)
     dist.broadcast(x, 0)
     torch.testing.assert_close(model(x), reference(x))
-    predict(model, ghn, diversify="noise")
-    assert_full(model, predict(network(), ghn, diversify="noise"))
+    again = predict(sharded(network()), ghn, diversify="noise")
+    assert_full(again, predict(network(), ghn, diversify="noise"))
 
 
 def fsdp_after_a_forward_pass(reference: nn.Module, ghn: GHN) -> None:

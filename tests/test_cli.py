@@ -72,6 +72,7 @@ def test_predict_writes_what_the_library_predicts(run: Callable[..., Result], gh
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert files() == ["model.py", "model.safetensors"]
+    torch.manual_seed(0)
     expected = ghn_init.predict(build(), ghn_dir).state_dict()
     written = load_file("model.safetensors")
     assert written.keys() == expected.keys()
@@ -85,7 +86,7 @@ def test_summary_says_what_was_done(run: Callable[..., Result], ghn_dir: Path) -
     text = run("model.py", "--set", "num_classes=7", "--set", "width=200").stderr
     assert f"Net from model.py:Net, weights {ghn_dir}" in text
     assert re.search(r"tiled +\d+ parameters +[\d,]+ elements", text)
-    assert re.search(r"kept +2 parameters .*\n    fc\.weight, fc\.bias: .*7", text)
+    assert re.search(r"kept +4 parameters .*\n    norm.*: norm layer.*\n    fc\.weight, fc\.bias: .*7", text)
     size = Path("model.safetensors").stat().st_size
     assert re.search(rf"\d+ ms to predict and write; saved model\.safetensors, {size / 1e6:.1f} MB", text)
 
@@ -100,7 +101,7 @@ def test_default_command_has_a_name_too(run: Callable[..., Result]) -> None:
 
 
 def test_seed_makes_what_is_kept_repeatable(run: Callable[..., Result]) -> None:
-    arguments = ("model.py", "--set", "num_classes=7", "--head", "keep")
+    arguments = ("model.py", "--set", "num_classes=7", "--head", "keep", "--scale", "predicted")
     states = []
     for seed in ("3", "3", "4"):
         assert run(*arguments, "--seed", seed).exit_code == 0
@@ -113,9 +114,10 @@ def test_seed_makes_what_is_kept_repeatable(run: Callable[..., Result]) -> None:
 def test_options_reach_the_plan(run: Callable[..., Result], ghn_dir: Path) -> None:
     result = run(
         "model.py", "--head", "keep", "--exclude", "norm.*", "--diversify", "noise", "--seed", "5",
-        "--input-shape", "1,3,20,20", "--json",
+        "--input-shape", "1,3,20,20", "--json", "--scale", "own", "--frozen", "predict",
     )  # fmt: skip
     report = json.loads(result.stdout)
+    torch.manual_seed(5)
     plan = ghn_init.plan(
         build(),
         ghn_dir,
@@ -124,6 +126,8 @@ def test_options_reach_the_plan(run: Callable[..., Result], ghn_dir: Path) -> No
         diversify="noise",
         seed=5,
         example_input=(1, 3, 20, 20),
+        scale="own",
+        frozen="predict",
     )
     expected = {**plan.to_dict(), "weights": str(ghn_dir)}
     assert {key: report[key] for key in expected} == expected
@@ -220,6 +224,7 @@ def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
         (["model.py:"], "FILE.py:NAME"),
         (["model.py", "--set", "width"], "KEY=VALUE"),
         (["model.py", "--head", "maybe"], "maybe"),
+        (["model.py", "--scale", "half"], "half"),
         (["model.py", "--input-shape", "1,3,x"], "1,3,224,224"),
         (["model.py", "--input-shape", "0,3"], "1,3,224,224"),
         (["model.py", "-o", "missing/x.safetensors"], "missing does not"),
@@ -411,7 +416,8 @@ def test_a_folder_of_shards_is_written_from_the_meta_device(run: Callable[..., R
     with Path("model.py").open("a", encoding="utf-8") as file:
         file.write("\ndef build_net(num_classes=10):\n    assert torch.empty(2**17).is_meta\n")
         file.write("    return Net(num_classes)\n")
-    result = run("model.py:build_net", "-o", "out", "--max-shard-size", "200KB", "--seed", "3", "--json")
+    whole = ("--scale", "predicted")  # their own scales are random
+    result = run("model.py:build_net", "-o", "out", "--max-shard-size", "200KB", "--json", *whole)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["file"] == str(Path("out") / "model.safetensors.index.json")
@@ -422,7 +428,7 @@ def test_a_folder_of_shards_is_written_from_the_meta_device(run: Callable[..., R
     assert result.stderr.endswith(f"saved {report['file']}, {report['bytes'] / 1e6:.1f} MB\n")
     loaded = build()
     huggingface_hub.load_torch_model(loaded, "out")
-    assert run("model.py:Net", "-o", "one.safetensors").exit_code == 0
+    assert run("model.py:Net", "-o", "one.safetensors", *whole).exit_code == 0
     expected = load_file("one.safetensors")
     assert all(
         torch.equal(loaded.get_parameter(name), expected[name]) for name in ("stem.weight", "conv.weight")

@@ -83,13 +83,22 @@ def test_reasons(name: str) -> None:
     model, reasons = CASES[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        planned = plan(model, GHN)
+        planned = plan(model, GHN, scale="predicted")
     assert planned.unfamiliar == reasons
     assert planned.to_dict()["unfamiliar"] == list(reasons)
     assert [w.category for w in caught] == [OutOfDistributionWarning] * bool(reasons)
     for reason in reasons:
         assert reason in str(caught[0].message)
         assert str(planned).splitlines()[-1].endswith(", ".join(reasons))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_their_own_scale_no_network_is_warned_about(name: str) -> None:
+    model, reasons = CASES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned = plan(model, GHN)
+    assert (planned.unfamiliar, planned.warned) == (reasons, ())
 
 
 def test_a_classifier_of_unknown_width_matters_where_it_is_predicted() -> None:
@@ -105,7 +114,7 @@ def test_the_warning_points_at_the_callers_line_and_is_shown_once() -> None:
         warnings.resetwarnings()
         warnings.simplefilter("default")
         for _ in range(3):
-            predict(model, GHN)
+            predict(model, GHN, scale="predicted")
     assert [warning.filename for warning in caught] == [__file__]
     assert "unlike the networks that the GHN was trained on, expect little: no batch norm" in str(
         caught[0].message
@@ -118,7 +127,7 @@ def test_an_error_made_of_the_warning_leaves_the_model_as_it_was() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(OutOfDistributionWarning, match="no batch norm"):
-            predict(model, GHN)
+            predict(model, GHN, scale="predicted")
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
@@ -152,7 +161,9 @@ def test_the_command_says_it_once_on_stderr(
     (tmp_path / "model.py").write_text(
         "from torch import nn\nnetwork = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))\n"
     )
-    done = CliRunner().invoke(app, [command, "model.py", "--json"])
+    trained = CliRunner().invoke(app, [command, "model.py", "--json"])
+    assert "warning: " not in trained.stderr
+    done = CliRunner().invoke(app, [command, "model.py", "--json", "--scale", "predicted"])
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("warning: ") == 1
     assert "expect little: no batch norm\n" in done.stderr

@@ -112,7 +112,7 @@ def test_saved_weights_are_read_into_a_ghn_with_the_network(graph: Graph, tmp_pa
 def test_predict_takes_a_ghn_around_it() -> None:
     model, ghn = network(), with_network().eval()
     expected = ghn(ghn_init.trace(model))[0]
-    ghn_init.predict(model, weights=ghn)
+    ghn_init.predict(model, weights=ghn, scale="predicted")
     torch.testing.assert_close(
         dict(model.named_parameters())["0.weight"].detach(), expected["0.weight"].detach()
     )

@@ -7,6 +7,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
+import ghn_init
 from ghn_init import (
     GHN,
     CheckpointError,
@@ -22,8 +24,6 @@ from ghn_init import (
     PredictError,
     calibrate_batchnorm,
     load,
-    plan,
-    predict,
 )
 from ghn_init._weights import load as loading
 from ghn_init._writing import diversify as diversifying
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.tile import Tile
+
+
+plan = partial(ghn_init.plan, scale="predicted", frozen="predict")
+predict = partial(ghn_init.predict, scale="predicted", frozen="predict")
+"""What is written here is compared with the predictions themselves; tests/test_scale.py has the default."""
 
 
 class Net(nn.Module):

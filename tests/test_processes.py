@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 
@@ -19,6 +20,9 @@ from torch.nn.utils import parametrizations
 
 import ghn_init
 from networks import without_initialisation
+
+predict = partial(ghn_init.predict, scale="predicted")
+"""What is written then depends on nothing that was there before."""
 
 MODELS = (
     "resnet18", "mobilenet_v2", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5",
@@ -40,13 +44,13 @@ def digest(model: nn.Module) -> str:
 
 
 def test_ten_threads_give_what_one_after_another_gives() -> None:
-    expected = [digest(ghn_init.predict(build(name), head="predict")) for name in MODELS]
+    expected = [digest(predict(build(name), head="predict")) for name in MODELS]
     models = [build(name) for name in MODELS]  # while no thread predicts: the helper patches torch.nn.init
     together = Barrier(len(MODELS))
 
     def predicted(model: nn.Module) -> str:
         together.wait()
-        return digest(ghn_init.predict(model, head="predict"))
+        return digest(predict(model, head="predict"))
 
     with ThreadPoolExecutor(len(MODELS)) as threads:
         assert list(threads.map(predicted, models)) == expected
@@ -68,11 +72,11 @@ def test_threads_solve_parametrised_and_meta_models_alike() -> None:
         layer = nn.Conv2d(3, 8 + index, 3)
         return nn.Sequential(parametrizations.spectral_norm(layer), nn.BatchNorm2d(8 + index))
 
-    expected = [digest(ghn_init.predict(make(index))) for index in range(10)]
+    expected = [digest(predict(make(index))) for index in range(10)]
     models = [make(index) for index in range(10)]
     for _ in range(3):
         with ThreadPoolExecutor(10) as threads:
-            assert [digest(model) for model in threads.map(ghn_init.predict, models)] == expected
+            assert [digest(model) for model in threads.map(predict, models)] == expected
         models = [make(index) for index in range(10)]
 
 
@@ -81,10 +85,10 @@ import sys
 import torch
 torch.set_num_threads(2)
 import ghn_init
-from test_processes import build, digest, predict_in
+from test_processes import build, digest, predict, predict_in
 if __name__ == "__main__":
     torch.randn(1000, 1000).exp_().sum()  # starts the threads that a fork loses
-    expected = digest(ghn_init.predict(build("resnet18")))
+    expected = digest(predict(build("resnet18")))
     found, threads = predict_in(sys.argv[1], build("resnet18"))
     assert found == expected, "other bits"
     assert threads == torch.get_num_threads() == 2, "the number of threads changed"
@@ -93,7 +97,7 @@ if __name__ == "__main__":
 
 
 def _child(model: nn.Module, answers: multiprocessing.SimpleQueue[tuple[str, int]]) -> None:
-    answers.put((digest(ghn_init.predict(model)), torch.get_num_threads()))
+    answers.put((digest(predict(model)), torch.get_num_threads()))
 
 
 def predict_in(how: str, model: nn.Module) -> tuple[str, int]:
@@ -136,7 +140,7 @@ class Predicting(torch.utils.data.Dataset[str]):
         return 3
 
     def __getitem__(self, index: int) -> str:
-        return digest(ghn_init.predict(nn.Sequential(nn.Conv2d(3, 8 + index, 3), nn.BatchNorm2d(8 + index))))
+        return digest(predict(nn.Sequential(nn.Conv2d(3, 8 + index, 3), nn.BatchNorm2d(8 + index))))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores

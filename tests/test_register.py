@@ -80,8 +80,8 @@ def test_a_registered_layer_gives_the_nodes_of_its_rule() -> None:
 @pytest.mark.usefixtures("fast")
 def test_predicted_as_the_same_network_of_usual_layers() -> None:
     torch.manual_seed(0)
-    ours = predict(nn.Sequential(Fast(64, 32), nn.ReLU(), Fast(32, 10)), example_input=(1, 64))
-    usual = predict(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), example_input=(1, 64))
+    fast, linear = (nn.Sequential(kind(64, 32), nn.ReLU(), kind(32, 10)) for kind in (Fast, nn.Linear))
+    ours, usual = (predict(model, example_input=(1, 64), scale="predicted") for model in (fast, linear))
     for name, value in usual.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
     assert ours(torch.randn(2, 64)).shape == (2, 10)  # runs its kernel again

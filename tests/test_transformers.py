@@ -90,11 +90,13 @@ def test_every_norm_is_a_node_of_its_own(name: str) -> None:
 def test_a_language_model_runs_with_predicted_weights(ghn_dir: Path) -> None:
     model = _builders()["LlamaForCausalLM"]().eval()
     before = {name: param.clone() for name, param in model.named_parameters()}
-    ghn_init.predict(model, ghn_dir)
-    changed = [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
-    assert "model.layers.0.self_attn.q_proj.weight" in changed
-    assert "model.layers.1.post_attention_layernorm.weight" in changed
-    assert "model.embed_tokens.weight" not in changed
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    for scale, norms in (("own", False), ("predicted", True)):
+        ghn_init.predict(model, ghn_dir, scale=scale)
+        changed = [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
+        assert "model.layers.0.self_attn.q_proj.weight" in changed
+        assert (norm in changed) == norms
+        assert "model.embed_tokens.weight" not in changed
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 

@@ -32,11 +32,11 @@ def test_the_card_says_what_a_reader_asks() -> None:
 
 
 def test_a_network_with_predicted_weights_runs() -> None:
-    model = predict(torchvision.models.resnet18(num_classes=10))
+    model = predict(torchvision.models.resnet18(num_classes=10), scale="predicted")
     calibrate_batchnorm(model, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))])
     logits = model.eval()(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
     assert logits.isfinite().all()
-    assert not plan(model).counts()["kept"][0]
+    assert not plan(model, scale="predicted").counts()["kept"][0]
 
 
 def test_an_untrained_network_classifies_better_than_chance(shared: Path) -> None:

@@ -146,7 +146,7 @@ def test_predicted_parameters_of_transformers_models_are_marked(
             return self.net(x)
 
     monkeypatch.setitem(sys.modules, "transformers", object())
-    model = predict(Model(), ghn)
+    model = predict(Model(), ghn, scale="predicted")
     marked = {name for name, param in model.named_parameters() if getattr(param, "_is_hf_initialized", False)}
     assert marked == {"net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"}
     modules = {name for name, m in model.named_modules() if getattr(m, "_is_hf_initialized", False)}

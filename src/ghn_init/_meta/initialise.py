@@ -99,6 +99,14 @@ class Initialiser:
             torch.default_generator.manual_seed(_seed(path, self._seed))
             return _ask(self._own(path), marked) + _ask(self._around(path), marked)
 
+    def own_calls(self, path: str) -> Iterator[Callable[[], None]]:
+        """What initialises the tensors of the module at `path` first, call by call; failures are silent.
+
+        Every other tensor of the model must be hidden.
+        """
+        for place, initialise in self._own(path):
+            yield lambda source=(place, initialise): _ask_one(source, [])
+
     def _own(self, path: str) -> Iterator[Source]:
         """What a transformers model does for the module at `path`, and its own methods."""
         module = self._modules[path]
@@ -156,15 +164,21 @@ def initialising(
 
 def _ask(sources: Iterator[Source], marked: Sequence[tuple[Location, Tensor, int]]) -> list[str]:
     """Call initialisers until nothing is missing; returns what failed."""
-    failures = []
-    for place, initialise in sources:
+    failures: list[str] = []
+    for source in sources:
         if all(_written(*mark) for mark in marked):
             break
-        try:
-            initialise()
-        except Exception as error:  # noqa: BLE001 the model's own code; told where it matters
-            failures.append(f"{place}() failed: {error}")
+        _ask_one(source, failures)
     return failures
+
+
+def _ask_one(source: Source, failures: list[str]) -> None:
+    """Call an initialiser; adds to `failures` why it failed."""
+    place, initialise = source
+    try:
+        initialise()
+    except Exception as error:  # noqa: BLE001 the model's own code; told where it matters
+        failures.append(f"{place}() failed: {error}")
 
 
 def _bound(outer: nn.Module, module: nn.Module) -> Callable[[], object]:

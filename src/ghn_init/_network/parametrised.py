@@ -105,6 +105,14 @@ class Computed:
         """Call `seen` with the weight whenever it was computed; returns the handle that ends this."""
         return self._chain.register_forward_hook(lambda _module, _args, output: seen(output))
 
+    def value(self) -> Tensor:
+        """The weight as it is now, before a spectral norm divides it: what `solve` takes. Changes nothing."""
+        current = [self._chain.get_parameter(name.rpartition(".")[2]) for name in self.parts]
+        for function in self._functions:
+            if not _is_spectral(function):
+                current = [copy.deepcopy(function).eval()(*current)]
+        return current[0]
+
     @torch.no_grad()
     def solve(self, value: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """What the computation's tensors must be for the weight to become `value`, or come close.

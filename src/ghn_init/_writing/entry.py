@@ -53,8 +53,9 @@ def spare(reason: str) -> Decision:
 class Entry:
     """A parameter of the network: what it is, what is to be done with it and why, and what is predicted.
 
-    `select` makes one for every parameter, `predictions` adds the tile, and `in_place` or `to_disk` writes
-    it. Entries are the rows of a `Plan`. Two are equal if they say the same, whatever the values are.
+    `select` makes one for every parameter, `scale` adds its scale, `predictions` the tile, and `in_place` or
+    `to_disk` writes it. Entries are the rows of a `Plan`. Two are equal if they say the same, whatever the
+    values are.
 
     Attributes:
         locations: Where it is registered; several if it is tied.
@@ -64,6 +65,7 @@ class Entry:
             the weight that is computed from it.
         computed: The weight that is computed from it, which is what is predicted; or None.
         decision: What is to be done with it.
+        rms: The root mean square that its values have and keep; None where the prediction's own counts.
         tile: What is predicted, once it is.
     """
 
@@ -73,6 +75,7 @@ class Entry:
     key: str | None
     computed: Computed | None = field(default=None, compare=False, repr=False)
     decision: Decision = PREDICT
+    rms: float | None = field(default=None, compare=False)
     tile: Tile | None = field(default=None, compare=False, repr=False)
 
     @property

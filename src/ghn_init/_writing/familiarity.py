@@ -1,8 +1,9 @@
-"""Whether a network is like those that a GHN is trained on; far from them predictions are near random.
+"""Whether a network is like those that a GHN is trained on; untrained, others are near random.
 
 The bounds are those of the networks of DeepNets-1M (arXiv 2110.13100, section 4) and of measured accuracy:
-see docs/familiarity.md. What was measured and makes no difference is not looked at: how much of a network is
-tiled, depth, width.
+see docs/familiarity.md. At the layers' own scale predictions do such networks little harm as the start of
+training, so that there is nothing to warn of. What was measured and makes no difference is not looked at: how
+much of a network is tiled, depth, width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from sys import _getframe
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._writing.select import FROZEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,6 +33,9 @@ _UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
 """Roles of parameters that do not matter for what the network computes."""
 
 
+_FROZEN_BACKBONE: Final = "all but the classifier is frozen, and kept"
+
+
 class OutOfDistributionWarning(UserWarning):
     """The network is far from those that the GHN was trained on: expect little of the predictions."""
 
@@ -44,6 +49,11 @@ def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int) -> tupl
         num_classes: Width of the classifier that the GHN was trained for.
     """
     return tuple(_reasons(graph, entries, num_classes))
+
+
+def to_warn_of(reasons: Sequence[str], *, own_scale: bool) -> tuple[str, ...]:
+    """The reasons to expect something bad of: all but, at their own scale, those about accuracy untrained."""
+    return tuple(reason for reason in reasons if not own_scale or reason == _FROZEN_BACKBONE)
 
 
 def warn(model: str, reasons: Sequence[str]) -> None:
@@ -72,6 +82,8 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterat
         yield f"{len(graph):,} nodes"
     if (width := _predicted_width(graph, entries)) not in (None, num_classes):
         yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
+    if _only_the_classifier_trains(graph, entries):
+        yield _FROZEN_BACKBONE
 
 
 def _is_image_layer(node: Node) -> bool:
@@ -104,6 +116,13 @@ def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
         return None
     name = graph.nodes[index].param
     return shape[0] if any(entry.key == name and entry.decision.predict for entry in entries) else None
+
+
+def _only_the_classifier_trains(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """Whether a frozen backbone is kept beside a classifier that is not frozen."""
+    heads = {graph.nodes[i].param for indices in graph.heads for i in indices if i is not None}
+    trained = [entry.key for entry in entries if entry.reason != FROZEN]
+    return len(trained) < len(entries) and bool(trained) and heads.issuperset(trained)
 
 
 def _frames_inside() -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 Head = Literal["auto", "predict", "keep"]
+Scale = Literal["auto", "own", "predicted"]
+Frozen = Literal["keep", "predict"]
 Diversify = Literal["noise", "orthogonal"]
 
 
@@ -30,15 +32,27 @@ class Options:
     diversify: Diversify | None = None
     seed: int = 0
     strict: bool = False
+    scale: Scale = "auto"
+    frozen: Frozen = "keep"
 
     def __post_init__(self) -> None:
-        if self.head not in get_args(Head):
-            raise PredictError(f"head={self.head!r}: expected one of {', '.join(map(repr, get_args(Head)))}")
+        for option, value, known in (
+            ("head", self.head, get_args(Head)),
+            ("scale", self.scale, get_args(Scale)),
+            ("frozen", self.frozen, get_args(Frozen)),
+        ):
+            if value not in known:
+                raise PredictError(f"{option}={value!r}: expected one of {', '.join(map(repr, known))}")
         if self.diversify is not None and self.diversify not in get_args(Diversify):
             choices = ", ".join(map(repr, get_args(Diversify)))
             raise PredictError(f"diversify={self.diversify!r}: expected None, {choices}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise PredictError(f"seed={self.seed!r}: expected an integer")
+
+    @property
+    def own_scale(self) -> bool:
+        """Whether parameters keep their own scale: what "auto" means depends on `head`."""
+        return self.scale == "own" or (self.scale == "auto" and self.head != "predict")
 
     def check_patterns(self, names: Sequence[str]) -> None:
         """Check that every pattern has something to match.

@@ -19,10 +19,11 @@ from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._tracing.trace import trace
 from ghn_init._writing.entry import ACTIONS, to_write
-from ghn_init._writing.familiarity import described, unfamiliar, warn
+from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
 from ghn_init._writing.in_place import check_unchanged, write
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
+from ghn_init._writing.scale import at_own_scale
 from ghn_init._writing.select import check_model, forbid_kept, select
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Action, Entry
-    from ghn_init._writing.options import Diversify, Head
+    from ghn_init._writing.options import Diversify, Frozen, Head, Scale
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -106,6 +107,11 @@ class Plan(Generic[ModelT]):
                 values = values_of(entry, self.options)
             yield from ((name, value.cpu()) for name, value in values.items())
 
+    @property
+    def warned(self) -> tuple[str, ...]:
+        """Those of `unfamiliar` that `plan` warned about."""
+        return to_warn_of(self.unfamiliar, own_scale=self.options.own_scale)
+
     def counts(self) -> dict[Action, tuple[int, int]]:
         """Number of parameters and of elements for every action."""
         parameters = Counter(row.action for row in self.rows)
@@ -125,6 +131,7 @@ class Plan(Generic[ModelT]):
                 "reason": row.reason,
                 "also": list(row.also),
                 "through": row.through,
+                "rms": row.rms if row.action != "kept" else None,
             }
             for row in self.rows
         ]
@@ -136,6 +143,8 @@ class Plan(Generic[ModelT]):
             "model": type(self.model).__name__,
             "weights": self.weights,
             "head": self.options.head,
+            "scale": "own" if self.options.own_scale else "predicted",
+            "frozen": self.options.frozen,
             "diversify": self.options.diversify,
             "seed": self.options.seed,
             "unfamiliar": list(self.unfamiliar),
@@ -173,11 +182,14 @@ def plan(
     diversify: Diversify | None = None,
     seed: int = 0,
     strict: bool = False,
+    scale: Scale = "auto",
+    frozen: Frozen = "keep",
 ) -> Plan[ModelT]:
     """Compute and check everything that `predict` with the same arguments would write.
 
     The model is not changed: neither weights nor buffers, modes, hooks or random state. Warns
-    (`OutOfDistributionWarning`) if the network is far from those that a GHN is trained on.
+    (`OutOfDistributionWarning`) if all but the classifier is frozen, and with `scale="predicted"` if the
+    network is far from those that a GHN is trained on.
 
     Args:
         model: The network, on any device, meta included; wrapped (DistributedDataParallel, torch.compile,
@@ -193,7 +205,12 @@ def plan(
         diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ, see
             `ghn_init._writing.diversify`; for weights of two or more dimensions.
         seed: Seed of `diversify`, and of what a meta model's modules initialise themselves.
-        strict: Refuse to keep any parameter but those that `head="keep"`, `include` and `exclude` ask for.
+        strict: Refuse to keep any parameter that cannot be predicted.
+        scale: What predicted weights are for. "own", to train the network: they get the scale that the layer
+            had, and norm layers and values that are all one number (zeros above all) stay as they were.
+            "predicted", to use it untrained: everything as predicted. "auto" is "own", but "predicted" with
+            `head="predict"`. See `ghn_init._writing.scale`.
+        frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:
         The plan: print it, or `apply` it.
@@ -205,8 +222,9 @@ def plan(
         CheckpointError: The weights could not be loaded.
     """
     options = Options(
-        head, as_patterns("include", include), as_patterns("exclude", exclude), diversify, seed, strict
-    )
+        head, as_patterns("include", include), as_patterns("exclude", exclude), diversify, seed, strict,
+        scale, frozen,
+    )  # fmt: skip
     check_model(model)
     network = unwrapped(model)
     reshard(network)
@@ -214,13 +232,17 @@ def plan(
         graph = trace(network, example_input)
         ghn = ghn_of(weights)
         entries = select(network, graph, computed_weights(network), options, ghn.config.num_classes)
-        entries = without_unsolvable(with_predictions(ghn, graph, entries), options)
+        entries = with_predictions(ghn, graph, entries)
+        if options.own_scale:
+            entries = at_own_scale(network, entries, options)
+        entries = without_unsolvable(entries, options)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)
-    warn(type(network).__name__, far)
     label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
-    return Plan(model, graph, tuple(entries), label, options, far)
+    planned = Plan(model, graph, tuple(entries), label, options, far)
+    warn(type(network).__name__, planned.warned)
+    return planned
 
 
 def predict(
@@ -234,6 +256,8 @@ def predict(
     diversify: Diversify | None = None,
     seed: int = 0,
     strict: bool = False,
+    scale: Scale = "auto",
+    frozen: Frozen = "keep",
 ) -> ModelT:
     """Replace the parameters of `model`, in place, by those that a graph hypernetwork predicts.
 
@@ -260,6 +284,8 @@ def predict(
         diversify=diversify,
         seed=seed,
         strict=strict,
+        scale=scale,
+        frozen=frozen,
     ).apply()
 
 
@@ -276,6 +302,8 @@ def predict_to(
     diversify: Diversify | None = None,
     seed: int = 0,
     strict: bool = False,
+    scale: Scale = "auto",
+    frozen: Frozen = "keep",
 ) -> Path:
     """Write a sharded safetensors checkpoint of `model` with predicted parameters, tensor by tensor.
 
@@ -297,6 +325,8 @@ def predict_to(
         diversify: See `plan`.
         seed: See `plan`.
         strict: See `plan`.
+        scale: See `plan`.
+        frozen: See `plan`.
 
     Returns:
         What to open: `out_dir/model.safetensors`, or `out_dir/model.safetensors.index.json` beside several
@@ -321,4 +351,6 @@ def predict_to(
         diversify=diversify,
         seed=seed,
         strict=strict,
+        scale=scale,
+        frozen=frozen,
     ).save(out_dir, max_shard_size=max_shard_size)

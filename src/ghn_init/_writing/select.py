@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._network.parametrised import Computed
     from ghn_init._writing.options import Head, Options
+
+
+FROZEN: Final = "frozen (frozen='keep')"
+"""Why a parameter without requires_grad is kept."""
 
 
 def check_model(model: object) -> None:
@@ -124,12 +128,20 @@ def _decision(entry: Entry, facts: _Facts, options: Options) -> Decision:
     if asked := _by_pattern(entry.called, options):
         return asked
     weight = entry.computed
+    if options.frozen == "keep" and not _trainable(entry, facts.entries):
+        return spare(FROZEN)
     if obstacle := unwritable(entry.param) if weight is None else _unsolvable(weight, facts.entries):
         return keep(obstacle)
     if entry.key is None:
         role = next((facts.roles[name] for name in entry.called if name in facts.roles), None)
         return keep(f"no node type fits: {role or 'no operation uses it'}")
     return facts.head.get(entry.key, PREDICT)
+
+
+def _trainable(entry: Entry, entries: Mapping[str, Entry]) -> bool:
+    """Whether the parameter, or all those that its weight is computed from, have gradients."""
+    parts = [entry] if entry.computed is None else [entries[name] for name in entry.computed.parts]
+    return all(part.param.requires_grad for part in parts)
 
 
 def _by_pattern(names: Sequence[str], options: Options) -> Decision | None:

@@ -30,7 +30,8 @@ def summary_of(entries: Sequence[Entry], counts: Mapping[Action, tuple[int, int]
 def _cells(entry: Entry) -> tuple[str, ...]:
     tied = f"tied to {', '.join(entry.also)}" if entry.also else ""
     through = f"through {entry.through}" if entry.through and entry.action != "kept" else ""
-    note = ", ".join(filter(None, (entry.reason, through, tied)))
+    scale = f"own scale {entry.rms:.3g}" if entry.rms is not None and entry.action != "kept" else ""
+    note = ", ".join(filter(None, (entry.reason, scale, through, tied)))
     return entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.node or "-", entry.action, note
 
 

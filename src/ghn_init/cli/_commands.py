@@ -33,6 +33,8 @@ def predict(
     max_shard_size: opt.MaxShardSize = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
+    scale: opt.Scale = "auto",
+    frozen: opt.Frozen = "keep",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     diversify: opt.Diversify = None,
@@ -47,6 +49,7 @@ def predict(
             request = opt.make_request(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
+                scale=scale, frozen=frozen,
             )  # fmt: skip
             target = _target(output, request, max_shard_size)
         found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
@@ -72,6 +75,8 @@ def inspect(
     draw: opt.Drawing = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
+    scale: opt.Scale = "auto",
+    frozen: opt.Frozen = "keep",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     diversify: opt.Diversify = None,
@@ -86,6 +91,7 @@ def inspect(
             request = opt.make_request(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
+                scale=scale, frozen=frozen,
             )  # fmt: skip
             if draw is not None:
                 check_output(draw, hint="--draw")
@@ -139,8 +145,8 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
     with steps("predicting"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)  # said in our own words
         plan = ghn_init.plan(found.model, ghn, **request.arguments)
-    if plan.unfamiliar:
-        say(f"warning: {described(found.name, plan.unfamiliar)}")
+    if plan.warned:
+        say(f"warning: {described(found.name, plan.warned)}")
     return found, replace(plan, weights=request.weights)
 
 

@@ -69,6 +69,17 @@ Head = Annotated[
     Literal["auto", "predict", "keep"],
     typer.Option(help="Predict the classifier, keep it, or (auto) predict it if its width is known."),
 ]
+Scale = Annotated[
+    Literal["auto", "own", "predicted"],
+    typer.Option(
+        help="To train the network: weights at the layers' own scale, norms as they were (own). To use it "
+        "untrained: everything as predicted (predicted). auto: own, but predicted with --head predict."
+    ),
+]
+Frozen = Annotated[
+    Literal["keep", "predict"],
+    typer.Option(help="Parameters without requires_grad: keep them, or predict them, too."),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,0 +1,128 @@
+"""The scale of a tensor's values: their root mean square, and whether they are all one number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from ghn_init._network.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from torch.distributed.tensor import DTensor
+
+_CHUNK: Final = 1 << 22
+"""Elements that are summed in float32 at a time; the sums of the chunks are added in float64."""
+
+_BITS: Final = 8
+"""Binary digits of a root mean square that count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large a tensor's values are.
+
+    Attributes:
+        rms: Their root mean square, of which eight binary digits count, so that the order of a sum does not
+            show: a tensor gives the same scale in one piece and in shards, and one that is multiplied to
+            have this scale gives it again. Off by 0.2 % at most; not finite if the values are not.
+        constant: The number that all values are, or None if they differ.
+    """
+
+    rms: float
+    constant: float | None = None
+
+    @classmethod
+    def of_sum(cls, squares: float, count: int, low: float, high: float) -> Scale:
+        """The scale of `count` values whose squares have this sum, between `low` and `high`."""
+        if low == high:
+            return cls(abs(low), low)
+        return cls(rounded(math.sqrt(squares / count)))
+
+
+def rounded(value: float) -> float:
+    """A positive number with the binary digits that count."""
+    if not value or not math.isfinite(value):
+        return value
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(fraction * 2**_BITS), exponent - _BITS)
+
+
+@torch.no_grad()
+def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
+    """The scale of every tensor, none of them on the meta device or empty.
+
+    Each is read once, and no copy of it is made. Of a DTensor it is that of the whole: its ranks add up a few
+    numbers for each of theirs, so that all have to call this.
+    """
+    facts = [_facts(tensor.to_local() if is_sharded(tensor) else tensor) for tensor in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, fact in enumerate(facts):
+        by_device.setdefault(fact.device, []).append(index)
+    found: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(tensors)
+    for indices in by_device.values():  # one transfer from every device
+        for index, row in zip(indices, torch.stack([facts[i] for i in indices]).tolist(), strict=True):
+            found[index] = (row[0], row[1], row[2])
+    sharded = {index: tensor for index, tensor in enumerate(tensors) if is_sharded(tensor)}
+    for index, row in _over_ranks(sharded, found).items():
+        found[index] = row
+    return [
+        Scale.of_sum(squares, t.numel(), *ends) for t, (squares, *ends) in zip(tensors, found, strict=True)
+    ]
+
+
+def _facts(tensor: Tensor) -> Tensor:
+    """(sum of squares, least value, largest value), float64, on the tensor's device.
+
+    Where the first row already has different values its ends stand for those of the tensor.
+    """
+    if tensor.numel() == 0:  # a rank's empty share
+        return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    rows = max(1, _CHUNK * len(tensor) // tensor.numel()) if tensor.ndim else 1
+    parts = tensor.split(rows) if tensor.ndim and tensor.numel() > _CHUNK else (tensor,)
+    norms = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in parts])
+    low, high = torch.aminmax(tensor[0] if tensor.ndim > 1 else tensor)
+    if tensor.ndim > 1 and bool(low == high):
+        low, high = torch.aminmax(tensor)
+    return torch.stack([norms.double().square().sum(), low.double(), high.double()])
+
+
+def _over_ranks(
+    tensors: dict[int, DTensor], local: Sequence[tuple[float, float, float]]
+) -> dict[int, tuple[float, float, float]]:
+    """The facts of whole DTensors from those of their parts: one exchange for tensors that are cut alike."""
+    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for index, tensor in tensors.items():
+        cut = tuple(
+            dimension
+            for dimension, placement in enumerate(tensor.placements)
+            if type(placement).__name__ != "Replicate" and tensor.device_mesh.size(dimension) > 1
+        )
+        groups.setdefault((tensor.device_mesh, cut), []).append(index)
+    found: dict[int, tuple[float, float, float]] = {}
+    for (mesh, cut), indices in groups.items():
+        columns = zip(*(local[index] for index in indices), strict=True)
+        sums, lows, highs = (
+            torch.tensor(column, dtype=torch.float64, device=mesh.device_type) for column in columns
+        )
+        for dimension in cut:
+            _reduce(mesh.get_group(dimension), sums, lows, highs)
+        for index, *row in zip(indices, sums.tolist(), lows.tolist(), highs.tolist(), strict=True):
+            found[index] = (row[0], row[1], row[2])
+    return found
+
+
+def _reduce(group: Any, sums: Tensor, lows: Tensor, highs: Tensor) -> None:
+    """Add, and take the least and largest, over the ranks of a group, in place."""
+    import torch.distributed as dist
+
+    reduce: Callable[..., Any] = dist.all_reduce
+    reduce(sums, dist.ReduceOp.SUM, group=group)
+    reduce(lows, dist.ReduceOp.MIN, group=group)
+    reduce(highs, dist.ReduceOp.MAX, group=group)

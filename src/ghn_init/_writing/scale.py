@@ -1,0 +1,253 @@
+"""The scale of what is written: that of the layer's values before the call, or the prediction's own.
+
+As the start of training, predicted weights owe their good to their direction, and nearly all of the harm that
+they can do to their scale and to predicted norm layers (docs/familiarity.md). So by default a prediction is
+multiplied to have the scale that the network's author gave the parameter, norm layers stay as they were, and
+so does a parameter whose values are all one number: a residual branch or gate that starts at zero was meant
+to. The whole prediction, scales and norms included, is what has accuracy without training.
+
+Of a vector, the scale is the root mean square. Of a matrix (output channels x the rest) it is that, too,
+unless the prediction is the more coherent one. The spectral norm of m x n independent values is close to
+sqrt(m) + sqrt(n) times their root mean square. Predicted filters are alike, and copies of each other where
+they are tiled, so at the same root mean square they amplify what they agree on many times more, layer after
+layer. Then it is the spectral norm that is kept (compare Yang et al. 2023, "A Spectral Condition for Feature
+Learning", arXiv 2310.17813), as estimated from the first 64 filters.
+
+A parameter on the meta device has no values; its scale is the one that its module's own initialisation would
+give it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from ghn_init._graph.graph import NORM_TYPES
+from ghn_init._meta.scales import initial_scales, usual_scale
+from ghn_init._network.scale import Scale, rounded, scales_of
+from ghn_init._network.sharded import is_sharded
+from ghn_init._writing.entry import spare
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor, nn
+
+    from ghn_init._hypernetwork.tile import Tile
+    from ghn_init._writing.entry import Entry
+    from ghn_init._writing.options import Options
+
+ROWS: Final = 64
+"""Filters from which a spectral norm is estimated: the decoder's blocks have no more, so they hold all that a
+tiled weight consists of."""
+
+COHERENT: Final = 0.9
+"""Ratio of spectral norms at equal root mean square, below which the prediction is the more coherent one."""
+
+_NORM: Final = "norm layer (scale='own')"
+
+_SQUARINGS: Final = 7
+"""Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
+
+
+def at_own_scale(network: nn.Module, entries: Sequence[Entry], options: Options) -> list[Entry]:
+    """The same entries: predictions multiplied to have the parameter's own scale, or parameters kept.
+
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this: they exchange sums.
+
+    Args:
+        network: The network, with the values whose scale counts.
+        entries: From `with_predictions`.
+        options: The caller's choices.
+    """
+    entries = [_without_norm(entry) for entry in entries]
+    predicted = {entry.source: (entry, entry.tile) for entry in entries if entry.tile is not None}
+    present, lost = _values(predicted.values())
+    scales = dict(zip(present, scales_of(list(present.values())), strict=True))
+    if lost:
+        initial = initial_scales(network, lost, options.seed)
+        for name, (entry, tile) in lost.items():
+            if name in initial:
+                scales[entry.source] = initial[name]
+            elif len(tile.shape) > 1:  # a norm or bias that nobody initialises is as predicted
+                scales[entry.source] = usual_scale(tile.shape)
+    pairs = [
+        _Pair(entry, tile, scales[source], _filters_of(present.get(source), tile))
+        for source, (entry, tile) in predicted.items()
+        if source in scales and _kept(entry, scales[source]) is None and math.isfinite(scales[source].rms)
+    ]
+    written = _rescaled(pairs, options)
+    return [
+        _settled(entry, scales[entry.source], written.get(entry.source))
+        if entry.tile is not None and entry.source in scales
+        else entry
+        for entry in entries
+    ]
+
+
+def _without_norm(entry: Entry) -> Entry:
+    """The entry, kept if it is a norm layer's; on the meta device it has no values that could be kept."""
+    if entry.node in NORM_TYPES and entry.tile is not None and not _is_lost(entry):
+        return replace(entry, decision=spare(_NORM), tile=None)
+    return entry
+
+
+def _is_lost(entry: Entry) -> bool:
+    return any(location.get().is_meta for location in entry.locations)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A prediction, and the scale and first filters of the values before it; None if they are not at hand."""
+
+    entry: Entry
+    tile: Tile
+    scale: Scale
+    filters: Tensor | None
+
+
+def _values(
+    predicted: Iterable[tuple[Entry, Tile]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[Entry, Tile]]]:
+    """Values before the call, by `Entry.source`; and by name the entries on the meta device, without any."""
+    present: dict[str, Tensor] = {}
+    lost: dict[str, tuple[Entry, Tile]] = {}
+    for entry, tile in predicted:
+        if _is_lost(entry):
+            lost[entry.name] = entry, tile
+        else:
+            present[entry.source] = entry.param if entry.computed is None else entry.computed.value()
+    return present, lost
+
+
+def _kept(entry: Entry, scale: Scale) -> str | None:
+    """Why a parameter stays as it was, if it does."""
+    if entry.node in NORM_TYPES:
+        return _NORM
+    return None if scale.constant is None else f"all its values are {scale.constant:g} (scale='own')"
+
+
+def _settled(entry: Entry, scale: Scale, written: tuple[float, Tile] | None) -> Entry:
+    """The entry with the prediction at its scale, or kept; as it was if its values are not finite."""
+    if reason := _kept(entry, scale):
+        return replace(entry, decision=spare(reason), tile=None)
+    return entry if written is None else replace(entry, rms=written[0], tile=written[1])
+
+
+def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float, Tile]]:
+    """Root mean square and tile that every prediction gets, by `Entry.source`."""
+    if not pairs:
+        return {}
+    found = torch.stack([_rms(pair.tile).cpu() for pair in pairs]).tolist()
+    matrices = [
+        index
+        for index, pair in enumerate(pairs)
+        if len(pair.tile.shape) > 1 and found[index] and options.diversify != "orthogonal"
+    ]
+    grams, squares = [], []
+    for index in matrices:
+        grams += [_filters(pairs[index].tile), pairs[index].filters]
+        squares += [found[index] ** 2, pairs[index].scale.rms ** 2]
+    norms = _relative_norms(grams, squares, [pairs[index].tile.shape for index in matrices for _ in range(2)])
+    ratios = {index: norms[2 * i + 1] / norms[2 * i] for i, index in enumerate(matrices)}
+    written = {}
+    for index, (pair, rms) in enumerate(zip(pairs, found, strict=True)):
+        ratio = ratios.get(index, 1.0)
+        own = rounded(pair.scale.rms * (ratio if ratio < COHERENT else 1.0))
+        values = pair.tile.values * (own / rms if rms else 1.0)
+        written[pair.entry.source] = own, replace(pair.tile, values=values)
+    return written
+
+
+def _relative_norms(
+    filters: Sequence[Tensor | None], squares: Sequence[float], shapes: Sequence[tuple[int, ...]]
+) -> list[float]:
+    """Estimated spectral norms of matrices of root mean square 1, see the module's docstring.
+
+    What the first filters have beyond independent values is taken to grow with the number of filters, as it
+    does where they repeat.
+
+    Args:
+        filters: (at most 64, n) first rows of each matrix; None: as those of independent values.
+        squares: Mean square of each matrix.
+        shapes: Of the whole parameters, output channels first.
+    """
+    largest = iter(_largest_eigenvalues([_gram(rows) for rows in filters if rows is not None]))
+    norms = []
+    for rows, square, (m, *rest) in zip(filters, squares, shapes, strict=True):
+        n, few = math.prod(rest), min(m, ROWS)
+        excess = 0.0
+        if rows is not None:
+            excess = max(0.0, next(largest) / square - (math.sqrt(few) + math.sqrt(n)) ** 2)
+        norms.append(math.sqrt((math.sqrt(m) + math.sqrt(n)) ** 2 + m / few * excess))
+    return norms
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """The product of a matrix with its transpose, whichever is smaller."""
+    return rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+
+
+def _largest_eigenvalues(grams: Sequence[Tensor]) -> list[float]:
+    """The largest eigenvalue of each positive semi-definite matrix, by the trace of a high power."""
+    groups: dict[tuple[torch.device, int], list[int]] = {}
+    for index, gram in enumerate(grams):
+        groups.setdefault((gram.device, len(gram)), []).append(index)
+    found = [0.0] * len(grams)
+    for indices in groups.values():
+        power = torch.stack([grams[index] for index in indices])
+        logarithm = torch.zeros(len(indices), device=power.device)
+        for step in range(_SQUARINGS + 1):
+            trace = power.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(power.dtype).tiny)
+            logarithm += trace.log() / 2**step
+            power = power / trace[:, None, None]
+            if step < _SQUARINGS:
+                power = power @ power
+        for index, value in zip(indices, logarithm.exp().tolist(), strict=True):
+            found[index] = value
+    return found
+
+
+def _filters_of(values: Tensor | None, tile: Tile) -> Tensor | None:
+    """The first filters of a parameter, (at most 64, n) float32; None for a vector, or without all values."""
+    if values is None or is_sharded(values) or len(tile.shape) < 2:
+        return None
+    outputs_first = values.detach()
+    if tile.transposed:
+        swapped = (tile.shape[1], tile.shape[0], *tile.shape[2:])
+        outputs_first = outputs_first.reshape(swapped).transpose(0, 1)
+    return outputs_first.reshape(tile.shape)[:ROWS].flatten(1).float()
+
+
+def _filters(tile: Tile) -> Tensor:
+    """The first filters of the full tensor; what repeats stands there once, times the root of its number."""
+    rows = tile.values[:ROWS]
+    if len(rows) < (few := min(tile.shape[0], ROWS)):
+        rows = rows[torch.arange(few, device=rows.device) % len(rows)]
+    rows = rows.float()
+    for axis, times in _repeats(tile):
+        if axis:
+            rows = rows * times.to(rows).sqrt().view(-1, *(1,) * (rows.ndim - axis - 1))
+    return rows.flatten(1)
+
+
+def _rms(tile: Tile) -> Tensor:
+    """Root mean square of the full tensor, float64: of the block, each element as often as it repeats."""
+    squares = tile.values.double().square()
+    for axis, times in _repeats(tile):
+        squares = squares * (times / times.mean()).view(-1, *(1,) * (squares.ndim - axis - 1))
+    return squares.mean().sqrt()
+
+
+def _repeats(tile: Tile) -> list[tuple[int, Tensor]]:
+    """The axes along which the block repeats, and how often each place of it does."""
+    found = []
+    for axis, (size, want) in enumerate(zip(tile.values.shape, tile.shape, strict=True)):
+        if want != size:
+            times = torch.full((size,), want // size, dtype=torch.float64, device=tile.values.device)
+            times[: want % size] += 1
+            found.append((axis, times))
+    return found
