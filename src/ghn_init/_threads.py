@@ -1,6 +1,7 @@
 """Beside other threads, and after a fork.
 
 torch's random state is one for the whole process: who saves, seeds and restores it does so alone (`alone`).
+Ctrl-C does not end what has to be put back or finished (`uninterrupted`).
 
 GNU OpenMP, which torch computes with on Linux, does not notice a fork: if the parent has computed with
 several threads, the first parallel kernel in the child waits for them for ever. One thread waits for nobody
@@ -10,12 +11,14 @@ several threads, the first parallel kernel in the child waits for them for ever.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
 _forks = 0
 """How many forks are between this process and the one that imported this module."""
@@ -36,9 +39,52 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, no other thread of ours touches the random states; the same thread may enter again."""
-    with _lock:
+    """Inside, no other thread of ours touches the random states, and Ctrl-C waits until they are put back.
+
+    The same thread may enter again.
+    """
+    with _lock, uninterrupted():
         yield
+
+
+class _Waiting:
+    """A handler of SIGINT that remembers the first signal and hands further ones to the handler before it."""
+
+    def __init__(self, before: Callable[[int, FrameType | None], object]) -> None:
+        self._before = before
+        self._arrived: tuple[int, FrameType | None] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._arrived is None:
+            self._arrived = number, frame
+        else:
+            self._before(number, frame)
+
+    def deliver(self) -> None:
+        """Let the handler before it have the signal that waits, if there is one."""
+        if self._arrived is not None:
+            self._before(*self._arrived)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits until the end, so that it finds everything put back or finished.
+
+    A second Ctrl-C does not wait. Python handles signals in the main thread; in others, inside another of
+    these, and where SIGINT has no handler of Python's, there is nothing to do.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or isinstance(before, _Waiting | int) or before is None:
+        yield
+        return
+    waiting = _Waiting(before)
+    signal.signal(signal.SIGINT, waiting)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        waiting.deliver()
 
 
 @contextmanager

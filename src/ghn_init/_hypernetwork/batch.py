@@ -247,21 +247,20 @@ def canonical_shape(node: Node) -> tuple[int, int, int, int] | None:
 
     Linear (a, b) -> (a, b, 1, 1); vector (n,) -> (n, 1, 1, 1); one-dimensional convolution (o, i, k) ->
     (o, i, 1, k); three-dimensional (o, i, t, h, w) -> (o, i, h, w), which is repeated over t;
-    positional encoding (1, T, C) or (T, C) -> (1, C, s, s) with s = floor(sqrt(T)).
+    positional encoding (1, T, C) or (T, C) -> (1, C, s, s) with s = floor(sqrt(T)). A size of 0, of a layer
+    without elements, counts as 1.
 
     Raises:
         GraphError: A shape that fits none of these.
     """
-    shape = node.shape
-    if shape is None:
+    if node.shape is None:
         return None
+    shape = tuple(max(size, 1) for size in node.shape)
     dims = len(shape)
     vector = node.type in NORM_TYPES or node.type == "bias"
-    if (dims == 1) != vector or not 1 <= dims <= 5 or min(shape) < 1:
+    if (dims == 1) != vector or not 1 <= dims <= 5:
         wanted = "one dimension" if vector else "two to five dimensions"
-        raise GraphError(
-            f"{node.type} node of {node.param}: shape {shape}; expected {wanted}, none of them 0"
-        )
+        raise GraphError(f"{node.type} node of {node.param}: shape {node.shape}; expected {wanted}")
     if node.type == "pos_enc" and dims <= 3:
         side = math.isqrt(shape[-2])
         return (1, shape[-1], side, side)
@@ -345,7 +344,7 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
         weight = bias = None
     priors = priors_of(graph, config)
     for index, node in enumerate(graph.nodes):
-        if node.shape is None:
+        if node.shape is None or 0 in node.shape:  # no parameter, or one without elements
             continue
         if node.type in NORM_TYPES:
             if node.param is not None:

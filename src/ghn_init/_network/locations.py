@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ghn_init._threads import uninterrupted
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -67,13 +69,14 @@ def parameters_of(model: nn.Module) -> list[tuple[Location, ...]]:
 def hidden(locations: Iterable[Location]) -> Iterator[None]:
     """Inside, `locations` hold meta tensors, on which initialisation costs and changes nothing."""
     before = [(location, location.get()) for location in locations]
-    for location, tensor in before:
-        if not tensor.is_meta:
-            stand_in = torch.empty_like(tensor, device="meta", requires_grad=False)
-            location.put(nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in)
     try:
+        for location, tensor in before:
+            if not tensor.is_meta:
+                stand_in = torch.empty_like(tensor, device="meta", requires_grad=False)
+                location.put(nn.Parameter(stand_in, False) if isinstance(tensor, nn.Parameter) else stand_in)
         yield
     finally:
-        for location, tensor in before:
-            if location.get() is not tensor:
-                location.put(tensor)
+        with uninterrupted():
+            for location, tensor in before:
+                if location.get() is not tensor:
+                    location.put(tensor)

@@ -17,6 +17,7 @@ from ghn_init._meta.materialise import materialised
 from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
+from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import trace
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
@@ -68,7 +69,8 @@ class Plan(Generic[ModelT]):
         dtype, device, requires_grad, identity and ties of the parameters stay, so an optimizer that holds
         them needs no change; tied ones are written once. A model on the meta device is created on the
         CPU: its parameters are then new objects, and kept parameters and buffers get the values that
-        `ghn_init._meta.initialise` describes. Applying again writes the same bits.
+        `ghn_init._meta.initialise` describes. Applying again writes the same bits. Ctrl-C waits until
+        everything is written; pressed twice it does not, and part of the parameters are written.
 
         Raises:
             PredictError: Nothing to write; the model changed since it was planned; or a meta model
@@ -83,7 +85,7 @@ class Plan(Generic[ModelT]):
                 f"({reasons})"
             )
         names = [name for entry in entries for name in entry.written]
-        with plain_torch(), materialised(network, names, self.options.seed):
+        with plain_torch(), uninterrupted(), materialised(network, names, self.options.seed):
             write(network, entries, self.options)
         return self.model
 
@@ -187,16 +189,17 @@ def plan(
 ) -> Plan[ModelT]:
     """Compute and check everything that `predict` with the same arguments would write.
 
-    The model is not changed: neither weights nor buffers, modes, hooks or random state. Warns
-    (`OutOfDistributionWarning`) if all but the classifier is frozen, and with `scale="predicted"` if the
-    network is far from those that a GHN is trained on.
+    The model is not changed: neither weights nor buffers, modes, hooks or random state (what another thread
+    draws from torch's global generator meanwhile may come again). Warns (`OutOfDistributionWarning`) if all
+    but the classifier is frozen, and with `scale="predicted"` if the network is far from those that a GHN is
+    trained on.
 
     Args:
         model: The network, on any device, meta included; wrapped (DistributedDataParallel, torch.compile,
             AveragedModel, ...) or not, sharded over processes or not, see docs/places.md. Names are those
             of the network inside the wrappers.
         weights: The GHN: a bundled name, a file or directory, "hf://org/repo", or a loaded one. What is
-            named runs on the CPU, so that every device gets the same bits; a loaded GHN runs where it is.
+            named runs on the CPU, whatever the model's device; a loaded GHN runs where it is.
         example_input: What the network is called with, see `trace`; found by itself where it can be.
         head: "auto" predicts the classifier if its width is the one that the GHN was trained for and
             keeps it otherwise; "predict" and "keep" force it.
@@ -262,7 +265,13 @@ def predict(
     """Replace the parameters of `model`, in place, by those that a graph hypernetwork predicts.
 
     The same as `plan(...).apply()`; see `plan` for the arguments and `Plan.apply` for what is written. A
-    failure leaves the model as it was. The same model, weights and seed give the same bits every time.
+    failure leaves the model as it was, and so does Ctrl-C until writing begins, which it lets finish.
+
+    The same model, weights and seed give the same bits again in the same process; on another machine, with
+    another number of threads or another torch the last bits may differ.
+
+    Random numbers are drawn from torch's global generator while it is seeded, and it is put back at the end:
+    what another thread draws from it meanwhile may come again.
 
     Running statistics of batch norms are not predicted: train, or call `calibrate_batchnorm`.
 
