@@ -56,7 +56,7 @@ class Initialiser:
     Args:
         model: The model that they belong to.
         lost: Their places; each one's tensor is on the meta device.
-        seed: Of the random numbers; each module's depend on this and its path alone.
+        seed: Seeds random numbers; each module's depend on this and its path alone.
     """
 
     def __init__(self, model: nn.Module, lost: Sequence[Location], seed: int) -> None:

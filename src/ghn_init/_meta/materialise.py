@@ -34,7 +34,7 @@ def materialised(model: nn.Module, predicted: Collection[str], seed: int) -> Ite
     Args:
         model: The model; only some of its tensors may be on the meta device.
         predicted: Names of the parameters that the caller fills.
-        seed: Of what is not predicted.
+        seed: Seeds what is not predicted.
 
     Raises:
         PredictError: Tensors that are neither predicted nor initialised by anybody.

@@ -122,7 +122,7 @@ class Computed:
 
         Args:
             value: The wanted weight, in the dtype and on the device of the parts.
-            seed: Of what is drawn at random.
+            seed: Seeds what is drawn at random.
 
         Returns:
             Names (`solved`) and values.

@@ -51,7 +51,7 @@ _COMPRESSED: Final = (b"\x78", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00", b'
 
 
 def checksum(config: GHNConfig, state: Mapping[str, Tensor]) -> str:
-    """Of a GHN's weights together with its configuration: finds damage, is no signature.
+    """A checksum of a GHN's weights and configuration, which finds damage and is no signature.
 
     Covers the names, types, shapes and bytes of all tensors, and the fields of the configuration that are not
     at their defaults, so that a field that is added later, with a default, changes nothing.

@@ -326,7 +326,7 @@ def predict_to(
         out_dir: A folder that does not exist or is empty. It appears when it is complete; after a failure
             there is none.
         weights: See `plan`.
-        max_shard_size: Of a file: bytes, or text such as "5GB". A larger tensor gets a file of its own.
+        max_shard_size: Size of a file at most: bytes, or text such as "5GB". A larger tensor gets its own.
         example_input: See `plan`.
         head: See `plan`.
         include: See `plan`.

@@ -63,8 +63,8 @@ def write_checkpoint(
         specs: Every tensor of the checkpoint, in order.
         value: A tensor by name; asked once for every name, shard by shard, in the order of `specs` among
             tensors whose elements have the same size.
-        max_shard_size: Of a file's values: bytes, or text such as "5GB". A larger tensor gets a file of its
-            own.
+        max_shard_size: Bytes of values in a file at most, or text such as "5GB". A larger tensor gets a file
+            of its own.
 
     Returns:
         What to open: the only file, or the index.

@@ -45,7 +45,7 @@ def save(
         entries: Those with a prediction, see `to_write`.
         options: The caller's choices.
         folder: Where to; it must not exist, or be empty.
-        max_shard_size: Of one file.
+        max_shard_size: Size of a file at most.
 
     Returns:
         What to open in `folder`.
