@@ -112,7 +112,7 @@ PLACES = (
     "_writing.plan.trace", "_writing.plan.select", "_writing.plan.with_predictions",
     "_writing.plan.without_unsolvable", "_writing.plan.check_unchanged", "_writing.in_place._prepared",
     "_writing.predictions._faults",
-    "_tracing.trace._recorded", "_tracing.trace.Recorder.graph",
+    "_tracing.trace.recorded", "_tracing.trace.Sketch.graph",
     "_hypernetwork.batch.GraphBatch.from_graphs", "_hypernetwork.decoder.ConvDecoder.features",
 )  # fmt: skip
 """Where a failure is injected: each is passed before the first write."""
@@ -126,7 +126,7 @@ PLACES = (
     calls=st.integers(0, 5),
 )
 @hypothesis.example(
-    kind="image", numbers=[0], place="_tracing.trace.Recorder.graph", error=RuntimeError, calls=0
+    kind="image", numbers=[0], place="_tracing.trace.Sketch.graph", error=RuntimeError, calls=0
 )
 def test_an_injected_failure_leaves_the_model_as_it_was(
     kind: str, numbers: list[int], place: str, error: type[BaseException], calls: int
@@ -157,7 +157,7 @@ def test_a_failure_inside_the_forward_pass_leaves_the_model_as_it_was(
     """It may be the network's own error, so another mode is tried; an interrupt ends all."""
     model = RandomModel(kind, numbers)
     before = snapshot(model)
-    with failing("_tracing.record.Call.run", error, calls) as failed:
+    with failing("_tracing.recorder.Call", error, calls) as failed:
         try:
             plan(model, SMALL, example_input=(model.example(),), head="predict")
         except (GHNInitError, error):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ghn_init._hypernetwork.batch import GraphBatch
     from ghn_init._hypernetwork.config import GHNConfig
     from ghn_init._meta.large_on_meta import large_on_meta
+    from ghn_init._tracing.record import record
     from ghn_init._tracing.rules.registered import register
     from ghn_init._tracing.trace import trace
     from ghn_init._weights.ghn import GHN
@@ -66,6 +67,7 @@ __all__ = [
     "plan",
     "predict",
     "predict_to",
+    "record",
     "register",
     "trace",
 ]
@@ -84,6 +86,7 @@ _MODULE_OF = {
     "plan": "_writing.plan",
     "predict": "_writing.plan",
     "predict_to": "_writing.plan",
+    "record": "_tracing.record",
     "register": "_tracing.rules.registered",
     "trace": "_tracing.trace",
 }

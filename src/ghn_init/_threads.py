@@ -10,6 +10,7 @@ several threads, the first parallel kernel in the child waits for them for ever.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -85,6 +86,22 @@ def uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         waiting.deliver()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python does not look for garbage: a moment in which thousands of objects are made and used.
+
+    It would look through all of them several times, and through those of every library that is loaded.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghn_init._errors import PredictError
 from ghn_init._network.nested import tensors_in
-from ghn_init._tracing.record import is_in_place
+from ghn_init._tracing.values import is_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,11 +17,23 @@ from ghn_init._tracing.conventions import arguments
 _IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)
 """Sides of images in pixels, the most usual first."""
 
+_LENGTHS_OF_SIGNALS: Final = (1024, 128, 16000, 16)
+"""Lengths of signals in samples, the most usual first."""
+
+_VIDEOS: Final = ((16, 112), (16, 224), (32, 32), (8, 64))
+"""Frames and sides of videos, the most usual first."""
+
 _TOKENS: Final = 16
 """Length of a guessed sequence."""
 
+_LENGTHS: Final = 1024
+"""Integers up to which an example keeps its values."""
+
 _FIRST_LAYER: Final = "first layer"
 """Origin of usual sizes that the first layer takes."""
+
+_FIRST_PARAMETER: Final = "first parameter"
+"""Origin of usual sizes that a function of the model's own first parameter takes."""
 
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -90,6 +102,10 @@ def _argument(value: object) -> object:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
+    """Its shape and dtype; of integers in one dimension on the CPU, such as lengths, the values too."""
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.bool
+    if is_integer and tensor.ndim <= 1 and tensor.device.type == "cpu" and tensor.numel() <= _LENGTHS:
+        return tensor.detach().clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
@@ -108,8 +124,9 @@ def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[int, ...]] = set()
     count, listed = _images_wanted(model)
-    usual = ((_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model))
-    for origin, shape in (*_declared_shapes(model), *usual):
+    usual = [(_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model)]
+    bare = [(_FIRST_PARAMETER, shape) for shape in _shapes_of_first_parameter(model)]
+    for origin, shape in (*_declared_shapes(model), *usual, *bare):
         if shape not in seen:
             seen.add(shape)
             yield _images(_of_shape(shape, dtype, origin), count, listed)
@@ -180,10 +197,10 @@ def _shapes_of_first_layer(model: nn.Module) -> Iterator[tuple[int, ...]]:
         for side in _IMAGE_SIDES:
             yield (1, layer.in_channels, side, side)
     elif isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-        for length in (1024, 128, 16000, 16):
+        for length in _LENGTHS_OF_SIGNALS:
             yield (1, layer.in_channels, length)
     elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-        for frames, side in ((16, 112), (16, 224), (32, 32), (8, 64)):
+        for frames, side in _VIDEOS:
             yield (1, layer.in_channels, frames, side, side)
     elif isinstance(layer, nn.Linear):
         yield (1, layer.in_features)
@@ -193,6 +210,20 @@ def _shapes_of_first_layer(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (1, _TOKENS, layer.input_size)
     else:
         yield (1, 3, 224, 224)
+
+
+def _shapes_of_first_parameter(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """What a function takes that the first weight is an argument of, `F.conv2d(x, self.weight)`, say."""
+    shapes = (tuple(param.shape) for param in model.parameters(recurse=False))
+    shape = next((shape for shape in shapes if len(shape) > 1 and shape[0] > 1), ())
+    if len(shape) == 2:  # (out, in), or (in, out) of a product
+        yield from ((1, shape[1]), (1, shape[0]), (1, _TOKENS, shape[1]), (1, _TOKENS, shape[0]))
+    elif len(shape) == 3:
+        yield from ((1, shape[1], length) for length in _LENGTHS_OF_SIGNALS)
+    elif len(shape) == 4:
+        yield from ((1, shape[1], side, side) for side in _IMAGE_SIDES)
+    elif len(shape) == 5:
+        yield from ((1, shape[1], frames, side, side) for frames, side in _VIDEOS)
 
 
 def _flattened_images(features: int) -> Iterator[tuple[int, ...]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
+from torch import fx
 
 from ghn_init._graph.graph import Node
-from ghn_init._tracing.record import Call, Carried, Derived, Flow, merged
+from ghn_init._tracing.arguments import function_name
+from ghn_init._tracing.carried import Carried, Derived, Flow, merged
+
+if TYPE_CHECKING:
+    from ghn_init._tracing.sketch import Operation
 
 SHIFTED: Final = "a norm's weight, stored as its distance from a number"
 """What Gemma's norms have: the parameter plus one is the weight, so it is not what a GHN predicts."""
@@ -18,37 +22,65 @@ IN_FIRST: Final = "weights of experts, stored as (experts, in, out)"
 """No matrix has the outputs of all experts for rows then."""
 
 
+EMPTY: Final = "no elements"
+"""What a layer without outputs has, such as `nn.Linear(10, 0)`."""
+
+
 def add_layer(
-    call: Call, output: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str,
-    *, transposed: bool = False,
-) -> Any:  # fmt: skip
-    """Add the node of a weight and, if there is one, of its bias; `output` comes out of the last."""
-    inputs = [call.carried(x), call.carried(weight), call.carried(bias)]
+    op: Operation, x: Any, weight: Any, bias: Any, kind: str,
+    *, transposed: bool = False, shape: tuple[int, ...] | None = None,
+) -> Carried:  # fmt: skip
+    """Add the node of a weight and, if there is one, of its bias; the output comes out of the last.
+
+    `x` is a node or what one carries; `shape` is that of the weight as a matrix, where it has more
+    dimensions.
+    """
+    inputs = [x if isinstance(x, (Flow, Derived)) else op.carried(x), op.carried(weight), op.carried(bias)]
     flow, of_weight, of_bias = inputs
     if not isinstance(flow, Flow) or not isinstance(of_weight, Derived) or not of_weight.params:
         # A layer of constants (a table of relative positions, say), or a weight that the network
         # computes from its input: neither has a weight that could be predicted.
         value = merged(inputs)
         if isinstance(value, Flow):
-            note_others(call, inputs, f"weight or bias of a dynamic {kind}")
-        return call.gives(output, value)
-    last = add_weight(call, weight, of_weight, flow.sources, kind, transposed)
-    if isinstance(of_bias, Derived) and of_bias.params and bias is not None:
-        last = add_vector(call, "bias", of_bias, (last,))
-    return call.gives(output, Flow((last,)))
+            note_others(op, inputs, f"weight or bias of a dynamic {kind}")
+        return value
+    shape = tuple(op.shape(weight)) if shape is None else shape
+    if transposed and len(shape) == 2 and shape[0] == shape[1]:
+        transposed = not _is_transpose_in_export(weight)
+    last = add_weight(op, shape, of_weight, flow.sources, kind, transposed)
+    if isinstance(of_bias, Derived) and of_bias.params:
+        last = add_vector(op, "bias", of_bias, (last,))
+    return Flow((last,))
+
+
+def _is_transpose_in_export(weight: fx.Node) -> bool:
+    """Whether a square weight, whose shape does not tell, was transposed on the way to a product.
+
+    In a graph of torch.export a linear layer may be a product with a transpose.
+    """
+    turns, node = 0, weight
+    while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:  # noqa: SLF001
+        turns += function_name(node) in ("t", "transpose", "permute")
+        node = node.all_input_nodes[0]
+    return turns % 2 == 1
 
 
 def add_weight(
-    call: Call, weight: Tensor, derived: Derived, sources: tuple[int, ...], kind: str, transposed: bool
-) -> int:
-    param = main_parameter(call, derived)
-    stored, shape = call.recorder.shapes[param], tuple(weight.shape)
+    op: Operation, shape: tuple[int, ...], derived: Derived, sources: tuple[int, ...], kind: str,
+    transposed: bool,
+) -> int:  # fmt: skip
+    """The node of a weight that the layer gets in `shape`; its index."""
+    param = main_parameter(op, derived)
+    stored = op.sketch.shapes[param]
+    if 0 in stored:
+        op.sketch.note_role((param,), EMPTY)
+        return op.sketch.add_node(Node(kind), sources)
     if len(stored) == 3 and stored[1:] == shape:  # one of several experts
         if transposed:
-            call.recorder.note_role((param,), IN_FIRST)
-            return call.recorder.add_node(Node(kind), sources)
+            op.sketch.note_role((param,), IN_FIRST)
+            return op.sketch.add_node(Node(kind), sources)
         shape = (stored[0] * shape[0], shape[1])
-    elif weight.numel() != torch.Size(stored).numel():
+    elif torch.Size(shape).numel() != torch.Size(stored).numel():
         shape = stored  # the parameter was cut or resized on the way to the layer
     if len(shape) == 2 and stored == shape[::-1] != shape:
         transposed, shape = not transposed, stored
@@ -56,51 +88,59 @@ def add_weight(
         shape = (shape[1], shape[0], *shape[2:])
     as_stored = (shape[1], shape[0], *shape[2:]) if transposed else shape
     node = Node(kind, param, shape, None, transposed, None if as_stored == stored else stored)
-    return call.recorder.add_node(node, sources)
+    return op.sketch.add_node(node, sources)
 
 
 def add_vector(
-    call: Call, kind: str, derived: Derived, sources: tuple[int, ...], bias: str | None = None
+    op: Operation, kind: str, derived: Derived, sources: tuple[int, ...], bias: str | None = None
 ) -> int:
-    param = main_parameter(call, derived)
-    stored = call.recorder.shapes[param]
+    """The node of a vector; its index."""
+    param = main_parameter(op, derived)
+    stored = op.sketch.shapes[param]
+    if 0 in stored:
+        op.sketch.note_role((param,), EMPTY)
+        return op.sketch.add_node(Node(kind), sources)
     shape = (torch.Size(stored).numel(),)
     node = Node(kind, param, shape, bias, stored=None if shape == stored else stored)
-    return call.recorder.add_node(node, sources)
+    return op.sketch.add_node(node, sources)
 
 
-def add_norm(call: Call, kind: str, of_weight: Carried, of_bias: Carried, sources: tuple[int, ...]) -> int:
+def add_norm(op: Operation, kind: str, of_weight: Carried, of_bias: Carried, sources: tuple[int, ...]) -> int:
     """One node for the weight and the bias of a normalisation, or for neither."""
-    bias = main_parameter(call, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
+    bias = main_parameter(op, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
     if isinstance(of_weight, Derived) and of_weight.params:
         if not of_weight.shifted:
-            return add_vector(call, kind, of_weight, sources, bias)
-        call.recorder.note_role(of_weight.params, SHIFTED)
-    shape = None if bias is None else call.recorder.shapes[bias]
-    return call.recorder.add_node(Node(kind, None, shape, bias), sources)
+            return add_vector(op, kind, of_weight, sources, bias)
+        op.sketch.note_role(of_weight.params, SHIFTED)
+    shape = None if bias is None else op.sketch.shapes[bias]
+    return op.sketch.add_node(Node(kind, None, shape, bias), sources)
 
 
-def main_parameter(call: Call, derived: Derived) -> str:
+def main_parameter(op: Operation, derived: Derived) -> str:
     """The largest of the parameters that a weight was computed from: the others reparametrise it."""
-    shapes = call.recorder.shapes
+    shapes = op.sketch.shapes
     main = max(derived.params, key=lambda name: torch.Size(shapes[name]).numel())
-    call.recorder.note_role([name for name in derived.params if name != main], f"reparametrises {main}")
+    op.sketch.note_role([name for name in derived.params if name != main], f"reparametrises {main}")
     return main
 
 
-def note_others(call: Call, inputs: list[Carried], role: str) -> None:
+def note_others(op: Operation, inputs: list[Carried], role: str) -> None:
+    """Say what the parameters among `inputs` are."""
     for value in inputs:
         if isinstance(value, Derived):
-            call.recorder.note_role(value.params, role)
+            op.sketch.note_role(value.params, role)
 
 
-def joined(call: Call, kind: str, sources: tuple[int, ...]) -> Flow:
+def joined(op: Operation, kind: str, sources: tuple[int, ...]) -> Flow:
     """A node of `kind` if it joins several nodes; with one incoming edge it is removed."""
     if len(sources) < 2:
         return Flow(sources)
-    return Flow((call.recorder.add_node(Node(kind), sources),))
+    return Flow((op.sketch.add_node(Node(kind), sources),))
 
 
-def as_tuple(value: Any, n: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,)
-    return values * n if len(values) == 1 else values
+def is_whole_parameter(op: Operation, weight: fx.Node) -> bool:
+    """Whether `weight` is one whole parameter; a table that was projected, say, is computed from two."""
+    value = op.carried(weight)
+    if not isinstance(value, Derived) or len(value.params) != 1:
+        return False
+    return op.shape(weight).numel() == torch.Size(op.sketch.shapes[value.params[0]]).numel()

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import fx
 
-from ghn_init._tracing.record import Call, Derived, Flow, merged
-from ghn_init._tracing.rules.nodes import IN_FIRST, add_layer, note_others
+from ghn_init._tracing.arguments import stride_of
+from ghn_init._tracing.carried import Carried, Derived, Flow, merged
+from ghn_init._tracing.rules.nodes import IN_FIRST, add_layer, is_whole_parameter, note_others
 from ghn_init._tracing.rules.table import rule
 
-
-def is_whole_parameter(call: Call, weight: Tensor) -> bool:
-    """Whether `weight` is one whole parameter; a table that was projected, say, is computed from two."""
-    value = call.carried(weight)
-    if not isinstance(value, Derived) or len(value.params) != 1:
-        return False
-    return weight.numel() == torch.Size(call.recorder.shapes[value.params[0]]).numel()
+if TYPE_CHECKING:
+    from ghn_init._tracing.sketch import Operation
 
 
-def weight_in_einsum(call: Call, output: Any) -> Any | None:
+def weight_in_einsum(op: Operation) -> Carried | None:
     """The node of the weight in `einsum("bti,ihd->bthd", x, weight)`; None if this is no layer.
 
     It is one if the weight's dimensions are those that are summed over followed by those that stay, or the
     other way round: then it is a matrix, (in, out) or (out, in).
     """
-    operands = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
-    terms, _, result = str(call.args[0]).replace(" ", "").partition("->")
+    equation, *rest = op.args
+    operands = tuple(rest[0]) if isinstance(rest[0], (list, tuple)) else tuple(rest)
+    terms, _, result = str(equation).replace(" ", "").partition("->")
     if len(operands) != 2 or not result or "." in terms.split(",")[0] + result:
         return None
     names = terms.split(",")
-    if isinstance(call.carried(operands[0]), Derived):
+    if isinstance(op.carried(operands[0]), Derived):
         operands, names = operands[::-1], names[::-1]
     x, weight = operands
-    if not is_whole_parameter(call, weight):
+    if not is_whole_parameter(op, weight):
         return None
     summed = [name for name in names[1] if name in names[0] and name not in result]
     stays = [name for name in names[1] if name in result and name not in names[0]]
@@ -42,33 +39,32 @@ def weight_in_einsum(call: Call, output: Any) -> Any | None:
     if not summed or not stays or order not in (summed + stays, stays + summed):
         return None
     rows = len(order) - len(stays) if order[0] == summed[0] else len(stays)
-    matrix = weight.reshape(weight.shape[:rows].numel(), -1)
-    call.recorder.carry(matrix, call.carried(weight))
-    return add_layer(call, output, x, matrix, None, "conv", transposed=order[0] == summed[0])
+    shape = op.shape(weight)
+    matrix = (torch.Size(shape[:rows]).numel(), torch.Size(shape[rows:]).numel())
+    return add_layer(op, x, weight, None, "conv", transposed=order[0] == summed[0], shape=matrix)
 
 
-def weight_of_experts(call: Call, output: Any, x: Tensor, weight: Tensor) -> Any | None:
+def weight_of_experts(op: Operation, x: fx.Node, weight: fx.Node) -> Carried | None:
     """The node of the weights (experts, out, in) of a product of `x` and (experts, in, out), their transpose.
 
     Below one another they are one matrix, (experts * out, in). None if they are stored as (experts, in, out).
     """
-    if weight.ndim != 3 or not is_whole_parameter(call, weight):
+    shape = op.shape(weight)
+    if len(shape) != 3 or not is_whole_parameter(op, weight):
         return None
-    if weight.stride(-2) != 1 or weight.shape[-2] == 1:  # not transposed on the way
+    if stride_of(weight)[-2] != 1 or shape[-2] == 1:  # not transposed on the way
         return None
-    matrix = weight.transpose(1, 2).reshape(-1, weight.shape[1])
-    call.recorder.carry(matrix, call.carried(weight))
-    return add_layer(call, output, x, matrix, None, "conv")
+    return add_layer(op, x, weight, None, "conv", shape=(shape[0] * shape[2], shape[1]))
 
 
 @rule("grouped_mm", "_grouped_mm")
-def grouped_product(call: Call) -> Any:
+def grouped_product(op: Operation) -> Carried:
     """The products of several experts at once, each with its share of the rows."""
-    x, weight = call.args[:2]
-    inputs, output = call.inputs(), call.run()
-    if isinstance(call.carried(x), Flow) and isinstance(call.carried(weight), Derived):
-        layer = weight_of_experts(call, output, x, weight)
+    x, weight = op.args[:2]
+    inputs = op.inputs()
+    if isinstance(op.carried(x), Flow) and isinstance(op.carried(weight), Derived):
+        layer = weight_of_experts(op, x, weight)
         if layer is not None:
             return layer
-        note_others(call, inputs, IN_FIRST)
-    return call.gives(output, merged(inputs))
+        note_others(op, inputs, IN_FIRST)
+    return merged(inputs)

@@ -15,13 +15,15 @@ from torch.overrides import handle_torch_function
 from ghn_init._errors import RegistrationError, TraceError
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES, Node
 from ghn_init._network.nested import tensors_in
-from ghn_init._tracing.record import CONSTANT, Call, Derived, Flow, merged
+from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.rules import table
 from ghn_init._tracing.rules.joins import with_positions
-from ghn_init._tracing.rules.nodes import add_norm, add_vector, add_weight, main_parameter, note_others
+from ghn_init._tracing.rules.nodes import add_norm, add_vector, add_weight, main_parameter
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from ghn_init._tracing.sketch import Operation
 
 Output = Callable[..., Any]
 """Called as (layer, *args, **kwargs) with the arguments on meta; gives tensors like those of the forward."""
@@ -148,7 +150,8 @@ def _check(rule: LayerRule) -> None:
 def registered_layers(model: nn.Module) -> Iterator[None]:
     """Inside, calling a registered layer is recorded by its rule instead of running its forward pass.
 
-    A call of such a layer looks to the recorder like a call of a torch function, its tensors on meta.
+    A call of such a layer looks to the recorder like a call of a torch function, its tensors on meta, and is
+    a `call_module` node of the fx graph.
     """
     replaced: list[nn.Module] = []
     for path, module in model.named_modules():
@@ -172,6 +175,25 @@ def _rule_of(module: nn.Module) -> LayerRule | None:
     return None
 
 
+@dataclass(frozen=True)
+class RegisteredCall:
+    """A call of a registered layer.
+
+    Attributes:
+        rule: What holds for it.
+        module: The layer.
+        path: Its qualified name.
+        params: Its parameters by their names in the rule.
+        every: All of its parameters.
+    """
+
+    rule: LayerRule
+    module: nn.Module
+    path: str
+    params: Mapping[str, Tensor]
+    every: tuple[Tensor, ...]
+
+
 def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **kwargs: Any) -> Any:
     tensors = {
         name: _parameter(rule, module, path, name)
@@ -180,8 +202,13 @@ def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **
     }
     params = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     every = tuple(module.parameters())
-    call = (rule, module, params, every, args, kwargs)
-    return handle_torch_function(registered_layer, every, *call)  # pyright: ignore[reportCallIssue]
+    layer = RegisteredCall(rule, module, path, params, every)
+    return handle_torch_function(registered_layer, every, layer, args, kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def registered_layer(layer: RegisteredCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a registered layer looks like to the recorder: a torch function, written down as `call_module`."""
+    return layer.rule.output(layer.module, *args, **kwargs)
 
 
 def _parameter(rule: LayerRule, module: nn.Module, path: str, name: str) -> Tensor | None:
@@ -203,37 +230,37 @@ def _parameter(rule: LayerRule, module: nn.Module, path: str, name: str) -> Tens
     )
 
 
-@table.rule("registered_layer")
-def registered_layer(call: Call) -> Any:
-    """The nodes of a registered layer, one after the other."""
-    layer_rule, module, params, every, args, kwargs = call.args
-    output = layer_rule.output(module, *args, **kwargs)
-    value = merged(call.carried(tensor) for tensor in tensors_in((args, kwargs)))
+@table.rule("call_module")
+def of_registered_layer(op: Operation) -> Carried:
+    """The nodes of a registered layer, one after the other.
+
+    The recorder leaves the rule and the names of the layer's parameters with the node.
+    """
+    layer_rule: LayerRule = op.node.meta["layer"]
+    names: Mapping[str, str] = op.node.meta["parameters"]
+    value = merged(op.inputs())
     if not isinstance(value, Flow):
-        return call.gives(output, value)
-    carried = {name: call.carried(tensor) for name, tensor in params.items()}
+        return value
+    carried = {key: Derived((name,)) for key, name in names.items()}
     entries = list(layer_rule.nodes.items())
     while entries:
         name, kind = entries.pop(0)
         if kind in NORM_TYPES:
             bias = entries.pop(0)[0] if entries and entries[0][1] == kind else ""
             weights = (carried.get(name, CONSTANT), carried.get(bias, CONSTANT))
-            value = Flow((add_norm(call, kind, *weights, value.sources),))
+            value = Flow((add_norm(op, kind, *weights, value.sources),))
         elif kind in _WITHOUT:
-            value = Flow((call.recorder.add_node(Node(kind), value.sources),))
-        elif isinstance(derived := carried.get(name), Derived) and derived.params:
-            value = _with_parameter(call, kind, params[name], derived, value, name in layer_rule.transposed)
-    note_others(
-        call, [call.carried(tensor) for tensor in every], f"not in the rule of {layer_rule.layer.__name__}"
-    )
-    return call.gives(output, value)
+            value = Flow((op.sketch.add_node(Node(kind), value.sources),))
+        elif name in carried:
+            value = _with_parameter(op, kind, carried[name], value, name in layer_rule.transposed)
+    op.sketch.note_role(op.node.meta["others"], f"not in the rule of {layer_rule.layer.__name__}")
+    return value
 
 
-def _with_parameter(
-    call: Call, kind: str, tensor: Tensor, derived: Derived, flow: Flow, transposed: bool
-) -> Flow:
+def _with_parameter(op: Operation, kind: str, derived: Derived, flow: Flow, transposed: bool) -> Flow:
     if kind == "bias":
-        return Flow((add_vector(call, "bias", derived, flow.sources),))
+        return Flow((add_vector(op, "bias", derived, flow.sources),))
     if kind == "pos_enc":
-        return with_positions(call, flow, main_parameter(call, derived))
-    return Flow((add_weight(call, tensor, derived, flow.sources, kind, transposed),))
+        return with_positions(op, flow, main_parameter(op, derived))
+    shape = op.sketch.shapes[derived.params[0]]
+    return Flow((add_weight(op, shape, derived, flow.sources, kind, transposed),))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final, TypeVar
 
-from ghn_init._tracing.record import Call
+from ghn_init._tracing.carried import Carried
+from ghn_init._tracing.sketch import Operation
 
-Rule = Callable[[Call], Any]
+Rule = Callable[[Operation], Carried | tuple[Carried, ...]]
+
+RuleT = TypeVar("RuleT", bound=Rule)
 
 RULES: Final[dict[str, Rule]] = {}
 """The torch function's `__name__` -> its rule."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[RuleT], RuleT]:
     """Decorator: this is the rule of the torch functions called `names`."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: RuleT) -> RuleT:
         for name in names:
             RULES[name] = function
         return function

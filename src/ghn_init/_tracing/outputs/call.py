@@ -1,0 +1,65 @@
+"""One call of a torch function while it is recorded, and the table of outputs that are known without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from ghn_init._tracing.recorder import Recorder
+
+Output = Callable[["Call"], Any]
+
+OUTPUTS: Final[dict[str, Output]] = {}
+"""The torch function's `__name__` -> what gives its output, on meta."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An output that depends on the input, and whose values can be relied on where it is on the CPU."""
+
+    output: Any
+
+
+class Call:
+    """One call of a torch function, its tensors on meta; `varies` if any of them depends on the input."""
+
+    __slots__ = ("args", "func", "kwargs", "name", "recorder", "varies")
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recorder: Recorder,
+        varies: bool,
+    ) -> None:
+        self.func = func
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+        self.recorder = recorder
+        self.varies = varies
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """The argument at position `index` or of this keyword."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def run(self) -> Any:
+        """The function's own result on meta tensors."""
+        return self.recorder.memo.run(self.func, self.name, self.args, self.kwargs)
+
+
+def output_of(*names: str) -> Callable[[Output], Output]:
+    """Decorator: this gives the output of the torch functions called `names`."""
+
+    def register(function: Output) -> Output:
+        for name in names:
+            OUTPUTS[name] = function
+        return function
+
+    return register

@@ -1,0 +1,211 @@
+"""From a `torch.fx.Graph` to a GHN's graph: one pass over its nodes, a rule for every function that matters.
+
+A rule gets an `Operation`, one fx node with all that is around it, adds the nodes of the GHN's graph that it
+stands for (`Sketch.add_node`), and says what the fx node's output carries: `Flow`, `Derived` or `CONSTANT`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ghn_init._graph.graph import Graph, Node, UnmatchedParameter
+from ghn_init._tracing.arguments import argument, function_name, layout, nodes_in, shape_of
+from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
+from ghn_init._tracing.values import DEVICE_MOVES, FILLED, FROM_NOTHING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    import torch
+    from torch import fx
+
+    Rule = Callable[["Operation"], "Carried | tuple[Carried, ...]"]
+
+_OF_THE_FIRST = DEVICE_MOVES | {"to", "__get__"}
+"""Functions that pass on what their first argument carries, whatever else they get."""
+
+
+class Operation:
+    """One call of a torch function, in an fx graph.
+
+    Attributes:
+        node: The fx node: its `args`, its `users` and their neighbours are all there to be looked at.
+        name: The function's name.
+        sketch: The graph as far as it is drawn.
+    """
+
+    __slots__ = ("name", "node", "sketch")
+
+    def __init__(self, node: fx.Node, name: str, sketch: Sketch) -> None:
+        self.node = node
+        self.name = name
+        self.sketch = sketch
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments by position."""
+        return self.node.args
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """The argument at position `index` or of this keyword."""
+        return argument(self.node, index, name, default)
+
+    def carried(self, value: object) -> Carried:
+        """What an argument carries; one that is no node is constant."""
+        return self.sketch.carried(value)
+
+    def shape(self, node: fx.Node) -> torch.Size:
+        """The shape of an argument."""
+        return shape_of(node)
+
+    def inputs(self) -> list[Carried]:
+        """What each of the node's inputs carries."""
+        return [self.sketch.carried(node) for node in self.node.all_input_nodes]
+
+    def operands(self) -> Iterator[fx.Node]:
+        """The node's inputs in the order of its arguments, one that is there twice twice."""
+        return nodes_in((self.node.args, self.node.kwargs))
+
+    def passed_on(self) -> Carried:
+        """The rule of every function that has no node: its output carries what its inputs do."""
+        inputs = self.inputs()
+        value = merged(inputs)
+        if isinstance(value, Flow):
+            for other in inputs:
+                if isinstance(other, Derived):
+                    self.sketch.note_role(other.params, f"used by {self.name.strip('_')}")
+        return value
+
+
+class Sketch:
+    """A GHN's graph while it is drawn.
+
+    Args:
+        shapes: Name and shape of every parameter of the model.
+
+    Attributes:
+        nodes: The nodes so far; node 0 is the input.
+        predecessors: For each of them where its edges come from.
+        roles: What parameters without a node were found to be.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.nodes: list[Node] = [Node("input")]
+        self.predecessors: list[tuple[int, ...]] = [()]
+        self.roles: dict[str, str] = {}
+        self.shapes = shapes
+        self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
+        self._ends: set[int] | None = None
+
+    def carried(self, node: object) -> Carried:
+        """What the output of an fx node carries; of several outputs, what they carry together."""
+        value = self._carried.get(node, CONSTANT)  # type: ignore[call-overload]
+        return merged(value) if isinstance(value, tuple) else value
+
+    def add_node(self, node: Node, sources: Iterable[int]) -> int:
+        """Append `node` with edges from `sources`; returns its index."""
+        self.nodes.append(node)
+        self.predecessors.append(tuple(sorted(set(sources))))
+        return len(self.nodes) - 1
+
+    def note_role(self, params: Iterable[str], role: str) -> None:
+        """Say what parameters without a node are; the first use decides."""
+        for param in params:
+            self.roles.setdefault(param, role)
+
+    def draw(self, graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
+        """Go over the nodes of `graph` in their order, each by the rule of its function."""
+        carried, shapes = self._carried, self.shapes
+        for node in graph.nodes:
+            op = node.op
+            if op == "get_attr":
+                name = node.meta.get("parameter", node.target)
+                if name in shapes:
+                    carried[node] = Derived((name,))
+            elif op == "placeholder":
+                carried[node] = Flow((0,))
+            elif op == "output":
+                self._ends = self._sources_of(node.all_input_nodes)
+            else:
+                value = self._called(node, rules)
+                name = node.meta.get("parameter")
+                carried[node] = value if name not in shapes else Derived((name,))
+                if "base" in node.meta:  # its first argument is a view of this, which has changed too
+                    changed = value if isinstance(value, (Flow, Derived)) else merged(value)
+                    carried[node.meta["base"]] = merged((self.carried(node.meta["base"]), changed))
+
+    def _called(self, node: fx.Node, rules: Mapping[str, Rule]) -> Carried | tuple[Carried, ...]:
+        """What a call carries; its nodes are added."""
+        if node.op == "call_module":
+            return rules["call_module"](Operation(node, "call_module", self))
+        name = function_name(node)
+        args: Any = node.args
+        if name in FROM_NOTHING or name in FILLED:
+            return CONSTANT
+        if name in _OF_THE_FIRST:
+            return self.carried(args[0])
+        if name == "__getitem__" and isinstance(layout(args[0]), (tuple, list)):
+            return self._one_of(*args)
+        operation = Operation(node, name, self)
+        rule = rules.get(name)
+        if node.meta.get("known"):  # indices and counts: no activations, whatever is computed with them
+            value = merged(operation.inputs())
+        else:
+            value = operation.passed_on() if rule is None else rule(operation)
+        if name == "__setitem__":
+            self._carried[args[0]] = value
+        return value
+
+    def _one_of(self, several: fx.Node, index: Any) -> Carried:
+        """What one of several outputs carries."""
+        value = self._carried.get(several, CONSTANT)
+        return value[index] if isinstance(value, tuple) and isinstance(index, int) else self.carried(several)
+
+    # -- the result -----------------------------------------------------------------------------
+
+    def graph(self, name: str) -> Graph:
+        """The nodes that reach the output, renumbered, as a `Graph`.
+
+        Without an output, where the recording ended before the forward pass did: all nodes.
+        """
+        live = self._live(range(len(self.nodes)) if self._ends is None else self._ends)
+        number = {old: new for new, old in enumerate(sorted(live))}
+        nodes = tuple(self.nodes[old] for old in sorted(live))
+        edges = tuple(sorted((number[u], number[v]) for v in live for u in self.predecessors[v]))
+        covered = _params_of(nodes)
+        dead = _params_of(self.nodes)
+        unmatched = tuple(
+            UnmatchedParameter(param, shape, self._role(param, dead))
+            for param, shape in self.shapes.items()
+            if param not in covered
+        )
+        return Graph(nodes, edges, unmatched, name)
+
+    def all_used(self) -> bool:
+        """Whether every parameter was used."""
+        return self.shapes.keys() <= _params_of(self.nodes) | self.roles.keys()
+
+    def _sources_of(self, nodes: Iterable[fx.Node]) -> set[int]:
+        flows = map(self.carried, nodes)
+        return {source for flow in flows if isinstance(flow, Flow) for source in flow.sources}
+
+    def _live(self, ends: Iterable[int]) -> set[int]:
+        """Indices of the nodes from which `ends` can be reached; the input is always one."""
+        live = {0}
+        stack = list(ends)
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack.extend(self.predecessors[node])
+        return live
+
+    def _role(self, param: str, dead: set[str]) -> str:
+        if param in dead:
+            return "does not reach the output"
+        return self.roles.get(param, "unused")
+
+
+def _params_of(nodes: Iterable[Node]) -> set[str]:
+    """Names of the parameters that `nodes` stand for."""
+    return {name for node in nodes for name in (node.param, node.bias) if name is not None}

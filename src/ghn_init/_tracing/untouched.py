@@ -1,0 +1,193 @@
+"""Putting back whatever a forward pass changes: attributes, containers, hooks, random states."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+from collections import OrderedDict, defaultdict, deque
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_CONTAINERS: Final = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""What every module keeps in dictionaries: parameters, buffers, modules and hooks of several kinds."""
+
+_OWN: Final = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+_HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks")
+
+_MUTABLE: Final = frozenset({list, dict, set, deque, OrderedDict, defaultdict})
+"""Types of containers whose contents are put back; a subclass may do anything when it is read."""
+
+_ATOMS: Final = frozenset({int, float, bool, str, type(None), tuple, torch.Size, torch.dtype, torch.device})
+"""Types of most attributes, which cannot change."""
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that puts back whatever a forward pass changes on the model's modules and in random states.
+
+    In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins; what can be
+    changed is attributes (caches, counters), buffers that are assigned, hooks, random states, and the lists,
+    dicts and sets that modules, their forward passes and their hooks hold, to which a forward pass may
+    append.
+    """
+    modules = list(model.modules())
+    states = [vars(module) for module in modules]
+    # Most of the dictionaries are empty, and there are a dozen for every module: one copy does for all of
+    # them, because thousands of new objects would have Python's garbage collector look through every object.
+    empty: dict[str, object] = {}
+    before = [
+        (state, state.copy(), [state[c].copy() if state[c] else empty for c in _CONTAINERS])
+        for state in states
+    ]
+    put_back_random_states = _random_states()
+    contents = _Contents()
+    for module, state in zip(modules, states, strict=True):
+        contents.of_module(module, state)
+
+    def put_back() -> None:
+        put_back_random_states()
+        for state, attributes, containers in before:
+            if _differs(state, attributes):
+                state.clear()
+                state.update(attributes)
+            for container, content in zip(_CONTAINERS, containers, strict=True):
+                if (state[container] or content) and _differs(state[container], content):
+                    state[container].clear()
+                    state[container].update(content)
+        contents.put_back()
+
+    return put_back
+
+
+class _Contents:
+    """The contents of lists, dicts, sets and deques that a forward pass can reach, without its arguments."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Any, Any]] = {}
+        self._seen: set[int] = set()
+
+    def of_module(self, module: nn.Module, state: dict[str, Any]) -> None:
+        """Note what a module holds, what its class' forward pass refers to, and what its hooks do."""
+        for key in state.keys() - _OWN:
+            if type(state[key]) not in _ATOMS:
+                self._of_value(state[key])
+        forward = type(module).forward
+        if (forward.__module__ or "").partition(".")[0] != "torch":
+            self._of_callable(forward)
+        for kind in _HOOKS:
+            for hook in state[kind].values():
+                self._of_callable(hook)
+
+    def put_back(self) -> None:
+        """Give every container the contents that it had, if it has others."""
+        for container, content in self._before.values():
+            if isinstance(container, dict):
+                if _differs(container, content):
+                    container.clear()
+                    container.update(content)
+            elif isinstance(container, set):
+                if container != content:
+                    container.clear()
+                    container.update(content)
+            elif len(container) != len(content) or not all(map(operator.is_, container, content)):
+                container.clear()
+                container.extend(content)
+
+    def _of_value(self, value: Any) -> None:
+        """Note a container and those inside it; of another object of the user's, those that it holds."""
+        if type(value) in _MUTABLE:
+            self._of_container(value)
+        elif _is_plain_object(value) and self._is_new(value):
+            for held in vars(value).values():
+                if type(held) in _MUTABLE:
+                    self._of_container(held)
+
+    def _of_container(self, container: Any) -> None:
+        if id(container) in self._before:
+            return
+        self._before[id(container)] = container, container.copy()
+        for item in container.values() if isinstance(container, dict) else container:
+            if type(item) in _MUTABLE:
+                self._of_container(item)
+
+    def _of_callable(self, function: Any) -> None:
+        """Note what a function refers to: by closure, by a global name, in its arguments, as `self`."""
+        if not self._is_new(function):
+            return
+        if isinstance(function, functools.partial):
+            for value in (function.func, *function.args, *function.keywords.values()):
+                self._of_referred(value)
+        elif isinstance(function, MethodType):
+            self._of_callable(function.__func__)
+            self._of_referred(function.__self__)
+        elif isinstance(function, FunctionType):
+            for value in _referred(function):
+                self._of_referred(value)
+        else:
+            self._of_value(function)
+            self._of_referred(vars(type(function)).get("__call__"))
+
+    def _of_referred(self, value: Any) -> None:
+        if isinstance(value, (FunctionType, MethodType, functools.partial)):
+            self._of_callable(value)
+        elif not isinstance(value, nn.Module):
+            self._of_value(value)
+
+    def _is_new(self, value: object) -> bool:
+        new = id(value) not in self._seen
+        self._seen.add(id(value))
+        return new
+
+
+def _referred(function: FunctionType) -> Iterator[Any]:
+    """What a function's closure and defaults hold, and the containers that it knows by a global name."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # noqa: PERF203  # not bound yet
+            continue
+    yield from function.__defaults__ or ()
+    names = function.__globals__
+    for name in function.__code__.co_names:
+        value = names.get(name)
+        if type(value) in _MUTABLE:
+            yield value
+
+
+def _is_plain_object(value: object) -> bool:
+    """An object with attributes that is no module, tensor, class, function or Python module."""
+    kind = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and kind.__module__.partition(".")[0] not in ("builtins", "torch", "types", "functools")
+        and not isinstance(value, (nn.Module, Tensor, type))
+    )
+
+
+def _differs(now: dict[Any, object], before: dict[Any, object]) -> bool:
+    """Whether a key is new, gone, in another place or holds another object."""
+    return list(now) != list(before) or not all(map(operator.is_, now.values(), before.values()))
+
+
+def _random_states() -> Callable[[], None]:
+    """A function that restores Python's, numpy's and torch's random states: layer drop and the like draw."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.random.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore

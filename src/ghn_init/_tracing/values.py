@@ -1,0 +1,126 @@
+"""What the recorder knows of a tensor, and which functions read, make or change values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import fx
+
+PLAIN: Final = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
+    "is_complex", "is_nonzero", "get_device", "element_size", "storage_offset", "data_ptr", "requires_grad_",
+    "__len__", "__repr__", "__format__", "__hash__", "is_same_size", "register_hook",
+})  # fmt: skip
+"""Functions that read what a tensor is and make none: called as they are."""
+
+READING: Final = frozenset({
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__",
+    "__contains__", "equal", "allclose",
+})  # fmt: skip
+"""Functions that read a tensor's values and make none."""
+
+DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
+
+FROM_NOTHING: Final = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+})  # fmt: skip
+"""Functions that take a shape from their tensor argument, not its values."""
+
+FILLED: Final = frozenset({
+    "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full",
+})  # fmt: skip
+"""Constants that code may go on to read, if they are small: masks above all."""
+
+HOST_FACTORIES: Final = frozenset({"arange", "linspace", "tensor", "as_tensor", "eye", "scalar_tensor"})
+"""Small constants that code may go on to read: made on the CPU even where it asks for x.device."""
+
+OF_LENGTHS: Final = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
+"""Functions that get lengths or counts, values on the CPU, beside activations."""
+
+RESHAPING: Final = frozenset({
+    "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_",
+    "as_strided_",
+})  # fmt: skip
+"""Functions that change the shape of their first argument."""
+
+
+class UnknownValueError(Exception):
+    """The forward pass reads a value of an activation, which has none while it is recorded."""
+
+
+class Value:
+    """One tensor of the recording.
+
+    Attributes:
+        tensor: The tensor; kept, so that no other gets its identity.
+        node: Its node; None until one is needed.
+        origin: Of one of several outputs of a function, the function's node and the path to it.
+        name: Its name in the model; None of a constant.
+        varies: It depends on the network's input.
+        constant: It depends neither on the input nor on a parameter.
+        known: It depends on the input in name only: its values, on the CPU, can be relied on.
+        inside: It was made while recording, so functions may have it as it is.
+        twin: What functions get instead of it: a copy, or a meta tensor of its shape.
+    """
+
+    __slots__ = ("constant", "inside", "known", "name", "node", "origin", "tensor", "twin", "varies")
+
+    def __init__(self, tensor: Tensor, *, varies: bool, constant: bool, inside: bool = True) -> None:
+        self.tensor = tensor
+        self.node: fx.Node | None = None
+        self.origin: tuple[fx.Node, tuple[Any, ...]] | None = None
+        self.name: str | None = None
+        self.varies = varies
+        self.constant = constant
+        self.known = False
+        self.inside = inside
+        self.twin: Tensor | None = None
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
+
+
+def is_on_meta(device: object) -> bool:
+    """Whether `device`, an argument of the user's, is the meta device."""
+    return device is not None and torch.device(device).type == "meta"  # type: ignore[arg-type]
+
+
+def without_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `Tensor.to` without the device: recorded tensors never leave meta."""
+    dtype = kwargs.get("dtype")
+    for arg in (*args[1:], kwargs.get("other")):
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, Tensor):
+            dtype = arg.dtype
+    return (args[0], dtype if dtype is not None else args[0].dtype), {}
+
+
+def paths_in(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors in nested tuples, lists, dicts and dataclass-like objects, each with the keys to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from paths_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from paths_in(item, (*path, key))
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for key, item in vars(value).items():
+            yield from paths_in(item, (*path, Attribute(key)))
+
+
+class Attribute(str):
+    """The name of an attribute in a path; any other string there is the key of a dictionary."""
+
+    __slots__ = ()
