@@ -35,6 +35,11 @@ import ghn_init
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+_RANDOM = {"random": ghn_init.GHNConfig.ghn2()} | {
+    f"random-{size}": ghn_init.GHNConfig.ghn3(size) for size in ("t", "s", "l", "xl")
+}
+"""Configurations whose weights are drawn here."""
+
 MILLISECONDS = ("trace_ms", "ghn_ms", "write_ms", "total_ms", "kaiming_ms")
 
 
@@ -126,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         default="ghn2-cifar10",
         metavar="NAME",
-        help='what ghn_init.load takes, or "random" (default: ghn2-cifar10)',
+        help='what ghn_init.load takes, or "random"; "random-t", "-s", "-l" or "-xl" is a GHN-3 of a '
+        "published size with random weights (default: ghn2-cifar10)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser
@@ -138,10 +144,10 @@ def _selected(patterns: Sequence[str]) -> list[str]:
 
 
 def _ghn(weights: str) -> ghn_init.GHN:
-    if weights != "random":
+    if weights not in _RANDOM:
         return ghn_init.load(weights).requires_grad_(False)
     torch.manual_seed(0)
-    return ghn_init.GHN(ghn_init.GHNConfig.ghn2()).requires_grad_(False)
+    return ghn_init.GHN(_RANDOM[weights]).requires_grad_(False)
 
 
 def _environment(weights: str, repeats: int) -> str:

@@ -1,14 +1,17 @@
 """Decoders: node features to parameter tensors (arXiv 2110.13100, section 3.2 and appendix B).
 
-Only what is used is computed. The first layer makes the wanted corner of the K x K kernel, the last one
+Only what is used is computed. The first layer makes the wanted part of the K x K kernel, the last one
 the wanted corner of the O x I channels; parameters with an equal corner go through together.
+
+The largest published decoder has 2.4 GB of weights and makes blocks as large as most parameters are. So
+without gradients no large part of a weight is copied, and few parameters are made before they go on.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from ghn_init._hypernetwork.batch import ParamGroup, ParamKey
     from ghn_init._hypernetwork.config import GHNConfig
     from ghn_init._hypernetwork.gated import MLP
+
+_PART: Final = 1 << 24
+"""Bytes of a weight that may be copied at once, and of values that are made at once, without gradients."""
 
 _WEIGHT, _CLASS_WEIGHT, _NORM, _BIAS, _CLASS_BIAS = range(len(KINDS))
 
@@ -53,12 +59,35 @@ class ConvDecoder(nn.Module):
             by_block = grouped(alike, lambda key: key.block)
             hidden += split_rows(self.features(part, alike[0].key.kernel), by_block)
             blocks += by_block
-        corners = [self._corner(block[0].key) for block in blocks]
-        last, most = cast("nn.Conv2d", self.conv[2]), self.max_shape[:2]
-        decoded = _CornerLinear.apply(last.weight.view(*most, -1), _bias(last).view(most), corners, *hidden)
-        for values, block in zip(decoded, blocks, strict=True):  # pyright: ignore[reportArgumentType]
+        decoded = self._decoded(hidden, blocks) if torch.is_grad_enabled() else self._in_parts(hidden, blocks)
+        for values, block in decoded:
             key = block[0].key
             yield self.class_weights(values, key.block[0]) if key.kind == _CLASS_WEIGHT else values, block
+
+    def _decoded(
+        self, hidden: Sequence[Tensor], blocks: Sequence[list[ParamGroup]]
+    ) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
+        """The last layer, differentiably: hidden features (n, h, w, 8d) to (n, h, w, o, i), all at once."""
+        corners = [self._corner(block[0].key) for block in blocks]
+        decoded = _CornerLinear.apply(*self._last(), corners, *hidden)
+        return zip(decoded, blocks, strict=True)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+    def _in_parts(
+        self, hidden: Sequence[Tensor], blocks: Sequence[list[ParamGroup]]
+    ) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
+        """The same without gradients and when it is wanted, a few groups at a time."""
+        weight, bias = self._last()
+        for x, block in zip(hidden, blocks, strict=True):
+            corner = self._corner(block[0].key)
+            size = math.prod(corner) * math.prod(x.shape[1:3]) * x.element_size()
+            parts = _parts(block, max(1, _PART // size))
+            for rows, part in zip(split_rows(x, parts), parts, strict=True):
+                yield _corner_linear(rows, weight, bias, corner), part
+
+    def _last(self) -> tuple[Tensor, Tensor]:
+        """Weight (O, I, 8d) and bias (O, I) of the last layer."""
+        layer, most = cast("nn.Conv2d", self.conv[2]), self.max_shape[:2]
+        return layer.weight.view(*most, -1), _bias(layer).view(most)
 
     def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
@@ -69,7 +98,12 @@ class ConvDecoder(nn.Module):
         # Rows of the layer are (4d, K, K); take the wanted places, channels last.
         weight = layer.weight.view(channels, side, side, -1)[:, rows, columns].permute(1, 2, 0, 3)
         bias = layer.bias.view(channels, side, side)[:, rows, columns].permute(1, 2, 0)
-        places = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten())).view(-1, channels)
+        if torch.is_grad_enabled() or weight.numel() * weight.element_size() <= _PART:
+            places = F.linear(x, weight.flatten(0, 2), bias.flatten())
+        else:  # place by place, which copies nothing
+            parts = zip(weight.flatten(0, 1), bias.flatten(0, 1), strict=True)
+            places = torch.stack([F.linear(x, *part) for part in parts], dim=1)
+        places = F.relu(places).view(-1, channels)
         return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), *kernel, -1)
 
     def _span(self, size: int) -> slice:
@@ -104,8 +138,7 @@ class _CornerLinear(torch.autograd.Function):
         ctx.corners = corners
         ctx.save_for_backward(weight, *inputs)
         return tuple(
-            F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))
-            for x, (o, i) in zip(inputs, corners, strict=True)
+            _corner_linear(x, weight, bias, corner) for x, corner in zip(inputs, corners, strict=True)
         )
 
     @staticmethod
@@ -122,6 +155,22 @@ class _CornerLinear(torch.autograd.Function):
         return dweight, dbias, None, *dinputs
 
 
+def _corner_linear(x: Tensor, weight: Tensor, bias: Tensor, corner: tuple[int, ...]) -> Tensor:
+    """Inputs (..., e) to the corner (..., o, i) of the outputs of a layer with weight (O, I, e)."""
+    o, i = corner
+    most, step = weight.shape[1], weight.shape[2] * weight.element_size()
+    if i == most or o * i * step <= _PART:
+        return F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))
+    rows = x.flatten(0, -2)
+    values = x.new_empty(len(rows), o, i)
+    many = max(1, _PART // (i * step))
+    for start in range(0, o, many):  # the corner is not contiguous and would be copied as a whole
+        part = slice(start, min(start + many, o))
+        made = F.linear(rows, weight[part, :i].flatten(0, 1), bias[part, :i].flatten())
+        values[:, part] = made.unflatten(-1, (-1, i))
+    return values.view(*x.shape[:-1], o, i)
+
+
 class Decoders(nn.Module):
     """Everything from node features to normalised blocks. A mixin: its parts are the GHN's own."""
 
@@ -130,8 +179,8 @@ class Decoders(nn.Module):
     decoder_1d: MLP
     bias_class: nn.Sequential
 
-    def decode(self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]) -> list[Tensor]:
-        """The blocks of all groups, each (n, *block) with the layout of `tile_to`.
+    def decode(self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]) -> Iterator[Tensor]:
+        """The blocks of all groups in their order, each (n, *block) with the layout of `tile_to`.
 
         Args:
             x: (P, d) features of the node of every parameter, in the order of the groups.
@@ -142,15 +191,17 @@ class Decoders(nn.Module):
         vectors = list(groups[len(weights) :])
         split = vectors[0].start if vectors else len(x)
         x_weights, x_vectors = x.split([split, len(x) - split])
-        blocks = list(self._decode_weights(x_weights, scales, weights)) if weights else []
-        return blocks + list(self._decode_vectors(x_vectors, vectors, normalise=scales is not None))
+        if weights:
+            yield from self._decode_weights(x_weights, scales, weights)
+        yield from self._decode_vectors(x_vectors, vectors, normalise=scales is not None)
 
     def _decode_weights(
         self, x: Tensor, scales: Tensor | None, groups: Sequence[ParamGroup]
     ) -> Iterator[Tensor]:
         for values, alike in self.decoder(x, groups):
             if scales is not None:
-                values = values * scales[alike[0].start : alike[-1].stop, None, None, None, None]
+                factors = scales[alike[0].start : alike[-1].stop, None, None, None, None]
+                values = values * factors if torch.is_grad_enabled() else values.mul_(factors)
             values = values.permute(0, 3, 4, 1, 2)
             for part, group in zip(split_rows(values, [[group] for group in alike]), alike, strict=True):
                 yield arrange(part, group.key)
@@ -213,6 +264,17 @@ def _position_block(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 def grouped(groups: Sequence[ParamGroup], key: Callable[[ParamKey], Any]) -> list[list[ParamGroup]]:
     """Runs of sorted groups that agree in `key`."""
     return [list(alike) for _, alike in itertools.groupby(groups, lambda group: key(group.key))]
+
+
+def _parts(groups: Sequence[ParamGroup], most: int) -> list[list[ParamGroup]]:
+    """Runs of groups with at most so many parameters in all, but one group at least."""
+    parts: list[list[ParamGroup]] = []
+    for group in groups:
+        if parts and group.stop - parts[-1][0].start <= most:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
 
 
 def split_rows(x: Tensor, parts: Sequence[Sequence[ParamGroup]]) -> tuple[Tensor, ...]:

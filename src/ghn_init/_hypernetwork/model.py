@@ -19,7 +19,7 @@ from ghn_init._hypernetwork.tile import Tile, full_size
 from ghn_init._hypernetwork.transformer import Transformer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
@@ -163,23 +163,26 @@ class Hypernetwork(Decoders):
 
         `raw` leaves out normalisation and priors; a configuration without `weight_norm` has no normalisation.
         """
-        scales = batch.scales if self.config.weight_norm and not raw else None
         # In full precision, whatever the caller's autocast: these are small matrices with long chains.
         with torch.autocast(self.device.type, enabled=False):
-            features = self.encode(batch).index_select(0, batch.rows)
-            blocks = self.decode(features, scales, batch.groups)
-            return blocks if raw else self._with_priors(blocks, batch)
+            return list(self._blocks(batch, raw=raw))
 
-    def _with_priors(self, blocks: list[Tensor], batch: GraphBatch) -> list[Tensor]:
+    def _blocks(self, batch: GraphBatch, *, raw: bool = False) -> Iterator[Tensor]:
+        """The blocks of all groups, each made when it is wanted."""
+        scales = batch.scales if self.config.weight_norm and not raw else None
+        blocks = self.decode(self.encode(batch).index_select(0, batch.rows), scales, batch.groups)
+        return blocks if raw else self._with_priors(blocks, batch)
+
+    def _with_priors(self, blocks: Iterator[Tensor], batch: GraphBatch) -> Iterator[Tensor]:
         """The blocks of all groups with the priors that their parameters have."""
         config = self.config
         if not (config.identity or config.whitening):
             return blocks
         filters = self.get_buffer("whitening") if config.whitening else None
-        return [
+        return (
             with_prior(values, group.key, config, filters)
             for values, group in zip(blocks, batch.groups, strict=True)
-        ]
+        )
 
     def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
         """Predict all parameters of every graph, differentiably.
@@ -203,9 +206,9 @@ class Hypernetwork(Decoders):
         """Predict the parameters of a graph (or those in `names`) as blocks, without full tensors."""
         batch = self.batch(graph, names=names)
         tiles: dict[str, Tile] = {}
-        blocks = self.blocks(batch)
-        for values, group in zip(blocks, batch.groups, strict=True):
-            key = group.key
-            for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
-                tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
+        with torch.autocast(self.device.type, enabled=False):
+            for values, group in zip(self._blocks(batch), batch.groups, strict=True):
+                key = group.key
+                for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
+                    tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
         return tiles
