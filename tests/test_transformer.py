@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node
+from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, load
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch
 from ghn_init._hypernetwork.gates import without_gate_poolings
 from ghn_init._hypernetwork.transformer import Transformer
+from ghn_init.cli import app
 from ghn_init.training._scaled_init import VECTOR_RMS, init_for_training
 from test_model import random_graph, renumbered
+from training_runs import random_images, tiny_config, tiny_trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINY = {"hid": 8, "layers": 2, "heads": 2, "num_classes": 5, "max_shape": (3, 4, 4, 4)}
 
@@ -285,3 +293,40 @@ def test_names_are_the_published_ones() -> None:
     }
     gated = {name for name, _ in GHN(GHNConfig.ghn2()).named_parameters() if not name.startswith("gnn")}
     assert names == layers | first | tables | gated
+
+
+def test_the_command_trains_one(tmp_path: Path) -> None:
+    images = random_images(5_048)  # 5,000 are held out
+    arrays = {
+        "train_images": images.pixels.permute(0, 2, 3, 1).numpy(),
+        "train_labels": images.labels.numpy(),
+    }
+    np.savez(tmp_path / "set.npz", **arrays, classes=np.array(images.classes))
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(steps=2).to_dict()))
+    arguments = ["train", str(tmp_path / "set.npz"), "--config", str(tmp_path / "config.json")]
+    arguments += ["--set", "ghn.hypernet=transformer", "--set", "ghn.layers=2", "--set", "ghn.heads=2"]
+    arguments += ["-o", str(tmp_path / "run"), "--validation-networks", "1", "--validation-images", "8"]
+    for message in ("stopped; run again", "done: step 2, 4 networks"):
+        done = CliRunner().invoke(app, [*arguments, "--time-limit", "0"])
+        assert done.exit_code == 0, done.output
+        assert message in done.output
+    trained = load(tmp_path / "run" / "ghn")
+    assert trained.config == GHNConfig.from_dict(
+        {**tiny_config().ghn.to_dict(), "hypernet": "transformer", "layers": 2, "heads": 2}
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_moves_all_weights_and_repeats(optimizer: str, tmp_path: Path) -> None:
+    ghn = {"hypernet": "transformer", "hid": 8, "layers": 2, "heads": 2, "max_shape": [16, 16, 11, 11]}
+    run = tiny_config(ghn=ghn, optimizer=optimizer, ema=0.0)
+    losses: list[list[float]] = [[], []]
+    for index in range(2):
+        trainer = tiny_trainer(tmp_path / str(index), run)
+        before = {name: values.detach().clone() for name, values in trainer.ghn.named_parameters()}
+        assert trainer.run(lambda record, found=losses[index]: found.append(record.loss))
+        after = dict(trainer.ghn.named_parameters())
+        still = [name for name, values in before.items() if torch.equal(values, after[name])]
+        assert still == []
+    assert losses[0] == losses[1]
+    assert all(math.isfinite(loss) for loss in losses[0])

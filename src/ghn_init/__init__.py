@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ghn_init._weights.ghn import GHN
     from ghn_init._weights.load import load
     from ghn_init._writing.batchnorm import calibrate_batchnorm
+    from ghn_init._writing.embed import embed
     from ghn_init._writing.familiarity import OutOfDistributionWarning
     from ghn_init._writing.plan import Plan, plan, predict, predict_to
 
@@ -62,6 +63,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "calibrate_batchnorm",
+    "embed",
     "large_on_meta",
     "load",
     "plan",
@@ -81,6 +83,7 @@ _MODULE_OF = {
     "OutOfDistributionWarning": "_writing.familiarity",
     "Plan": "_writing.plan",
     "calibrate_batchnorm": "_writing.batchnorm",
+    "embed": "_writing.embed",
     "large_on_meta": "_meta.large_on_meta",
     "load": "_weights.load",
     "plan": "_writing.plan",
