@@ -26,7 +26,7 @@ def embed(
     """The embedding of a network's graph: the mean of its nodes' features before the decoder.
 
     Networks that are alike in structure get vectors that are near each other, so that a regressor can predict
-    a network's properties from them (arXiv 2110.13100, section 5.3). What is seen is the graph and the shapes
+    a network's properties from them (arXiv 2110.13100). What is seen is the graph and the shapes
     of the parameters; their values make no difference.
 
     Args:
