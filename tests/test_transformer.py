@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, load
 from ghn_init._graph.graph import graph_from_edges
+from ghn_init._hypernetwork import decoder
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch
 from ghn_init._hypernetwork.gates import without_gate_poolings
 from ghn_init._hypernetwork.transformer import Transformer
@@ -330,3 +333,55 @@ def test_training_moves_all_weights_and_repeats(optimizer: str, tmp_path: Path) 
         assert still == []
     assert losses[0] == losses[1]
     assert all(math.isfinite(loss) for loss in losses[0])
+
+
+# Large weights
+
+
+@pytest.mark.parametrize("part", [1, 300, 1 << 24])
+@pytest.mark.parametrize("settings", [config(), GHNConfig.ghn2(5, hid=8, max_shape=(3, 4, 4, 4))])
+def test_decoding_in_parts_gives_what_all_at_once_does(
+    part: int, settings: GHNConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghn = GHN(settings).double()
+    graph = random_graph(2, 30)
+    (expected,) = ghn(graph)
+    monkeypatch.setattr(decoder, "_PART", part)
+    tiles = ghn.predict_tiles(graph)
+    assert tiles.keys() == expected.keys()
+    for name, tile in tiles.items():
+        torch.testing.assert_close(tile.expand(), expected[name].detach())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+def test_predicting_copies_no_large_weight() -> None:
+    """A GHN-3 whose largest weights have 354 and 151 MB, of which whole and partial blocks are used."""
+    code = """
+import torch
+from ghn_init import GHN, GHNConfig, Node
+from ghn_init._graph.graph import graph_from_edges
+from pathlib import Path
+
+torch.set_num_threads(1)
+shapes = [(240, 200, 3, 3), (200, 240, 1, 1), (1000, 1000, 1, 1), (240, 3, 7, 7), (240, 3, 16, 16), (64, 240)]
+nodes = [Node("input"), *(Node("conv", f"p{i}", shape) for i, shape in enumerate(shapes))]
+graph = graph_from_edges(nodes, [(i, i + 1) for i in range(len(shapes))])
+with torch.device("meta"):
+    ghn = GHN(GHNConfig.ghn3("l", hid=192, max_shape=(240, 240, 16, 16), layers=1))
+ghn = ghn.to_empty(device="cpu")
+for values in ghn.parameters():
+    values.data.fill_(0.01)
+
+def resident(key):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1e3
+
+before = resident("VmHWM")
+ghn.predict_tiles(graph)
+print("grown by", resident("VmHWM") - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 100

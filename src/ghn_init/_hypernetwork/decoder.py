@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ghn_init._hypernetwork.gated import MLP
 
 _PART: Final = 1 << 24
-"""Bytes of a weight that may be copied at once, and of values that are made at once, without gradients."""
+"""Bytes of a weight that may be copied, and, without gradients, of values that are made at once."""
 
 _WEIGHT, _CLASS_WEIGHT, _NORM, _BIAS, _CLASS_BIAS = range(len(KINDS))
 
@@ -101,8 +101,8 @@ class ConvDecoder(nn.Module):
         if torch.is_grad_enabled() or weight.numel() * weight.element_size() <= _PART:
             places = F.linear(x, weight.flatten(0, 2), bias.flatten())
         else:  # place by place, which copies nothing
-            parts = zip(weight.flatten(0, 1), bias.flatten(0, 1), strict=True)
-            places = torch.stack([F.linear(x, *part) for part in parts], dim=1)
+            every = itertools.product(*map(range, kernel))
+            places = torch.stack([F.linear(x, weight[place], bias[place]) for place in every], dim=1)
         places = F.relu(places).view(-1, channels)
         return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), *kernel, -1)
 
@@ -158,17 +158,13 @@ class _CornerLinear(torch.autograd.Function):
 def _corner_linear(x: Tensor, weight: Tensor, bias: Tensor, corner: tuple[int, ...]) -> Tensor:
     """Inputs (..., e) to the corner (..., o, i) of the outputs of a layer with weight (O, I, e)."""
     o, i = corner
-    most, step = weight.shape[1], weight.shape[2] * weight.element_size()
-    if i == most or o * i * step <= _PART:
+    large = o * i * weight.shape[2] * weight.element_size() > _PART
+    if not large or (i == weight.shape[1] and x.numel() == x.shape[-1]):
         return F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))
-    rows = x.flatten(0, -2)
-    values = x.new_empty(len(rows), o, i)
-    many = max(1, _PART // (i * step))
-    for start in range(0, o, many):  # the corner is not contiguous and would be copied as a whole
-        part = slice(start, min(start + many, o))
-        made = F.linear(rows, weight[part, :i].flatten(0, 1), bias[part, :i].flatten())
-        values[:, part] = made.unflatten(-1, (-1, i))
-    return values.view(*x.shape[:-1], o, i)
+    # The corner is not contiguous. One product for each output channel reads it where it is, without a copy.
+    columns = x.flatten(0, -2).T.expand(o, -1, -1)
+    values = torch.bmm(weight[:o, :i], columns).add_(bias[:o, :i, None])
+    return values.permute(2, 0, 1).unflatten(0, x.shape[:-1])
 
 
 class Decoders(nn.Module):
