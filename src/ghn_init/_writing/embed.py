@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ghn_init._hypernetwork.model import GHN
+    from ghn_init._weights.ghn import GHN
 
 
 def embed(
