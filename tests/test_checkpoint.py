@@ -104,18 +104,20 @@ def test_loaded_model_saves_and_loads_again(ghn: GHN, folder: Path, tmp_path: Pa
     assert equal(load(tmp_path / "again"), ghn)
 
 
-def test_published_file(published: Path) -> None:
+def test_a_published_file_gives_its_weights(published: Path) -> None:
     loaded = load(published)
     state = torch.load(published, weights_only=True)["state_dict"]
     assert loaded.config == GHNConfig.ghn2(5, hid=4, max_shape=(3, 4, 3, 3))
     assert all(torch.equal(values, state[name]) for name, values in loaded.state_dict().items())
 
 
-def test_reference_file(shared: Path) -> None:
+def test_the_reference_file_gives_its_weights(shared: Path) -> None:
     assert load(shared / "parity" / "ghn2_cifar10_random.pt").config == GHNConfig.cifar10()
 
 
-def test_bundled_weights(ghn: GHN, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_weights_are_found_by_their_name(
+    ghn: GHN, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(folder, tmp_path / "weights" / "mine")
     monkeypatch.setattr(checkpoint, "_bundled_folder", lambda: tmp_path / "weights")
     assert checkpoint.bundled_names() == ["mine"]
@@ -138,7 +140,7 @@ def test_half_precision_weights_become_float32(folder: Path) -> None:
     assert torch.equal(loaded.embed.weight, state["embed.weight"].half().float())
 
 
-def test_device(folder: Path) -> None:
+def test_weights_go_to_the_device_asked_for(folder: Path) -> None:
     assert load(folder, device="meta").device.type == "meta"
 
 
@@ -154,7 +156,7 @@ def test_missing_files_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
-def test_truncated_weights(folder: Path, keep: int) -> None:
+def test_truncated_weights_are_refused(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(
@@ -172,7 +174,9 @@ def test_truncated_weights(folder: Path, keep: int) -> None:
         ('{"hid": "x"}', ConfigError, r"config\.json: GHN configuration: hid='x'; expected an integer"),
     ],
 )
-def test_bad_configuration(folder: Path, text: str, error: type[Exception], message: str) -> None:
+def test_a_bad_configuration_is_refused(
+    folder: Path, text: str, error: type[Exception], message: str
+) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(error, match=message):
         load(folder)
@@ -229,7 +233,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("keep", [100, -100])
-def test_truncated_published_file(published: Path, keep: int) -> None:
+def test_a_truncated_published_file_is_refused(published: Path, keep: int) -> None:
     published.write_bytes(published.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"published\.pt: expected a checkpoint .* damaged"):
         load(published)
@@ -359,7 +363,7 @@ for address in {addresses!r}:
 """
 
 
-def test_hub(ghn: GHN, hub: str, tmp_path: Path) -> None:
+def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, tmp_path: Path) -> None:
     total = float(ghn.embed.weight.detach().double().sum())
     addresses = ["hf://org/repo", "hf://org/repo@v1", "hf://org/other"]
     found = in_new_process(LOAD.format(addresses=addresses), tmp_path / "home", hub)

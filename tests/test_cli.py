@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import huggingface_hub
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file, load_model
 from torch import nn
 from torchvision.models import resnet18
@@ -20,7 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import ghn_init
-from ghn_init.cli import app
+from ghn_init.cli import _output, app
 from ghn_init.cli._output import Steps, save
 
 if TYPE_CHECKING:
@@ -356,13 +357,15 @@ def test_a_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A stderr that says it is a terminal and remembers what was drawn."""
+    """A stderr that says it is a terminal, remembers what was drawn, and tells when a text was."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, awaited: str) -> None:
+        self.text, self.awaited, self.seen = "", awaited, Event()
 
     def write(self, text: str) -> int:
         self.text += text
+        if self.awaited in self.text:
+            self.seen.set()
         return len(text)
 
     def flush(self) -> None:
@@ -372,26 +375,28 @@ class Terminal:
         return True
 
 
-@pytest.mark.parametrize(("pause", "appears"), [(0.0, False), (0.3, True)])
+@pytest.mark.parametrize(("patience", "appears"), [(600.0, False), (0.01, True)])
 def test_progress_appears_only_after_a_while(
-    monkeypatch: pytest.MonkeyPatch, pause: float, appears: bool
+    monkeypatch: pytest.MonkeyPatch, patience: float, appears: bool
 ) -> None:
-    terminal = Terminal()
+    terminal = Terminal("thinking hard")
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("ghn_init.cli._output.PATIENCE", 0.1)
+    monkeypatch.setattr(_output, "PATIENCE", patience)
     with Steps(total=1) as steps, steps("thinking hard"):
-        time.sleep(pause)
-    assert ("thinking hard" in terminal.text) is appears
-    assert steps.milliseconds["thinking"] >= 1000 * pause
+        assert terminal.seen.wait(300) if appears else True
+    assert terminal.seen.is_set() is appears
+    assert list(steps.milliseconds) == ["thinking"]
 
 
 def test_progress_is_silent_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghn_init.cli._output.PATIENCE", 0.0)
+    started = Event()
+    monkeypatch.setattr(_output, "PATIENCE", 0.0)
+    monkeypatch.setattr(Progress, "start", lambda _: started.set())
     with Steps(total=1) as steps, steps("thinking"):
-        time.sleep(0.05)
+        assert not started.wait(0.05)
     assert capsys.readouterr().err == ""
 
 

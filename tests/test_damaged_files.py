@@ -86,7 +86,9 @@ def outcome(path: Path, sound: GHN) -> str:
 
 
 @given(what=damage)
-def test_damaged_safetensors(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+def test_damaged_safetensors_give_an_error_or_what_was_saved(
+    folder: Path, sound: GHN, what: tuple[str, float, int]
+) -> None:
     target = folder / "one"
     target.mkdir(exist_ok=True)
     content = damaged((folder / "model.safetensors").read_bytes(), *what)
@@ -96,7 +98,9 @@ def test_damaged_safetensors(folder: Path, sound: GHN, what: tuple[str, float, i
 
 
 @given(what=damage)
-def test_damaged_configuration(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+def test_a_damaged_configuration_gives_an_error_or_what_was_saved(
+    folder: Path, sound: GHN, what: tuple[str, float, int]
+) -> None:
     target = folder / "two"
     target.mkdir(exist_ok=True)
     (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())

@@ -148,7 +148,7 @@ def test_counting_equals_building(split: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("norm", ["bnorm", None])
-def test_operations(name: str, stride: int, norm: str | None) -> None:
+def test_operations_have_their_size_and_shape(name: str, stride: int, norm: str | None) -> None:
     module = Layers(norm).operation(name, 16, stride)
     if module is None:
         assert name == "none"
@@ -201,7 +201,7 @@ def test_attention_is_a_transformer_block() -> None:
 
 
 @pytest.mark.parametrize("image_size", [16, 32])
-def test_networks_train(image_size: int) -> None:
+def test_networks_can_be_trained(image_size: int) -> None:
     for index in range(8):
         arch = dataclasses.replace(sample("train", index, seed=3), C=16, fc_dim=32)
         network = arch.build(num_classes=5, image_size=image_size)
@@ -291,7 +291,7 @@ def test_a_cell_without_output_feeds_nothing() -> None:
         ({"genotype": genotype(("msa", 0))}, "same even number of edges"),
     ],
 )
-def test_invalid_architectures(change: dict[str, Any], message: str) -> None:
+def test_invalid_architectures_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArchitectureError, match=message):
         dataclasses.replace(SIMPLE, **change)
 
@@ -399,7 +399,7 @@ def test_evaluation_networks_have_the_published_size() -> None:
         assert narrower is None or narrower.num_params() < 2_500_000
 
 
-def test_predefined_networks() -> None:
+def test_predefined_networks_are_those_of_the_paper() -> None:
     resnet, vit = DeepNets1M("predefined")
     assert isinstance(resnet, ResNet50)
     assert isinstance(vit, Architecture)
@@ -411,7 +411,7 @@ def test_predefined_networks() -> None:
         resnet.build(C=32)
 
 
-def test_unknown_splits() -> None:
+def test_unknown_splits_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="no split 'holdout' in DeepNets-1M; expected one of"):
         DeepNets1M("holdout")
     with pytest.raises(ArchitectureError, match="split 'wide' is not sampled"):

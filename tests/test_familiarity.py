@@ -79,7 +79,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reasons(name: str) -> None:
+def test_unfamiliar_networks_are_told_with_their_reasons(name: str) -> None:
     model, reasons = CASES[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

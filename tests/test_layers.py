@@ -105,7 +105,7 @@ def _node(node: Node) -> str:
 
 @pytest.mark.source
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.layer)
-def test_row(row: Row) -> None:
+def test_a_row_of_the_page_says_what_happens(row: Row) -> None:
     model, args = built(row)
     assert described(trace(model, args)) == (row.nodes, row.kept)
 

@@ -209,7 +209,7 @@ def test_shapes_take_the_nearest_entry(shape: tuple[int, ...], counts_as: tuple[
         (Node("sum"), None),
     ],
 )
-def test_canonical_shapes(node: Node, shape: tuple[int, ...] | None) -> None:
+def test_every_node_has_its_canonical_shape(node: Node, shape: tuple[int, ...] | None) -> None:
     assert canonical_shape(node) == shape
 
 

@@ -32,6 +32,7 @@ from ghn_init._writing.diversify import diversify, filter_correlation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.tile import Tile
@@ -218,7 +219,7 @@ def kept(model: nn.Module, ghn: GHN, **options: Any) -> dict[str, str]:
     return {row.name: row.reason for row in plan(model, ghn, **options).rows if row.action == "kept"}
 
 
-def test_head(ghn: GHN) -> None:
+def test_the_head_is_predicted_where_its_width_is_known_or_it_is_wanted(ghn: GHN) -> None:
     assert kept(Net(10), ghn) == {}
     assert set(kept(Net(7), ghn)) == {"fc.weight", "fc.bias"}
     assert kept(Net(10), ghn, head="keep")["fc.bias"] == "classifier (head='keep')"
@@ -260,7 +261,7 @@ def test_included_values_are_those_of_the_whole_prediction(ghn: GHN) -> None:
         ({"seed": 1.5}, "seed=1.5: expected an integer"),
     ],
 )
-def test_bad_options(ghn: GHN, options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(ghn: GHN, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PredictError, match=message):
         plan(Net(), ghn, **options)
 
@@ -299,7 +300,7 @@ def test_nothing_to_write(ghn: GHN) -> None:
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyLinear(10)), "1.weight, 1.bias have no shape yet"),
     ],
 )
-def test_bad_models(ghn: GHN, model: Any, message: str) -> None:
+def test_bad_models_are_refused(ghn: GHN, model: Any, message: str) -> None:
     with pytest.raises(PredictError, match=message):
         predict(model, ghn)
 
@@ -453,7 +454,7 @@ def test_bundled_weights_are_read_once_and_files_every_time(
 
 
 @pytest.mark.parametrize("weights", ["ghn9-nowhere", None, 3])
-def test_bad_weights(weights: Any) -> None:
+def test_bad_weights_are_refused(weights: Any) -> None:
     model = Net()
     before = state(model)
     with pytest.raises(CheckpointError, match=r"ghn9-nowhere|weights of type"):
@@ -468,23 +469,6 @@ def test_threads_get_the_serial_results(ghn: GHN) -> None:
         list(pool.map(lambda model: predict(model, ghn), models))
     for model in models:
         assert_same_state(model, expected)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_extra_memory_is_small(ghn: GHN) -> None:
-    with torch.no_grad():
-        model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8)))  # 134 MB
-        model.requires_grad_(False)
-    predict(model, ghn, example_input=(1, 2048))
-
-    def megabytes(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(key))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = megabytes("VmRSS")
-    predict(model, ghn, example_input=(1, 2048))
-    assert megabytes("VmHWM") - before < 30
 
 
 # What the caller has set -------------------------------------------------------------------------------

@@ -144,6 +144,15 @@ def test_an_injected_failure_leaves_the_model_as_it_was(
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_of_a_failure_is_on_the_way(place: str) -> None:
+    """Or the test above would inject nothing there, and pass."""
+    model = RandomModel("image", [0])
+    with failing(place, RuntimeError, 0) as failed, pytest.raises((RuntimeError, GHNInitError)):
+        predict(model, SMALL, example_input=(model.example(),), head="predict")
+    assert failed()
+
+
 @given(
     kind=kinds,
     numbers=numbers,

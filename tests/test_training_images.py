@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,10 +13,9 @@ from PIL import Image
 
 from ghn_init._errors import TrainingError
 from ghn_init.training import Images, Normalisation, hold_out, load_images
-from ghn_init.training.data import _decode, augment, batch_indices, generator, halve
+from ghn_init.training.data import augment, batch_indices, generator, halve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
@@ -62,7 +61,7 @@ def same(images: Images, split: str) -> bool:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_image_folder(folder: Path, split: str) -> None:
+def test_images_come_from_a_folder(folder: Path, split: str) -> None:
     assert same(load_images(folder, split), split)
     assert same(load_images(folder / split, split), split)
     other = {"train": "test", "test": "train"}[split]
@@ -70,16 +69,19 @@ def test_an_image_folder(folder: Path, split: str) -> None:
 
 
 def test_decoded_images_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[Path] = []
+    opened: list[Any] = []
+    decode = Image.open
 
-    def decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
-        decoded.append(path)
-        return _decode(files, path)
+    def counted(*args: Any, **options: Any) -> Image.Image:
+        opened.append(args)
+        return decode(*args, **options)
 
-    monkeypatch.setattr("ghn_init.training.data._decode", decode)
+    monkeypatch.setattr(Image, "open", counted)
     assert same(load_images(folder, "train"), "train")
+    assert opened
+    opened.clear()
     assert same(load_images(folder, "train"), "train")
-    assert decoded == [folder]
+    assert not opened
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
@@ -99,7 +101,7 @@ def test_one_archive_of_both_splits(folder: Path, tmp_path: Path) -> None:
         assert same(load_images(tmp_path / "all.tar", split), split)
 
 
-def test_an_npz(tmp_path: Path) -> None:
+def test_images_come_from_an_npz(tmp_path: Path) -> None:
     arrays = {}
     for split in COUNTS:
         pixels, labels = expected(split)
@@ -123,6 +125,9 @@ def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingError, match="no images; expected one folder per class"):
         load_images(tmp_path / "empty", "train")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(TrainingError, match="cannot read train_images"):
+        load_images(tmp_path / "broken.npz", "train")
     (tmp_path / "broken.tar").write_bytes(b"no archive")
     with pytest.raises(TrainingError, match="not a readable archive"):
         load_images(tmp_path / "broken.tar", "train")

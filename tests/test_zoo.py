@@ -61,13 +61,13 @@ def _findings(network: Network, ghn_dir: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")  # far from what the GHN was trained on
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name: str, ghn_dir: Path) -> None:
+def test_networks_of_torchvision_are_predicted(name: str, ghn_dir: Path) -> None:
     assert _findings(_zoo("torchvision")[name], ghn_dir) == []
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str, ghn_dir: Path) -> None:
+def test_networks_of_timm_are_predicted(name: str, ghn_dir: Path) -> None:
     pytest.importorskip("timm")
     assert _findings(_zoo("timm")[name], ghn_dir) == []
 

@@ -227,6 +227,8 @@ def training_config(
         if not sign:
             raise typer.BadParameter(f"{setting!r}; expected KEY=VALUE")
         owner = values.setdefault("ghn", {}) if key.startswith("ghn.") else values
+        if not isinstance(owner, dict):
+            raise typer.BadParameter(f"{setting!r} and ghn={owner!r}; expected only one of them")
         owner[key.removeprefix("ghn.")] = _value(text)
     if steps is not None:
         values["steps"] = steps

@@ -16,6 +16,12 @@ _AT_LEAST: Final = {
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
     "param_decay": 0.0, "crop_padding": 0,
 }  # fmt: skip
+_TYPES: Final[Mapping[str, Any]] = {
+    "int": int, "int | None": int | None, "float": float | int, "float | None": float | int | None,
+    "GHNConfig": GHNConfig,
+}  # fmt: skip
+"""What the fields' annotations mean; those of choices are checked by themselves."""
+
 _FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
@@ -92,6 +98,10 @@ class TrainConfig:
     prefetch: int = 3
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, _TYPES.get(str(entry.type), object)) or isinstance(value, bool):
+                raise ConfigError(f"training: {entry.name}={value!r}; expected {entry.type}")
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected at least {least}")
@@ -119,8 +129,8 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"training: unknown {', '.join(unknown)}; expected {', '.join(sorted(known))}")
         values = dict(values)
-        if not isinstance(values.get("ghn"), GHNConfig | None):
-            values["ghn"] = GHNConfig.from_dict(values["ghn"])
+        if isinstance(ghn := values.get("ghn", {}), dict):
+            values["ghn"] = GHNConfig.from_dict(ghn)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -270,10 +271,10 @@ def _write_npz(path: Path, images: Images, split: str) -> None:
 
 def _read_npz(path: Path, split: str) -> Images:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
             classes = file["classes"].tolist() if "classes" in file else range(int(labels.max()) + 1)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise TrainingError(
