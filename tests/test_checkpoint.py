@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -361,6 +363,44 @@ for address in {addresses!r}:
     except ghn_init.CheckpointError as error:
         print(address, "fails:", error)
 """
+
+
+@pytest.fixture(params=["stalls", "hangs up"])
+def silent_hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
+    """The address of a server that takes connections and never answers, and the connections that it took."""
+    taken: list[str] = []
+    over = threading.Event()
+
+    class Silent(BaseRequestHandler):
+        def handle(self) -> None:
+            taken.append(request.param)
+            if request.param == "stalls":
+                over.wait(600)
+
+    class Server(ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", taken
+        over.set()
+        server.shutdown()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
+    hub: str, silent_hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    address, taken = silent_hub
+    load_it = "import ghn_init._weights.hub as hub\nhub._PATIENCE = 1.0\n" + LOAD.format(
+        addresses=["hf://org/repo"]
+    )
+    found = in_new_process(load_it, tmp_path / "home", address)
+    assert re.match(r"hf://org/repo fails: hf://org/repo: expected .* found \w+: .* check its name", found)
+    assert len(taken) == 1
+    fetched = in_new_process(load_it, tmp_path / "home", hub)
+    assert "gives" in fetched
+    assert in_new_process(load_it, tmp_path / "home", address).splitlines()[0] == fetched.splitlines()[0]
+    assert len(taken) == 2
 
 
 def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, tmp_path: Path) -> None:

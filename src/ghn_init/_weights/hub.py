@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever library huggingface_hub uses
+    LocalEntryNotFoundError,
+)
 
 from ghn_init._errors import CheckpointError
 from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_PATIENCE: Final = 10.0
+"""Seconds that the hub has for its first answer."""
 
 
 def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
@@ -28,13 +37,39 @@ def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
         CheckpointError: A repository or file that cannot be reached and is not in the cache.
     """
     with _hub_errors(repo, file):
-        if file is not None:
-            return Path(huggingface_hub.hf_hub_download(repo, file, **options))
-        names = [WEIGHTS_FILE, CONFIG_FILE]
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=names, **options))
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise EntryNotFoundError(f"no {' and no '.join(missing)}")
-        return folder
+        silence = None if options.get("local_files_only") else _silence(repo, options)
+        if silence is None:
+            return _fetched(repo, file, options)
+        try:
+            return _fetched(repo, file, options | {"local_files_only": True})
+        except LocalEntryNotFoundError:
+            raise silence from None
+
+
+def _silence(repo: str, options: dict[str, Any]) -> Exception | None:
+    """What keeps the hub from answering, asked once, or None where it answers.
+
+    huggingface_hub itself asks six times: for half a minute where there is no connection, for more than one
+    where the hub stalls.
+    """
+    api = huggingface_hub.HfApi(token=options.get("token"))
+    try:
+        api.repo_info(repo, revision=options.get("revision") or "main", timeout=_PATIENCE)
+    except HfHubHTTPError:  # an answer: what it means is found when the files are asked for
+        return None
+    except (OSError, HTTPError) as error:
+        return error
+    return None
+
+
+def _fetched(repo: str, file: str | None, options: dict[str, Any]) -> Path:
+    if file is not None:
+        return Path(huggingface_hub.hf_hub_download(repo, file, **options))
+    names = [WEIGHTS_FILE, CONFIG_FILE]
+    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=names, **options))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise EntryNotFoundError(f"no {' and no '.join(missing)}")
+    return folder
 
 
 def upload(
@@ -62,7 +97,7 @@ def _hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
     """Turn the hub's errors into one of ours that says what to do."""
     try:
         yield
-    except (OSError, EntryNotFoundError, HFValidationError) as error:  # the hub's HTTP errors are OSErrors
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         files = file or f"{WEIGHTS_FILE} and {CONFIG_FILE}"
         other = "" if file else f"; a published file there is hf://{repo}/FILE.pt"
