@@ -72,13 +72,14 @@ Head = Annotated[
 Scale = Annotated[
     Literal["auto", "own", "predicted"],
     typer.Option(
-        help="To train the network: weights at the layers' own scale, norms as they were (own). To use it "
-        "untrained: everything as predicted (predicted). auto: own, but predicted with --head predict."
+        help="Write weights at the layers' own scale and leave norms as they were, to train (own), or "
+        "write everything as predicted, to use it untrained (predicted). By default (auto) it is own, but "
+        "predicted with --head predict."
     ),
 ]
 Frozen = Annotated[
     Literal["keep", "predict"],
-    typer.Option(help="Parameters without requires_grad: keep them, or predict them, too."),
+    typer.Option(help="Keep parameters that do not require gradients, or predict them, too."),
 ]
 Include = Annotated[
     list[str] | None,
