@@ -321,7 +321,7 @@ def test_predicted_networks_begin_with_the_same_features() -> None:
             nn.Conv2d(3, width, 3, bias=False), nn.Conv2d(width, 2 * width, 3, bias=False),
             nn.Conv2d(2 * width, width, 1, bias=False), nn.Flatten(1), nn.Linear(width * 144, 10, bias=False),
         )  # fmt: skip
-        outputs.append(predict(network, ghn)[:3](x))
+        outputs.append(predict(network, ghn, scale="predicted")[:3](x))
     close(outputs[1][:, :64], outputs[0].detach())
     mixing = torch.linalg.matrix_power(half_mirrored(64), 2)
     stem = 3 * stem_filters(ghn.get_buffer("whitening"), 64, (3, 3))
