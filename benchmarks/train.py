@@ -32,7 +32,7 @@ import torch
 
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer
 from ghn_init.training._engine import Engine, Result, prepare_process
-from ghn_init.training._meta_batches import Stream
+from ghn_init.training._meta_batches import MetaBatches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,7 +106,7 @@ def measure(
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(clock, config, images, images, RunOptions(output=Path(folder)))
-        batches = iter(Stream(config, image_size, ranks=trainer.ranks))
+        batches = iter(MetaBatches(config, image_size, ranks=trainer.ranks))
         for _ in range(warmup + steps):
             trainer.clock.seconds.clear()
             with trainer.clock("host"):

@@ -23,7 +23,7 @@ import torch
 from ghn_init.cli._training_options import training_config
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer, hold_out, load_images
 from ghn_init.training._engine import Engine, prepare_process
-from ghn_init.training._meta_batches import MetaBatch, Stream
+from ghn_init.training._meta_batches import MetaBatch, MetaBatches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ SGD_CLIP: Final = 5.0
 
 def batches(config: TrainConfig, image_size: int, count: int) -> list[MetaBatch]:
     """The first `count` architectures of the stream, each a meta-batch of its own."""
-    return list(itertools.islice(Stream(config, image_size), count))
+    return list(itertools.islice(MetaBatches(config, image_size), count))
 
 
 def train_ghn(config: TrainConfig, images: Images, validation: Images, networks: int) -> float:

@@ -28,7 +28,7 @@ from ghn_init.training import TrainConfig
 from ghn_init.training._engine import KERNELS, Engine, Result, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
-from ghn_init.training._meta_batches import Prefetcher, Stream
+from ghn_init.training._meta_batches import MetaBatches, Prefetcher
 from ghn_init.training._ranks import Ranks, local_device
 from ghn_init.training._schedule import learning_rate
 from training_runs import figures, random_images, tiny_config, tiny_trainer
@@ -164,7 +164,7 @@ def test_batch_norm_uses_the_batch_and_dropout_a_seed() -> None:
 
 
 def test_the_engine_gives_the_gradients_of_functional_call() -> None:
-    stream = Stream(tiny_config(), 16)
+    stream = MetaBatches(tiny_config(), 16)
     task, (graph,) = next(stream.tasks()), stream.graphs(1)
     (predicted,) = GHN(GHNConfig.from_dict(training_runs.TINY_GHN))([graph])
     params = {name: value.detach().requires_grad_() for name, value in predicted.items()}
@@ -203,16 +203,16 @@ def places(stream: Any, count: int) -> list[tuple[tuple[int, ...], int]]:
 @pytest.mark.parametrize("meta_batch", [1, 3])
 def test_the_stream_goes_on_from_any_place(meta_batch: int) -> None:
     config = tiny_config(meta_batch=meta_batch, curriculum_nodes=70)
-    whole = places(Stream(config, 16), 5)
+    whole = places(MetaBatches(config, 16), 5)
     assert len({index for indices, _ in whole for index in indices}) == 5 * meta_batch
     for done in range(1, 5):
-        assert places(Stream(config, 16, start=whole[done - 1][1]), 5 - done) == whole[done:]
+        assert places(MetaBatches(config, 16, start=whole[done - 1][1]), 5 - done) == whole[done:]
 
 
 def test_processes_share_meta_batches() -> None:
     config = tiny_config(meta_batch=4)
     whole, *shares = (
-        places(Stream(config, 16, 0, ranks), 3) for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2))
+        places(MetaBatches(config, 16, 0, ranks), 3) for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2))
     )
     for (indices, stop), *parts in zip(whole, *shares, strict=True):
         assert [part[1] for part in parts] == [stop, stop]
@@ -221,14 +221,14 @@ def test_processes_share_meta_batches() -> None:
 
 def test_networks_obey_the_filters() -> None:
     config = tiny_config(max_params=0.5, curriculum_nodes=80)
-    tasks = [task for task, _ in zip(Stream(config, 16).tasks(), range(10), strict=False)]
+    tasks = [task for task, _ in zip(MetaBatches(config, 16).tasks(), range(10), strict=False)]
     assert all(task.num_params <= 0.5e6 and task.architecture.num_nodes() <= 80 for task in tasks)
     assert all(task.architecture.supports(16) for task in tasks)
 
 
 def test_filters_that_leave_nothing_are_an_error() -> None:
     with pytest.raises(TrainingError, match=r"max_params=0\.001 .* expected wider limits"):
-        next(iter(Stream(tiny_config(max_params=0.001, meta_batch=1), 16)))
+        next(iter(MetaBatches(tiny_config(max_params=0.001, meta_batch=1), 16)))
 
 
 # Runs

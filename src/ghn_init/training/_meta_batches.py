@@ -1,7 +1,7 @@
-"""The stream of meta-batches: networks drawn, built, traced and batched, ahead of the compute.
+"""The sequence of meta-batches: networks drawn, built, traced and batched, ahead of the compute.
 
-Entry i of the stream of networks is a function of the seed and i. A meta-batch is made of the next
-networks that pass the filters; where it ends in the stream is all that a checkpoint has to keep.
+Network i of the sequence is a function of the seed and i. A meta-batch is made of the next
+networks that pass the filters; where it ends in the sequence is all that a checkpoint has to keep.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from ghn_init._errors import TrainingError
 from ghn_init._hypernetwork.batch import GraphBatch
 from ghn_init._tracing.trace import trace
-from ghn_init.deepnets import Architecture, DeepNets1M, training_width
-from ghn_init.deepnets import Stream as RandomStream
+from ghn_init.deepnets import Architecture, DeepNets1M, Stream, training_width
 from ghn_init.training._ranks import Ranks
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Task:
     """One network of a meta-batch.
 
     Attributes:
-        index: Its place in the stream.
+        index: Its place in the sequence.
         architecture: What to build, with the width that was drawn.
         num_params: Its parameters, used or not.
     """
@@ -85,15 +84,15 @@ class Task:
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """The networks of one step, their graphs as arrays, and where the stream goes on after them."""
+    """The networks of one step, their graphs as arrays, and where the sequence goes on after them."""
 
     tasks: tuple[Task, ...]
     graphs: GraphBatch
     stop: int
 
 
-class Stream:
-    """Meta-batches from place `start` of the stream on, for networks on images of `image_size`.
+class MetaBatches:
+    """Meta-batches from network `start` of the sequence on, for networks on images of `image_size`.
 
     Of every meta-batch a process builds only its share.
     """
@@ -108,7 +107,7 @@ class Stream:
     def __iter__(self) -> Iterator[MetaBatch]:
         """Meta-batches, window by window.
 
-        Networks that are run side by side should take equally long, so each window of the stream is
+        Networks that are run side by side should take equally long, so each window of it is
         sorted by cost and cut into meta-batches, which then come in an order of their own. Position
         `window * size + n` stands for the n-th meta-batch of a window.
         """
@@ -137,11 +136,11 @@ class Stream:
         tasks = [task for index in indices if (task := self._task(index)) is not None]
         tasks = sorted(tasks[: len(tasks) // many * many], key=lambda task: task.cost)
         groups = [tasks[start : start + many] for start in range(0, len(tasks), many)]
-        # By the place of one member in the stream, which has nothing to do with its cost.
+        # By the place of one member in the sequence, which has nothing to do with its cost.
         return sorted(groups, key=lambda group: group[0].index)
 
     def tasks(self) -> Iterator[Task]:
-        """The networks of the stream that pass the filters, from its beginning."""
+        """The networks of the sequence that pass the filters, from its beginning."""
         return (task for index in itertools.count() if (task := self._task(index)) is not None)
 
     def graphs(self, count: int) -> list[Graph]:
@@ -157,10 +156,10 @@ class Stream:
         return trace(network, (1, 3, self.image_size, self.image_size))
 
     def _task(self, index: int) -> Task | None:
-        """Network `index` of the stream, or None if a filter leaves it out."""
+        """Network `index` of the sequence, or None if a filter leaves it out."""
         config, architecture = self.config, self.networks[index]
         assert isinstance(architecture, Architecture)  # the training split has nothing else
-        width, fc_dim = training_width(architecture, RandomStream(config.seed, _WIDTHS, index), _FULL_SIZE)
+        width, fc_dim = training_width(architecture, Stream(config.seed, _WIDTHS, index), _FULL_SIZE)
         architecture = replace(architecture, C=width, fc_dim=fc_dim)
         num_params = architecture.num_params(config.ghn.num_classes, _FULL_SIZE)
         if not architecture.supports(self.image_size):
@@ -179,7 +178,7 @@ class Stream:
 
 
 class Prefetcher:
-    """Runs a `Stream` in a second process, `config.prefetch` meta-batches ahead; or in this one.
+    """Makes `MetaBatches` in a second process, `config.prefetch` meta-batches ahead; or in this one.
 
     A context manager and an iterator. Order and content do not depend on the process.
     """
@@ -187,7 +186,7 @@ class Prefetcher:
     def __init__(
         self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None
     ) -> None:
-        self._stream = Stream(config, image_size, start, ranks)
+        self._batches = MetaBatches(config, image_size, start, ranks)
         self._ahead = config.prefetch
         self._process: BaseProcess | None = None
 
@@ -195,7 +194,7 @@ class Prefetcher:
         if self._ahead:
             context = multiprocessing.get_context("spawn")
             self._receiver, sender = context.Pipe(duplex=False)
-            arguments = (self._stream, sender, self._ahead)
+            arguments = (self._batches, sender, self._ahead)
             self._process = context.Process(target=_produce, args=arguments, daemon=True)
             self._process.start()
             sender.close()  # so that the other process holds the only one, and its end ends the pipe
@@ -209,7 +208,7 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[MetaBatch]:
         if self._process is None:
-            yield from self._stream
+            yield from self._batches
         while True:
             yield self._next()
 
@@ -226,7 +225,7 @@ class Prefetcher:
         return item
 
 
-def _produce(stream: Stream, sender: Connection, ahead: int) -> None:
+def _produce(batches: MetaBatches, sender: Connection, ahead: int) -> None:
     """The second process: sends meta-batches, or the exception that ended it.
 
     Signals to the whole group of processes are for the training process, which ends this one.
@@ -238,7 +237,7 @@ def _produce(stream: Stream, sender: Connection, ahead: int) -> None:
     thread = threading.Thread(target=_send, args=(ready, sender), daemon=True)
     thread.start()
     try:
-        for batch in stream:
+        for batch in batches:
             ready.put(pickle.dumps(batch))
     except Exception as error:  # noqa: BLE001 (handed over and raised in the training process)
         ready.put(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))

@@ -22,7 +22,7 @@ from ghn_init.training._config import TrainConfig
 from ghn_init.training._curve import draw_curve
 from ghn_init.training._engine import Engine, Result
 from ghn_init.training._log import Log, Record, summary_writer
-from ghn_init.training._meta_batches import MetaBatch, Prefetcher, Stream
+from ghn_init.training._meta_batches import MetaBatch, MetaBatches, Prefetcher
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._run import RunOptions, State, Termination
@@ -125,7 +125,7 @@ class Trainer:
             torch.manual_seed(config.seed)  # so that all processes have the same weights
             ghn = GHN(config.ghn)
         if config.scaled_init:
-            graphs = Stream(config, self.image_size).graphs(config.scaled_init)
+            graphs = MetaBatches(config, self.image_size).graphs(config.scaled_init)
             init_for_training(ghn, graphs, seed=config.seed)
         few = self.images.pixels[:: max(len(self.images) // _WHITENED, 1)]
         ghn.whiten(self._sized(self.normalise(few)))
