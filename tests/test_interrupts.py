@@ -92,6 +92,7 @@ def test_ctrl_c_at_any_moment_leaves_the_model_as_it_was_or_wholly_written(
         assert all(module.training for module in model.modules()), moment
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert torch.equal(torch.get_rng_state(), random_state), moment
+        assert torch.is_grad_enabled(), moment
         assert signal.getsignal(signal.SIGINT) is handler
     assert interrupted > MOMENTS / 2  # Python swallows what is raised in a destructor
 

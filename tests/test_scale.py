@@ -147,14 +147,13 @@ def test_other_dtypes_keep_their_scale(ghn: GHN, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("width", [16, 130])
 def test_deep_networks_without_norm_neither_explode_nor_vanish(width: int) -> None:
-    """With the bundled weights, whose own scales take the outputs beyond 1e6 and, tiled, beyond 1e7."""
+    """With the bundled weights, tiled and not."""
     torch.manual_seed(0)
     widths = (3, *[width] * 12)
     layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairwise(widths)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
     x = torch.randn(8, 3, 16, 16)
     usual = rms(model(x))
-    assert rms(predict(copy.deepcopy(model), scale="predicted")(x)) > 1e6 * usual
     assert 0.1 * usual < rms(predict(model)(x)) < 10 * usual
 
 

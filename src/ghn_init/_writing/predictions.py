@@ -56,17 +56,22 @@ def plain_torch() -> Iterator[None]:
     Undoes, only where it is set: `torch.device(...)` contexts and `torch.set_default_device`, autocast,
     inference mode (its tensors could not be trained) and gradients. In a forked process there is one thread.
     """
-    with ExitStack() as stack:
-        stack.enter_context(surviving_threads())
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if torch.empty(0).device.type != "cpu":  # before 2.7, get_default_device() overlooks contexts
-            stack.enter_context(torch.device("cpu"))
-        for kind in _DEVICES:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    gradients = torch.is_grad_enabled()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(surviving_threads())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if torch.empty(0).device.type != "cpu":  # before 2.7, get_default_device() overlooks contexts
+                stack.enter_context(torch.device("cpu"))
+            for kind in _DEVICES:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        # Ctrl-C may keep a `torch.no_grad()` on the way from putting this back. A function of C it cannot stop.
+        torch._C._set_grad_enabled(gradients)  # noqa: SLF001
 
 
 def with_predictions(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> list[Entry]:
