@@ -70,7 +70,7 @@ def plain_torch() -> Iterator[None]:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
-        # Ctrl-C may keep a `torch.no_grad()` on the way from putting this back. A function of C it cannot stop.
+        # Ctrl-C may keep a `torch.no_grad()` from putting this back; it cannot stop a function of C.
         torch._C._set_grad_enabled(gradients)  # noqa: SLF001
 
 
