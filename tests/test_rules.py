@@ -1,0 +1,361 @@
+"""The rules, on small `torch.fx` graphs written by hand: which nodes and edges each function gives."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ghn_init import Graph, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Build = Callable[["Tape"], fx.Node]
+
+
+class Tape(fx.Graph):
+    """A graph whose inputs are activations `x` and parameters that it is given the shapes of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = self.placeholder("x")
+        self.root = nn.Module()
+
+    def weight(self, name: str, *shape: int) -> fx.Node:
+        """A parameter."""
+        self.root.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        return self.get_attr(name)
+
+    def layer(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
+        """The call of a module."""
+        self.root.add_module(name, module)
+        return self.call_module(name, (x,))
+
+    def conv(self, name: str, x: fx.Node | None = None, inputs: int = 4) -> fx.Node:
+        """A 1x1 convolution to four channels, without a bias."""
+        return self.call(F.conv2d, self.x if x is None else x, self.weight(name, 4, inputs, 1, 1))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """The call of a function."""
+        return self.call_function(function, args, kwargs)
+
+
+def drawn(build: Build, shape: tuple[int, ...] = (2, 4, 8, 8)) -> Graph:
+    """The GHN's graph of a graph written by hand."""
+    tape = Tape()
+    tape.output(build(tape))
+    tape.lint()
+    return trace(fx.GraphModule(tape.root, tape), shape)
+
+
+def check(graph: Graph, nodes: str, edges: set[tuple[int, int]] | None = None) -> None:
+    """Types and parameters of all nodes but the input; without `edges` they are a chain."""
+    found = [node.type + (f"({node.param})" if node.param else "") for node in graph.nodes]
+    assert found == ["input", *nodes.split()]
+    wanted = {(index, index + 1) for index in range(len(found) - 1)} if edges is None else edges
+    assert set(graph.edges) == wanted
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("groups", "dilation", "kind"), [
+    (1, 1, "conv"), (1, 2, "conv"), (4, 1, "sep_conv"), (4, 2, "dil_conv"), (2, (2, 3), "dil_conv"),
+    (2, (1, 2), "sep_conv"),
+])  # fmt: skip
+def test_convolutions_by_groups_and_dilation(groups: int, dilation: int | tuple[int, int], kind: str) -> None:
+    def build(tape: Tape) -> fx.Node:
+        weight = tape.weight("w", 8, 4 // groups, 3, 3)
+        return tape.call(torch.conv2d, tape.x, weight, groups=groups, padding=3, dilation=dilation)
+
+    graph = drawn(build)
+    check(graph, f"{kind}(w)")
+    assert graph.nodes[1].shape == (8, 4 // groups, 3, 3)
+
+
+def test_a_convolution_with_a_bias() -> None:
+    check(drawn(lambda t: t.call(F.conv2d, t.x, t.weight("w", 8, 4, 3, 3), t.weight("b", 8))),
+          "conv(w) bias(b)")  # fmt: skip
+    check(drawn(lambda t: t.layer("stem", nn.Conv2d(4, 8, 3), t.x)), "conv(stem.weight) bias(stem.bias)")
+
+
+def test_a_transposed_convolution_has_its_weight_in_first() -> None:
+    graph = drawn(lambda t: t.call(F.conv_transpose2d, t.x, t.weight("w", 4, 6, 2, 2), t.weight("b", 6)))
+    check(graph, "conv(w) bias(b)")
+    assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((6, 4, 2, 2), True)
+
+
+def test_linear_layers() -> None:
+    check(drawn(lambda t: t.call(F.linear, t.x, t.weight("w", 3, 4), t.weight("b", 3)), (2, 4)),
+          "conv(w) bias(b)")  # fmt: skip
+    check(drawn(lambda t: t.call(F.linear, t.x, t.weight("w", 3, 4)), (2, 4)), "conv(w)")
+    graph = drawn(lambda t: t.call(torch.addmm, t.weight("b", 3), t.x, t.weight("w", 4, 3)), (2, 4))
+    check(graph, "conv(w) bias(b)")
+    assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((3, 4), True)
+
+
+def test_a_table_of_embeddings_has_no_node() -> None:
+    def build(tape: Tape) -> fx.Node:
+        found = tape.call(F.embedding, tape.call_method("long", (tape.x,)), tape.weight("table", 10, 4))
+        return tape.call(F.linear, found, tape.weight("w", 3, 4))
+
+    graph = drawn(build, (2, 5))
+    check(graph, "conv(w)")
+    assert [(p.name, p.role) for p in graph.unmatched] == [("table", "embedding table")]
+
+
+# -- products -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [torch.matmul, operator.matmul])
+def test_activations_times_a_weight_are_a_layer(function: Callable[..., Any]) -> None:
+    graph = drawn(lambda t: t.call(function, t.x, t.weight("w", 4, 3)), (2, 4))
+    check(graph, "conv(w)")
+    assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((3, 4), True)
+
+
+def test_einsum_of_a_weight_is_a_layer() -> None:
+    graph = drawn(lambda t: t.call(torch.einsum, "bti,ihd->bthd", t.x, t.weight("w", 4, 2, 3)), (2, 5, 4))
+    check(graph, "conv(w)")
+    assert (graph.nodes[1].shape, graph.nodes[1].stored) == ((6, 4), (4, 2, 3))
+
+
+# -- normalisation ------------------------------------------------------------------------------
+
+
+def test_norms_by_functions() -> None:
+    def batch(tape: Tape) -> fx.Node:
+        w, b = tape.weight("w", 4), tape.weight("b", 4)
+        return tape.call(F.batch_norm, tape.x, None, None, w, b, True)
+
+    for build, kind in (
+        (batch, "bn"),
+        (lambda t: t.call(F.layer_norm, t.x, (8,), t.weight("w", 8), t.weight("b", 8)), "ln"),
+        (lambda t: t.call(F.group_norm, t.x, 2, t.weight("w", 4), t.weight("b", 4)), "ln"),
+    ):
+        graph = drawn(build)
+        check(graph, f"{kind}(w)")
+        assert graph.nodes[1].bias == "b"
+    check(drawn(lambda t: t.call(F.rms_norm, t.x, (8,), t.weight("w", 8))), "ln(w)")
+    check(drawn(lambda t: t.call(F.layer_norm, t.x, (8,))), "ln")
+
+
+def by_hand(tape: Tape, dims: tuple[int, ...]) -> fx.Node:
+    """(x - mean) / sqrt(mean of squares) * w + b."""
+    w, b = tape.weight("w", 1, 4, 1, 1), tape.weight("b", 1, 4, 1, 1)
+    mean = tape.call_method("mean", (tape.x, dims), {"keepdim": True})
+    centred = tape.call(operator.sub, tape.x, mean)
+    squares = tape.call_method("mean", (tape.call_method("pow", (centred, 2)), dims), {"keepdim": True})
+    root = tape.call(torch.sqrt, tape.call(operator.add, squares, 1e-5))
+    scaled = tape.call(operator.mul, tape.call(operator.truediv, centred, root), w)
+    return tape.call(operator.add, scaled, b)
+
+
+@pytest.mark.parametrize(("dims", "kind"), [((1,), "ln"), ((1, 2, 3), "ln"), ((0, 2, 3), "bn")])
+def test_norms_by_hand(dims: tuple[int, ...], kind: str) -> None:
+    graph = drawn(lambda t: by_hand(t, dims))
+    check(graph, f"{kind}(w)")
+    node = graph.nodes[1]
+    assert (node.shape, node.stored, node.bias) == ((4,), (1, 4, 1, 1), "b")
+
+
+def test_divided_by_something_else_is_no_norm() -> None:
+    def build(tape: Tape) -> fx.Node:
+        y = tape.conv("w")
+        return tape.call(operator.truediv, y, tape.call(operator.add, tape.call(torch.abs, y), 1.0))
+
+    check(drawn(build), "conv(w)")
+
+
+# -- pooling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "args", "kind"), [
+    (F.max_pool2d, (3,), "max_pool"), (F.avg_pool2d, ((3, 3),), "avg_pool"),
+    (F.adaptive_avg_pool2d, (1,), "glob_avg"), (F.adaptive_avg_pool2d, ((2, 2),), "glob_avg"),
+    (torch.mean, ((2, 3),), "glob_avg"), (torch.mean, ((1, 2),), "glob_avg"),
+])  # fmt: skip
+def test_pooling(function: Callable[..., Any], args: tuple[Any, ...], kind: str) -> None:
+    graph = drawn(lambda t: t.call(function, t.x, *args))
+    check(graph, kind)
+    assert graph.nodes[1].shape == (None if kind == "glob_avg" else (1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,)])
+def test_a_mean_over_anything_but_all_positions_has_no_node(dims: tuple[int, ...]) -> None:
+    check(drawn(lambda t: t.call(torch.mean, t.conv("w"), dims)), "conv(w)")
+
+
+# -- joins --------------------------------------------------------------------------------------
+
+
+def test_a_sum_joins_two_branches() -> None:
+    check(drawn(lambda t: t.call(operator.add, t.conv("a"), t.conv("b"))), "conv(a) conv(b) sum",
+          {(0, 1), (0, 2), (1, 3), (2, 3)})  # fmt: skip
+
+
+def test_a_residual_joins_the_input() -> None:
+    check(drawn(lambda t: t.call(torch.add, t.x, t.conv("a"))), "conv(a) sum", {(0, 1), (0, 2), (1, 2)})
+
+
+def test_a_sum_of_one_branch_has_no_node() -> None:
+    def build(tape: Tape) -> fx.Node:
+        y = tape.conv("a")
+        return tape.call(operator.add, y, tape.call(F.relu, y))
+
+    check(drawn(build), "conv(a)")
+
+
+def test_a_concatenation_of_three_branches() -> None:
+    check(drawn(lambda t: t.call(torch.cat, [t.conv("a"), t.conv("b"), t.x], 1)), "conv(a) conv(b) concat",
+          {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)})  # fmt: skip
+
+
+def test_a_concatenation_of_one_branch_has_no_node() -> None:
+    def build(tape: Tape) -> fx.Node:
+        y = tape.conv("a")
+        return tape.conv("b", tape.call(torch.cat, [y, y], 1), inputs=8)
+
+    check(drawn(build), "conv(a) conv(b)")
+    check(drawn(lambda t: t.conv("b", t.call(torch.cat, [t.conv("a")], 1))), "conv(a) conv(b)")
+
+
+def test_a_vector_that_is_added_is_a_bias() -> None:
+    check(drawn(lambda t: t.call(operator.add, t.conv("a"), t.weight("b", 8))), "conv(a) bias(b)")
+
+
+def test_a_positional_encoding_feeds_a_sum() -> None:
+    def build(tape: Tape) -> fx.Node:
+        tokens = tape.call(F.linear, tape.x, tape.weight("w", 6, 4))
+        return tape.call(operator.add, tokens, tape.weight("place", 1, 5, 6))
+
+    graph = drawn(build, (2, 5, 4))
+    check(graph, "conv(w) pos_enc(place) sum", {(0, 1), (1, 3), (2, 3)})
+    assert graph.nodes[2].shape == (1, 5, 6)
+
+
+# -- gates --------------------------------------------------------------------------------------
+
+
+def test_a_gate_of_every_channel_is_a_cse() -> None:
+    def build(tape: Tape) -> fx.Node:
+        y = tape.conv("stem")
+        mean = tape.call(F.adaptive_avg_pool2d, y, 1)
+        gate = tape.call(torch.sigmoid, tape.conv("up", tape.call(F.relu, tape.conv("down", mean))))
+        return tape.call(operator.mul, y, gate)
+
+    check(drawn(build), "conv(stem) glob_avg conv(down) conv(up) cse",
+          {(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (1, 5)})  # fmt: skip
+
+
+def test_a_product_of_two_feature_maps_is_none() -> None:
+    graph = drawn(lambda t: t.conv("out", t.call(operator.mul, t.conv("a"), t.conv("b"))))
+    check(graph, "conv(a) conv(b) conv(out)", {(0, 1), (0, 2), (1, 3), (2, 3)})
+
+
+def test_a_product_with_a_parameter_scales() -> None:
+    graph = drawn(lambda t: t.call(operator.mul, t.conv("a"), t.weight("gamma", 4, 1, 1)))
+    check(graph, "conv(a)")
+    assert [(p.name, p.role) for p in graph.unmatched] == [("gamma", "layer scale")]
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def attention_of(tape: Tape, attend: Callable[[fx.Node, fx.Node, fx.Node], fx.Node]) -> fx.Node:
+    """Projections of query, key and value, and of what comes out, of 5 tokens of 4 channels."""
+    q, k, v = (tape.call(F.linear, tape.x, tape.weight(name, 4, 4)) for name in "qkv")
+    return tape.call(F.linear, attend(q, k, v), tape.weight("o", 4, 4))
+
+
+ATTENTION = "conv(q) conv(k) conv(v) msa conv(o)", {(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4), (4, 5)}
+
+
+def test_fused_attention() -> None:
+    def build(tape: Tape) -> fx.Node:
+        return attention_of(tape, lambda q, k, v: tape.call(F.scaled_dot_product_attention, q, k, v))
+
+    check(drawn(build, (2, 5, 4)), *ATTENTION)
+
+
+def test_attention_by_hand() -> None:
+    def build(tape: Tape) -> fx.Node:
+        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+            scores = tape.call(operator.matmul, q, tape.call_method("transpose", (k, -2, -1)))
+            weights = tape.call(F.softmax, tape.call(operator.truediv, scores, 2.0), dim=-1)
+            return tape.call(operator.matmul, weights, v)
+
+        return attention_of(tape, attend)
+
+    check(drawn(build, (2, 5, 4)), *ATTENTION)
+
+
+def test_without_a_softmax_it_is_no_attention() -> None:
+    def build(tape: Tape) -> fx.Node:
+        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+            scores = tape.call(operator.matmul, q, tape.call_method("transpose", (k, -2, -1)))
+            return tape.call(operator.matmul, scores, v)
+
+        return attention_of(tape, attend)
+
+    graph = drawn(build, (2, 5, 4))
+    check(graph, "conv(q) conv(k) conv(v) conv(o)", {(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4)})
+
+
+def test_an_attention_layer_is_a_module_like_any_other() -> None:
+    def build(tape: Tape) -> fx.Node:
+        tape.root.add_module("attn", nn.MultiheadAttention(4, 2, batch_first=True))
+        return tape.call(operator.getitem, tape.call_module("attn", (tape.x, tape.x, tape.x)), 0)
+
+    check(drawn(build, (2, 5, 4)), "conv(attn.in_proj_weight) bias(attn.in_proj_bias) msa "
+          "conv(attn.out_proj.weight) bias(attn.out_proj.bias)")  # fmt: skip
+
+
+# -- the whole ----------------------------------------------------------------------------------
+
+
+def test_an_unused_branch_is_left_out() -> None:
+    def build(tape: Tape) -> fx.Node:
+        used = tape.conv("used")
+        tape.call(F.max_pool2d, tape.conv("aside", used), 2)
+        tape.weight("never", 3)
+        return used
+
+    graph = drawn(build)
+    check(graph, "conv(used)")
+    roles = {p.name: p.role for p in graph.unmatched}
+    assert roles == {"aside": "does not reach the output", "never": "unused"}
+
+
+def test_functions_of_exports_have_the_same_rules() -> None:
+    aten = torch.ops.aten
+
+    def build(tape: Tape) -> fx.Node:
+        w, b = tape.weight("w", 8, 1, 3, 3), tape.weight("b", 8)
+        y = tape.call(aten.convolution.default, tape.x, w, b, [1, 1], [1, 1], [1, 1], False, [0, 0], 4)
+        y = tape.call(aten.relu.default, y)
+        g, s = tape.weight("g", 8), tape.weight("s", 8)
+        several = tape.call(aten.native_group_norm.default, y, g, s, 2, 8, 64, 2, 1e-5)
+        return tape.call(aten.mean.dim, tape.call(operator.getitem, several, 0), [2, 3])
+
+    graph = drawn(build)
+    check(graph, "sep_conv(w) bias(b) ln(g) glob_avg")
+    assert graph.nodes[3].bias == "s"
+
+
+def test_graphs_with_shapes_are_drawn_as_they_are() -> None:
+    def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+        raise AssertionError("run")
+
+    tape = Tape()
+    y = tape.call(conv2d, tape.x, tape.weight("w", 4, 4, 1, 1))
+    mean = tape.call(torch.mean, y, (2, 3))
+    tape.output(mean)
+    for node, shape in ((tape.x, (2, 4, 8, 8)), (y, (2, 4, 8, 8)), (mean, (2, 4))):
+        node.meta["val"] = torch.empty(shape, device="meta")
+    check(trace(fx.GraphModule(tape.root, tape)), "conv(w) glob_avg")
