@@ -153,3 +153,15 @@ def test_what_torch_refuses_is_refused(wrong: Callable[[Tensor], Tensor]) -> Non
     model = Resampled(wrong, (2, 4, 8, 8), 2)
     with pytest.raises(ghn_init.TraceError, match="the forward pass failed"):
         ghn_init.trace(model, (2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+def test_products_with_experts_have_a_shape_in_every_dtype(shape: tuple[int, ...]) -> None:
+    def refuses(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("Expected mat_a to be BFloat16 or supported Float16 matrix, got torch.float32.")
+
+    x, weight = torch.empty(shape, device="meta"), torch.empty(2, 4, 5, device="meta")
+    product = Memo().run(refuses, "_grouped_mm", (x, weight), {"offs": torch.empty(2, device="meta")})
+    assert (product.shape, product.dtype, product.is_meta) == ((*shape[:-1], 5), torch.float32, True)
+    with pytest.raises(RuntimeError, match="Expected mat_a"):
+        Memo().run(refuses, "_grouped_mm", (x, weight.mT), {})  # of shapes that do not fit
