@@ -109,7 +109,7 @@ def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
 
 
 PLACES = (
-    "_writing.plan.trace", "_writing.plan.select", "_writing.plan.with_predictions",
+    "_writing.plan.traced", "_writing.plan.select", "_writing.plan.with_predictions",
     "_writing.plan.without_unsolvable", "_writing.plan.check_unchanged", "_writing.in_place._prepared",
     "_writing.predictions._faults",
     "_tracing.trace.recorded", "_tracing.trace.Sketch.graph",

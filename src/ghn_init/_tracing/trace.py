@@ -25,9 +25,10 @@ from ghn_init._tracing.sketch import Sketch
 from ghn_init._tracing.untouched import snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ghn_init._graph.graph import Graph
+    from ghn_init._network.parametrised import Computed
     from ghn_init._tracing.recorder import Recording
 
 Mode = Literal["as it is", "evaluating"]
@@ -82,8 +83,15 @@ class Traced:
     recording: Recording
 
 
-def traced(model: nn.Module, example_input: object = None, *, whole: bool = False) -> Traced:
-    """See `trace`; `whole` if the recording is for users to see (names of buffers, modules of nodes)."""
+def traced(
+    model: nn.Module, example_input: object = None,
+    *, whole: bool = False, computed: Mapping[str, Computed] | None = None,
+) -> Traced:  # fmt: skip
+    """See `trace`.
+
+    `whole` if the recording is for users to see (names of buffers, modules of nodes); `computed` are the
+    weights that the network computes, where they have been found already.
+    """
     _check(model)
     model = unwrapped(model)
     given = None if example_input is None else given_input(example_input)
@@ -91,7 +99,8 @@ def traced(model: nn.Module, example_input: object = None, *, whole: bool = Fals
         return _read(model)
     candidates = _candidates(model) if given is None else [given]
     failures: list[tuple[ExampleInput, TraceError]] = []
-    with _recordings(model, whole=whole) as record:
+    computed = computed_weights(model) if computed is None else computed
+    with _recordings(model, computed, whole=whole) as record:
         for mode, candidate in product(_modes(model), candidates):
             try:
                 return _with_every_layer(model, record(candidate, mode), record)
@@ -171,9 +180,9 @@ def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceErr
 
 
 @contextmanager
-def _recordings(model: nn.Module, *, whole: bool) -> Iterator[Record]:
+def _recordings(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) -> Iterator[Record]:
     """A function that records a forward pass and puts the model back as it was, for several attempts."""
-    what = subject(model, computed_weights(model), whole=whole)
+    what = subject(model, computed, whole=whole)
     with alone(), uncollected(), bare(model), registered_layers(model), torch.no_grad():
         put_back = snapshot(model)
 

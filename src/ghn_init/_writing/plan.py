@@ -18,7 +18,7 @@ from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._threads import uninterrupted
-from ghn_init._tracing.trace import trace
+from ghn_init._tracing.trace import traced
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
 from ghn_init._writing.in_place import check_unchanged, write
@@ -232,9 +232,10 @@ def plan(
     network = unwrapped(model)
     reshard(network)
     with plain_torch():
-        graph = trace(network, example_input)
+        computed = computed_weights(network)
+        graph = traced(network, example_input, computed=computed).graph
         ghn = ghn_of(weights)
-        entries = select(network, graph, computed_weights(network), options, ghn.config.num_classes)
+        entries = select(network, graph, computed, options, ghn.config.num_classes)
         entries = with_predictions(ghn, graph, entries)
         if options.own_scale:
             entries = at_own_scale(network, entries, options)
