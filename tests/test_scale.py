@@ -129,9 +129,12 @@ def test_predicting_again_gives_the_same_bits(ghn: GHN) -> None:
     assert rms(model.mix.weight) == pytest.approx(rms(network().mix.weight), rel=NEAR)  # no more coherent
 
 
-def test_values_that_are_not_finite_have_no_scale(ghn: GHN) -> None:
+@pytest.mark.parametrize(("factor", "first"), [(1, float("nan")), (1, float("inf")), (1e-30, 0.0)])
+def test_values_that_are_not_finite_or_whose_squares_vanish_have_no_scale(
+    ghn: GHN, factor: float, first: float
+) -> None:
     model = network()
-    model.stem.weight.data.view(-1)[0] = float("nan")
+    model.stem.weight.data.mul_(factor).view(-1)[0] = first
     rows = {row.name: row for row in plan(model, ghn).rows}
     assert rows["stem.weight"].rms is None
     predict(model, ghn)

@@ -77,7 +77,7 @@ def at_own_scale(network: nn.Module, entries: Sequence[Entry], options: Options)
     pairs = [
         _Pair(entry, tile, scales[source], _filters_of(present.get(source), tile))
         for source, (entry, tile) in predicted.items()
-        if source in scales and _kept(entry, scales[source]) is None and math.isfinite(scales[source].rms)
+        if source in scales and _kept(entry, scales[source]) is None and 0 < scales[source].rms < math.inf
     ]
     written = _rescaled(pairs, options)
     return [
@@ -131,7 +131,7 @@ def _kept(entry: Entry, scale: Scale) -> str | None:
 
 
 def _settled(entry: Entry, scale: Scale, written: tuple[float, Tile] | None) -> Entry:
-    """The entry with the prediction at its scale, or kept; as it was if its values are not finite."""
+    """The entry with the prediction at its scale, or kept; as it was if its values have no scale (NaN)."""
     if reason := _kept(entry, scale):
         return replace(entry, decision=spare(reason), tile=None)
     return entry if written is None else replace(entry, rms=written[0], tile=written[1])
