@@ -169,11 +169,14 @@ def test_a_full_disk_leaves_neither_half_a_hypernetwork_nor_half_a_drawing(
 
 
 STOPPED = """
+import signal
 import sys
 import safetensors.torch
 from pathlib import Path
 from threading import Event
 from ghn_init.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
 def save_model(model, file, metadata):
     Path(file).write_bytes(b"half")

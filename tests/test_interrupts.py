@@ -17,7 +17,7 @@ from ghn_init import GHN, load, predict
 from ghn_init._threads import uninterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 MOMENTS = 60
@@ -40,6 +40,14 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.first(x)).relu()
         return self.fc((x if self.training else self.second(x)).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def sigint_is_heard() -> Iterator[None]:
+    """Also where the tests are a shell's background job, for which it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def network() -> nn.Module:
