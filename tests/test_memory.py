@@ -88,7 +88,7 @@ def test_beyond_the_model_there_is_room_for_its_largest_tensor(name: str) -> Non
     ghn_init.predict(make(8), ghn, head="predict", **options)
     model = make()
     extra = peak_beyond(lambda: ghn_init.predict(model, ghn, head="predict", **options))
-    # LAPACK wants the transpose of a matrix with more outputs; a computed weight at times takes three tensors.
+    # LAPACK wants the transpose of a matrix with more outputs; a computed weight at times takes three.
     tensors = {tall: 2, normalised: 3}.get(make, 1)
     assert extra < tensors * max(param.numel() * 4 for param in model.parameters()) + 100e6
     assert all(param.isfinite().all() for param in model.parameters())
