@@ -191,28 +191,24 @@ def plan(
 
     The model is not changed: neither weights nor buffers, modes, hooks or random state (what another thread
     draws from torch's global generator meanwhile may come again). Warns (`OutOfDistributionWarning`) if all
-    but the classifier is frozen, and with `scale="predicted"` if the network is far from those that a GHN is
-    trained on.
+    but the classifier is frozen, and with `scale="predicted"` if the network is unlike those trained on.
 
     Args:
-        model: The network, on any device, meta included; wrapped (DistributedDataParallel, torch.compile,
-            AveragedModel, ...) or not, sharded over processes or not, see docs/places.md. Names are those
-            of the network inside the wrappers.
+        model: The network, on any device, meta included, wrapped or sharded or not: see docs/places.md.
+            Names are those of the network inside the wrappers.
         weights: The GHN: a bundled name, a file or directory, "hf://org/repo", or a loaded one. What is
             named runs on the CPU, whatever the model's device; a loaded GHN runs where it is.
         example_input: What the network is called with, see `trace`; found by itself where it can be.
-        head: "auto" predicts the classifier if its width is the one that the GHN was trained for and
-            keeps it otherwise; "predict" and "keep" force it.
-        include: Predict only the parameters whose qualified names match (`fnmatch` patterns).
-        exclude: Keep the parameters whose qualified names match. Of tied names one is enough.
-        diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ, see
-            `ghn_init._writing.diversify`; for weights of two or more dimensions.
+        head: "auto" predicts a classifier of the width that the GHN was trained for and keeps any other;
+            "predict" and "keep" force it.
+        include: Only the parameters whose qualified names match (`fnmatch` patterns) are predicted.
+        exclude: The parameters whose qualified names match are kept. Of tied names one is enough.
+        diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ.
         seed: Seed of `diversify`, and of what a meta model's modules initialise themselves.
-        strict: Refuse to keep any parameter that cannot be predicted.
-        scale: What predicted weights are for. "own", to train the network: they get the scale that the layer
-            had, and norm layers and values that are all one number (zeros above all) stay as they were.
-            "predicted", to use it untrained: everything as predicted. "auto" is "own", but "predicted" with
-            `head="predict"`. See `ghn_init._writing.scale`.
+        strict: No parameter may be kept because it cannot be predicted.
+        scale: "own", to train the network: weights get the scale that the layer had, and norm layers and
+            values that are all one number (zeros above all) stay. "predicted", to use it untrained:
+            everything as predicted. "auto" is "own", but "predicted" with `head="predict"`.
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:
@@ -228,6 +224,15 @@ def plan(
         head, as_patterns("include", include), as_patterns("exclude", exclude), diversify, seed, strict,
         scale, frozen,
     )  # fmt: skip
+    planned = _planned(model, weights, example_input, options)
+    warn(type(unwrapped(model)).__name__, planned.warned)
+    return planned
+
+
+def _planned(
+    model: ModelT, weights: str | PathLike[str] | GHN, example_input: object, options: Options
+) -> Plan[ModelT]:
+    """The plan for these choices."""
     check_model(model)
     network = unwrapped(model)
     reshard(network)
@@ -244,9 +249,7 @@ def plan(
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)
     label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
-    planned = Plan(model, graph, tuple(entries), label, options, far)
-    warn(type(network).__name__, planned.warned)
-    return planned
+    return Plan(model, graph, tuple(entries), label, options, far)
 
 
 def predict(
@@ -285,18 +288,9 @@ def predict(
         CheckpointError: The weights could not be loaded.
     """
     return plan(
-        model,
-        weights,
-        example_input=example_input,
-        head=head,
-        include=include,
-        exclude=exclude,
-        diversify=diversify,
-        seed=seed,
-        strict=strict,
-        scale=scale,
-        frozen=frozen,
-    ).apply()
+        model, weights, example_input=example_input, head=head, include=include, exclude=exclude,
+        diversify=diversify, seed=seed, strict=strict, scale=scale, frozen=frozen,
+    ).apply()  # fmt: skip
 
 
 def predict_to(
@@ -322,21 +316,9 @@ def predict_to(
     are those that `predict` with the same arguments gives; what is not predicted is initialised, or
     copied where the model is not on the meta device. The model is left as it is.
 
-    Args:
-        model: The network.
-        out_dir: A folder that does not exist or is empty. It appears when it is complete; after a failure
-            there is none.
-        weights: See `plan`.
-        max_shard_size: Size of a file at most: bytes, or text such as "5GB". A larger tensor gets its own.
-        example_input: See `plan`.
-        head: See `plan`.
-        include: See `plan`.
-        exclude: See `plan`.
-        diversify: See `plan`.
-        seed: See `plan`.
-        strict: See `plan`.
-        scale: See `plan`.
-        frozen: See `plan`.
+    `out_dir` is a folder that does not exist or is empty. It appears when it is complete; after a failure
+    there is none. A file has at most `max_shard_size` bytes, or text such as "5GB"; a larger tensor gets a
+    file of its own. For the other arguments see `plan`.
 
     Returns:
         What to open: `out_dir/model.safetensors`, or `out_dir/model.safetensors.index.json` beside several
@@ -352,15 +334,6 @@ def predict_to(
         CheckpointError: The weights could not be loaded.
     """
     return plan(
-        model,
-        weights,
-        example_input=example_input,
-        head=head,
-        include=include,
-        exclude=exclude,
-        diversify=diversify,
-        seed=seed,
-        strict=strict,
-        scale=scale,
-        frozen=frozen,
-    ).save(out_dir, max_shard_size=max_shard_size)
+        model, weights, example_input=example_input, head=head, include=include, exclude=exclude,
+        diversify=diversify, seed=seed, strict=strict, scale=scale, frozen=frozen,
+    ).save(out_dir, max_shard_size=max_shard_size)  # fmt: skip
