@@ -18,6 +18,7 @@ from ghn_init.cli import _training
 from ghn_init.cli._commands import inspect, predict
 from ghn_init.cli._convert import convert
 from ghn_init.cli._group import DEBUG, Command, CommandGroup
+from ghn_init.cli._transfer import transfer
 
 app = typer.Typer(
     name="ghn-init", cls=CommandGroup, no_args_is_help=True, subcommand_metavar="SPEC | COMMAND [ARGS]...",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 for _command in (
     predict, inspect, convert, _training.train, _training.curve, _training.teach, _training.evaluate,
+    transfer,
 ):  # fmt: skip
     app.command(_command.__name__, cls=Command)(_command)
 

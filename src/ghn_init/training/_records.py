@@ -1,0 +1,47 @@
+"""A file of JSON lines to which a long measurement adds, and from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ghn_init._errors import TrainingError
+from ghn_init._files import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects in the file; none if there is no file. A last line that was cut off is taken out of it.
+
+    Raises:
+        TrainingError: The file cannot be read, or has another line that is no JSON object.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+            path.write_text("".join(lines))
+        records = [json.loads(line) for line in lines]
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {reason(error)}") from error
+    except ValueError as error:
+        raise TrainingError(f"{path}: not a file of JSON lines ({error}); give another file") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise TrainingError(f"{path}: expected a JSON object in every line; give another file")
+    return records
+
+
+def add_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to the file, which is made if there is none.
+
+    Raises:
+        TrainingError: It cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written: {reason(error)}") from error
