@@ -76,7 +76,7 @@ def test_stream_measures_and_cleans_up(tmp_path: Path) -> None:
         sys.executable,
         "-W",
         "ignore",
-        str(BENCHMARKS / "stream.py"),
+        str(BENCHMARKS / "to_disk.py"),
         "--folder",
         str(tmp_path / "out"),
     ]

@@ -114,7 +114,7 @@ def test_a_published_file_gives_its_weights(published: Path) -> None:
 
 
 def test_the_reference_file_gives_its_weights(shared: Path) -> None:
-    assert load(shared / "parity" / "ghn2_cifar10_random.pt").config == GHNConfig.cifar10()
+    assert load(shared / "parity" / "ghn2_cifar10_random.pt").config == GHNConfig.ghn2()
 
 
 def test_bundled_weights_are_found_by_their_name(
@@ -401,6 +401,33 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
     assert "gives" in fetched
     assert in_new_process(load_it, tmp_path / "home", address).splitlines()[0] == fetched.splitlines()[0]
     assert len(taken) == 2
+
+
+class Stalling(Hub):
+    """A hub that says how long a file is and then sends nothing of it."""
+
+    over = threading.Event()
+
+    def answer(self, *, body: bool) -> None:
+        if body and self.path.endswith(".safetensors"):
+            self.send((self.folder / "model.safetensors").read_bytes(), file="model.safetensors", body=False)
+            self.over.wait(600)
+        else:
+            super().answer(body=body)
+
+
+def test_a_download_that_stalls_ends_in_an_error_that_says_so(folder: Path, tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Stalling, folder=folder)) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        code = LOAD.format(addresses=["hf://org/repo"])
+        found = in_new_process(code, tmp_path / "home", address, HF_HUB_DOWNLOAD_TIMEOUT="1")
+        Stalling.over.set()
+        server.shutdown()
+    assert re.search(
+        r"^hf://org/repo fails: hf://org/repo: .*found ReadTimeout: .*, the connection", found, re.M
+    )
 
 
 def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, tmp_path: Path) -> None:

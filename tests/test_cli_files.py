@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from ghn_init import GHN, GHNConfig, load
 from ghn_init._errors import CheckpointError, PredictError
 from ghn_init._files import replacing, write_bytes
 from ghn_init._weights.directory import save as save_hypernetwork
-from ghn_init._writing.safetensors_writer import size_in_bytes
+from ghn_init._writing.safetensors_writer import fresh_folder, size_in_bytes
 from ghn_init.cli import app
 from ghn_init.cli._output import save
 
@@ -147,6 +148,24 @@ def test_whatever_ends_writing_leaves_the_old_file_and_nothing_else(
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day_and_nothing_else(tmp_path: Path) -> None:
+    name, day = ".0123456789abcdef.partial", 24 * 3600
+    (tmp_path / name).write_bytes(b"half")
+    folder = tmp_path / ".fedcba9876543210.partial"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half")
+    others = [tmp_path / other for other in (".mine.partial", "0123456789abcdef.partial", "old")]
+    for path in (*others, folder / "model.safetensors"):
+        path.write_bytes(b"half")
+    write_bytes(tmp_path / "a", b"new")
+    assert folder.is_dir()  # somebody may be writing
+    assert (tmp_path / name).is_file()
+    for path in (*tmp_path.iterdir(), folder / "model.safetensors"):
+        os.utime(path, (time.time() - 2 * day,) * 2)
+    with fresh_folder(tmp_path / "b") as partial:
+        assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "a", partial])
+
+
 def full_disk(_file: int) -> None:
     raise OSError(28, "No space left on device")
 
@@ -171,6 +190,7 @@ def test_a_full_disk_leaves_neither_half_a_hypernetwork_nor_half_a_drawing(
 STOPPED = """
 import signal
 import sys
+import time
 import safetensors.torch
 from pathlib import Path
 from threading import Event

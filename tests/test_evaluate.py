@@ -115,7 +115,9 @@ def test_the_predefined_networks() -> None:
     assert parameters == 23_520_842  # torchvision's with a 3 x 3 stem and ten classes
     assert vit.build(10, 32).__class__ is not resnet.build(10, 32).__class__
     assert [network.index for network in Network.of("deep", 3)] == [0, 1, 2]
-    with pytest.raises(ArchitectureError, match="no split 'nothing'"):
+    with pytest.raises(
+        ArchitectureError, match=r"no split 'nothing'; expected one of train, .*test, .*resnet50, vit"
+    ):
         Network.of("nothing")
 
 

@@ -20,7 +20,7 @@ from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch, canonical_shape
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.gated import GatedGNN
-from ghn_init._hypernetwork.tile import Tile, full_size, sum_tiles, tile_to
+from ghn_init._hypernetwork.tile import Tile, full_size, sum_repeats, tile_to
 from ghn_init.training._scaled_init import VECTOR_RMS, init_for_training
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def test_published_configuration_is_complete_and_nothing_else() -> None:
 
 
 def test_configuration_survives_json() -> None:
-    config = GHNConfig.cifar10(depth_buckets=32, rounds=2)
+    config = GHNConfig.ghn2(depth_buckets=32, rounds=2)
     assert GHNConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -597,7 +597,7 @@ def test_tiles_are_written_through_any_strides() -> None:
 def test_sum_over_tiles_is_the_adjoint_of_tiling(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(2, *block, dtype=torch.double)
     y = torch.randn(2, *shape, dtype=torch.double)
-    torch.testing.assert_close((tile_to(x, shape) * y).sum(), (x * sum_tiles(y, block)).sum())
+    torch.testing.assert_close((tile_to(x, shape) * y).sum(), (x * sum_repeats(y, block)).sum())
 
 
 @pytest.mark.parametrize("transposed", [False, True])

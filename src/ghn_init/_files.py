@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 import stat
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_KINDS: Final = {
+_FOUND: Final = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link to itself",
 }  # fmt: skip
 """What may stand where a file is wanted."""
 
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+_PARTIAL: Final = re.compile(r"\.[0-9a-f]{16}\.partial")
+_STALE: Final = 24 * 3600.0
+"""Seconds after which an unfinished file that nobody writes to is one of a process that was killed."""
+
+LONGEST_SHOWN: Final = 200
+"""Characters of a name that an error repeats."""
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
@@ -33,7 +44,7 @@ def destination(path: str | os.PathLike[str]) -> Path:
     except FileNotFoundError:
         return target
     if not stat.S_ISREG(mode):
-        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; only a file is ever replaced")
+        raise OSError(f"it is {_FOUND.get(stat.S_IFMT(mode), 'no file')}; only a file is ever replaced")
     # The superuser may write everything, so that a file's own mode has to be asked as well.
     if not mode & _WRITABLE or not os.access(target, os.W_OK):
         raise PermissionError("it is read-only")
@@ -51,7 +62,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: As for `destination`, or the folder does not exist or cannot be written.
     """
     target = destination(path)
-    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
+    partial = partial_beside(target)
     try:
         partial.touch(exist_ok=False)
         mode = (target if target.exists() else partial).stat().st_mode
@@ -60,6 +71,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_beside(target: Path) -> Path:
+    """A new hidden name beside `target` for what is not finished.
+
+    What has such a name there and has not been written to for a day was left by a killed process, and goes.
+    """
+    for other in target.parent.glob(".*.partial"):
+        with suppress(OSError):  # gone meanwhile, or another user's: it is no reason not to write
+            if _PARTIAL.fullmatch(other.name) and _idle(other) > _STALE:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+    return target.with_name(f".{secrets.token_hex(8)}.partial")
+
+
+def _idle(path: Path) -> float:
+    """Seconds since a file, or one in a folder, was written to."""
+    files = (path, *path.iterdir()) if path.is_dir() else (path,)
+    return time.time() - max(file.stat().st_mtime for file in files)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

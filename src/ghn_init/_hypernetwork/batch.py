@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ghn_init._hypernetwork.config import GHNConfig
 
 KINDS: Final = ("weight", "class_weight", "norm", "bias", "class_bias")
-"""What a decoder can make, in the order in which a batch keeps its parameters."""
+"""The kinds of parameters, each decoded in its own way, in the order in which a batch keeps them."""
 
 MOST_EDGES: Final = 100
 """Degrees from here on share the last row of GHN-3's tables (arXiv 2303.04143)."""

@@ -61,8 +61,6 @@ class GHNConfig:
         skip: Add a node's features before any message to those that the decoders get.
         layers: Layers of the transformer.
         heads: Attention heads of each of its layers, a divisor of `hid`.
-        identity: Add the identity on channels to predicted weights, half mirrored, so that all networks begin
-            as nearly the same function; see `_hypernetwork/priors.py`.
         identity: Add the identity on channels to predicted weights, half mirrored, so that all networks
             begin as nearly the same function; see `_hypernetwork/priors.py`.
         whitening: Add filters that whiten the training images' patches, times this, to the first convolution
@@ -131,11 +129,6 @@ class GHNConfig:
     def mlp(cls, num_classes: int = 10, **overrides: Any) -> GHNConfig:
         """The baseline of Knyazev et al. 2021 that maps each node on its own and sees no edges."""
         return cls.from_dict({"num_classes": num_classes, "hypernet": "mlp", **overrides})
-
-    @classmethod
-    def cifar10(cls, **overrides: Any) -> GHNConfig:
-        """GHN-2 with ten classes and kernels up to 11 x 11."""
-        return cls.ghn2(10, **overrides)
 
     @classmethod
     def imagenet(cls, **overrides: Any) -> GHNConfig:

@@ -75,7 +75,7 @@ def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:
     return full.contiguous()
 
 
-def sum_tiles(full: Tensor, sizes: Sequence[int]) -> Tensor:
+def sum_repeats(full: Tensor, sizes: Sequence[int]) -> Tensor:
     """The adjoint of `tile_to`: (n, *shape) to (n, *sizes), the sum over all places of the block."""
     for axis, size in enumerate(sizes, 1):
         count, rest = divmod(full.shape[axis], size)
@@ -107,7 +107,7 @@ class _FullSize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Kernels are dear on a GPU and memory is on a CPU: all at once there, one by one here.
         parts = [torch.stack(grads)] if grads[0].is_cuda else [grad.unsqueeze(0) for grad in grads]
-        sums = [sum_tiles(_unstored(part, ctx.shape, ctx.transposed), ctx.sizes) for part in parts]
+        sums = [sum_repeats(_unstored(part, ctx.shape, ctx.transposed), ctx.sizes) for part in parts]
         return (torch.cat(sums) if len(sums) > 1 else sums[0]), None, None, None
 
 

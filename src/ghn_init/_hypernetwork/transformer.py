@@ -126,11 +126,11 @@ class Transformer(nn.ModuleList):
             forward = batch.distances[index][slots[:, None], slots]
             forward = forward.masked_fill(forward > self.longest, 0)
             back = forward.T
-            kinds = forward + torch.where(back > 0, back + MAX_DISTANCE, 0)
-            found.append(_looked_up(table, kinds))
+            columns = forward + torch.where(back > 0, back + MAX_DISTANCE, 0)
+            found.append(_looked_up(table, columns))
         return found
 
 
-def _looked_up(table: Tensor, kinds: Tensor) -> Tensor:
-    """The columns of a table (H, k) that `kinds` (n, n) names, (H, n, n)."""
-    return table.index_select(1, kinds.flatten().int()).unflatten(1, kinds.shape)
+def _looked_up(table: Tensor, columns: Tensor) -> Tensor:
+    """The columns of a table (H, k) that `columns` (n, n) names, (H, n, n)."""
+    return table.index_select(1, columns.flatten().int()).unflatten(1, columns.shape)

@@ -93,12 +93,12 @@ class Computed:
     def obstacle(self) -> str:
         """Why no value can be written through it, or "": no `right_inverse`, or one that cannot work yet."""
         for function in self._functions:
-            kind = type(function).__name__.lstrip("_")
+            name = type(function).__name__.lstrip("_")
             if not hasattr(function, "right_inverse"):
-                return f"parametrised by {kind}, which has no right_inverse"
+                return f"parametrised by {name}, which has no right_inverse"
             tensors = (*function.parameters(), *function.buffers())
             if not _is_spectral(function) and any(tensor.is_meta for tensor in tensors):
-                return f"parametrised by {kind}, which is on the meta device itself"
+                return f"parametrised by {name}, which is on the meta device itself"
         return ""
 
     def watch(self, seen: Callable[[Tensor], None]) -> Any:

@@ -45,9 +45,9 @@ def part_of(full: Tensor, like: DTensor) -> Tensor:
         PredictError: The part that the mesh describes is not as large as the one that is there.
     """
     part, mesh = full, like.device_mesh
-    kinds = [type(placement).__name__ for placement in like.placements]
-    plain = [dimension for dimension, kind in enumerate(kinds) if kind == "Shard"]
-    strided = [dimension for dimension, kind in enumerate(kinds) if kind == "_StridedShard"]
+    names = [type(placement).__name__ for placement in like.placements]
+    plain = [dimension for dimension, name in enumerate(names) if name == "Shard"]
+    strided = [dimension for dimension, name in enumerate(names) if name == "_StridedShard"]
     for dimension in (*plain, *reversed(strided)):
         placement: Any = like.placements[dimension]
         axis = placement.dim % full.ndim

@@ -71,12 +71,12 @@ def bare(model: nn.Module) -> Iterator[None]:
 
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
-            for kind in _HOOKS:
-                hooks = vars(module)[kind]
+            for attribute in _HOOKS:
+                hooks = vars(module)[attribute]
                 own = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_distributed(hook))
                 if len(own) < len(hooks):
-                    vars(module)[kind] = own
-                    stack.callback(vars(module).__setitem__, kind, hooks)
+                    vars(module)[attribute] = own
+                    stack.callback(vars(module).__setitem__, attribute, hooks)
         yield
 
 

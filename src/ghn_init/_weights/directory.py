@@ -58,13 +58,13 @@ def save(ghn: Hypernetwork, directory: str | PathLike[str]) -> None:
         raise CheckpointError(f"{directory} cannot be written: {reason(error)}") from error
 
 
-def read_directory(kind: type[T], directory: Path | Traversable) -> T:
-    """Read a directory that `save` wrote, into a hypernetwork of the class `kind`."""
-    return read_files(kind, directory / WEIGHTS_FILE, directory / CONFIG_FILE)
+def read_directory(cls: type[T], directory: Path | Traversable) -> T:
+    """Read a directory that `save` wrote, into a hypernetwork of the class `cls`."""
+    return read_files(cls, directory / WEIGHTS_FILE, directory / CONFIG_FILE)
 
 
-def read_files(kind: type[T], weights: Path | Traversable, config: Path | Traversable) -> T:
-    """Read weights and the configuration that belongs to them, into a hypernetwork of the class `kind`.
+def read_files(cls: type[T], weights: Path | Traversable, config: Path | Traversable) -> T:
+    """Read weights and the configuration that belongs to them, into a hypernetwork of the class `cls`.
 
     Raises:
         CheckpointError: Weights that are missing, damaged, or not those of the configuration.
@@ -77,7 +77,7 @@ def read_files(kind: type[T], weights: Path | Traversable, config: Path | Traver
                 "as GHN.save_pretrained writes them"
             )
     settings = _config_of(config)
-    ghn = _empty(kind, settings, str(weights))
+    ghn = _empty(cls, settings, str(weights))
     numel = sum(values.numel() for values in ghn.state_dict().values())
     state, expected = read_tensors(weights, numel * torch.float64.itemsize)
     filled = _filled(ghn, state, str(weights))
@@ -89,22 +89,22 @@ def read_files(kind: type[T], weights: Path | Traversable, config: Path | Traver
     return filled
 
 
-def build(kind: type[T], config: GHNConfig, state: Mapping[str, Tensor], source: str) -> T:
-    """A hypernetwork of the class `kind` with this configuration and these weights, in evaluation mode.
+def build(cls: type[T], config: GHNConfig, state: Mapping[str, Tensor], source: str) -> T:
+    """A hypernetwork of the class `cls` with this configuration and these weights, in evaluation mode.
 
     `source` names the file in messages. The random state stays as it is.
 
     Raises:
         CheckpointError: Lists all tensors that are missing, unknown, of another shape, or not finite.
     """
-    return _filled(_empty(kind, config, source), state, source)
+    return _filled(_empty(cls, config, source), state, source)
 
 
-def _empty(kind: type[T], config: GHNConfig, source: str) -> T:
+def _empty(cls: type[T], config: GHNConfig, source: str) -> T:
     """A hypernetwork on the meta device, whose sizes may still be those of a lying configuration."""
     try:
         with torch.device("meta"):
-            return kind(config)
+            return cls(config)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 

@@ -76,8 +76,8 @@ def read_json(file: Path | Traversable) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is something else, or larger than any configuration.
     """
-    with file.open("rb") as stream:
-        content = stream.read(_LARGEST_CONFIG + 1)
+    with file.open("rb") as opened:
+        content = opened.read(_LARGEST_CONFIG + 1)
     if len(content) > _LARGEST_CONFIG:
         raise CheckpointError(
             f"{file}: expected a configuration of at most {_LARGEST_CONFIG:,} bytes, found a larger file"
@@ -104,15 +104,15 @@ def read_tensors(file: Path | Traversable, largest: int) -> tuple[dict[str, Tens
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    with file.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
+    with file.open("rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
         if size > largest + _LARGEST_HEADER:
             raise CheckpointError(
                 f"{file}: expected at most {largest + _LARGEST_HEADER:,} bytes for this configuration, found "
                 f"{size:,}; these are not its weights"
             )
-        stream.seek(0)
-        content = stream.read()
+        opened.seek(0)
+        content = opened.read()
     try:
         state = parse(content)
     # Damage shows as a SafetensorError or, for a type that torch lacks, as a KeyError; nothing is promised.
@@ -132,8 +132,8 @@ def read_pickled(path: Path) -> Any:
     Raises:
         CheckpointError: The file is damaged, something else, or would run code.
     """
-    with path.open("rb") as stream:
-        start = stream.read(len(LEGACY))
+    with path.open("rb") as file:
+        start = file.read(len(LEGACY))
     if start.startswith(_PICKLE) and start != LEGACY:
         return read_state(path)
     if start.startswith(_COMPRESSED):
@@ -178,8 +178,8 @@ def _check_archive(path: Path) -> None:
     Raises:
         CheckpointError: The file is damaged or made to exhaust memory.
     """
-    with path.open("rb") as stream:
-        if stream.read(len(_ZIP)) != _ZIP:
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
             return
     try:
         with zipfile.ZipFile(path) as archive:

@@ -25,8 +25,8 @@ tags:
 
 # Graph hypernetwork
 
-A {kind} with {parameters:,} parameters for {num_classes} classes, saved by ghn-init. It predicts the weights
-of a network from its computational graph (Knyazev et al. 2021, arXiv 2110.13100).
+A {network} with {parameters:,} parameters for {num_classes} classes, saved by ghn-init. It predicts the
+weights of a network from its computational graph (Knyazev et al. 2021, arXiv 2110.13100).
 
 ```python
 import ghn_init
@@ -34,8 +34,6 @@ import ghn_init
 model = ghn_init.predict(model, weights="hf://org/repo")
 ```
 """
-
-_KINDS: Final = {"mlp": "per-node hypernetwork (MLP)"}
 
 
 class GHN(Hypernetwork):
@@ -157,6 +155,6 @@ class GHN(Hypernetwork):
 
     def _card(self) -> str:
         """A model card that says what was saved."""
-        kind = _KINDS.get(self.config.hypernet, "graph hypernetwork")
+        network = "per-node hypernetwork (MLP)" if self.config.hypernet == "mlp" else "graph hypernetwork"
         parameters = sum(values.numel() for values in self.parameters())
-        return _CARD.format(kind=kind, parameters=parameters, num_classes=self.config.num_classes)
+        return _CARD.format(network=network, parameters=parameters, num_classes=self.config.num_classes)

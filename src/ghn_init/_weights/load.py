@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import CheckpointError, ConfigError
-from ghn_init._files import reason
+from ghn_init._files import LONGEST_SHOWN, reason
 from ghn_init._weights import published
 from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE, build, read_directory, read_files
 from ghn_init._weights.ghn import GHN
@@ -35,8 +35,6 @@ _HUB: Final = re.compile(
     r"(?:(?:@(?P<first>refs/pr/\d+|[^/@]+))?/(?P<file>(?:(?!\.\.?/)[^/@]+/)*[^/@]+\.pth?))?"
     r"(?(first)|(?:@(?P<last>.+))?)"
 )
-_LONGEST_SHOWN: Final = 200
-"""Characters of a place that an error repeats."""
 
 
 def load(
@@ -67,7 +65,7 @@ def load(
     try:
         ghn = weights if isinstance(weights, GHN) else _find(weights, config)
     except OSError as error:  # no permission, a name too long, a file that only looks like one
-        raise CheckpointError(f"{str(weights)[:_LONGEST_SHOWN]}: cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"{str(weights)[:LONGEST_SHOWN]}: cannot be read: {reason(error)}") from error
     return ghn if device is None else ghn.to(device)
 
 
@@ -86,7 +84,7 @@ def read_published(path: Path, config: GHNConfig | None = None) -> GHN:
 
 
 def _find(weights: str | PathLike[str], config: GHNConfig | None) -> GHN:
-    """Tell the kinds of sources apart and read."""
+    """Tell the sources apart and read."""
     if not isinstance(weights, str | PathLike):
         raise CheckpointError(f"weights of type {type(weights).__name__}; expected a name, a path or a GHN")
     place: Path | Traversable = Path(weights)

@@ -1,7 +1,7 @@
 """State dicts that joblib wrote, as the files of GHN-3 on the Hugging Face hub: read without running code.
 
-Such a file is one pickle stream, and unpickling can call anything that a stream names. So Python's unpickler
-is not used: `pickletools` takes the stream apart, and of its instructions only those are followed that build
+Such a file is one pickle, and unpickling can call anything that it names. So Python's unpickler
+is not used: `pickletools` takes it apart, and of its instructions only those are followed that build
 strings, numbers, tuples and dictionaries, and calls of three names, for which there are stand-ins below.
 Memory stays in proportion to the file: the bytes of a tensor are let go once the tensor is made.
 """
@@ -36,18 +36,18 @@ _VALUES: Final = frozenset({
     "BINBYTES", "BINBYTES8", "BININT", "BININT1", "BININT2", "BINUNICODE", "LONG1", "SHORT_BINBYTES",
     "SHORT_BINUNICODE",
 })  # fmt: skip
-"""Instructions that push what stands in the stream."""
+"""Instructions that push what stands in the file."""
 
 _CONSTANTS: Final = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _RefusedError(ValueError):
-    """The stream wants something that a state dict has no need of."""
+    """The file wants something that a state dict has no need of."""
 
 
 class _Name(str):
-    """A name that may be called; no string of the stream is one."""
+    """A name that may be called; no string of the file is one."""
 
     __slots__ = ()
 
@@ -69,11 +69,11 @@ def read_state(path: Path) -> dict[str, Any]:
     if size > _LARGEST:
         raise CheckpointError(f"{path}: expected at most {_LARGEST:,} bytes, found {size:,}")
     try:
-        with path.open("rb") as stream:
-            found = _Machine().run(stream)
+        with path.open("rb") as file:
+            found = _Machine().run(file)
         if not isinstance(found, dict):
             raise _RefusedError(f"it holds a {type(found).__name__}, no dictionary")
-    # A stream can be wrong in many ways, and torch promises nothing for what it reads.
+    # A pickle can be wrong in many ways, and torch promises nothing for what it reads.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -85,18 +85,18 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class _Machine:
-    """Follows the instructions of a pickle stream."""
+    """Follows the instructions of a pickle."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, stream: Any) -> Any:
-        for instruction, argument, _ in pickletools.genops(stream):
+    def run(self, file: Any) -> Any:
+        for instruction, argument, _ in pickletools.genops(file):
             if instruction.name == "STOP":
                 return self.stack.pop()
             self.follow(instruction.name, argument)
-        raise _RefusedError("the stream has no end")
+        raise _RefusedError("the pickle has no end")
 
     def follow(self, name: str, argument: Any) -> None:
         """Follow one instruction; most push one value."""

@@ -65,9 +65,9 @@ def plain_torch() -> Iterator[None]:
             stack.enter_context(torch.no_grad())
             if torch.empty(0).device.type != "cpu":  # before 2.7, get_default_device() overlooks contexts
                 stack.enter_context(torch.device("cpu"))
-            for kind in _DEVICES:
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for device in _DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         # Ctrl-C may keep a `torch.no_grad()` from putting this back; it cannot stop a function of C.

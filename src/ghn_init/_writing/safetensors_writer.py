@@ -9,7 +9,6 @@ values. Which tensor goes into which file is left to huggingface_hub.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -20,9 +19,11 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 import torch
 
 from ghn_init._errors import PredictError
+from ghn_init._files import partial_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from os import PathLike
 
     from torch import Tensor
 
@@ -152,7 +153,7 @@ def _write_values(file: BinaryIO, name: str, spec: Spec, tensor: Tensor) -> None
 
 
 @contextmanager
-def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """Inside, a new folder to write into, which becomes `folder` at the end; after an error nothing is left.
 
     Raises:
@@ -161,11 +162,11 @@ def fresh_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        partial = partial_beside(target)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise PredictError(f"{partial} cannot be made: {error}") from error
+        raise PredictError(f"{target} cannot be made: {error}") from error
     try:
         yield partial
         if target.exists():

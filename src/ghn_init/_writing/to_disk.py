@@ -61,8 +61,8 @@ def save(
     sources = _sources(network, stored, entries, lost)
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
-    with fresh_folder(folder) as partial, initialising(network, lost, others, options.seed) as initial:
-        values = _Values(options, initial, sources)
+    with fresh_folder(folder) as partial, initialising(network, lost, others, options.seed) as initialiser:
+        values = _Values(options, initialiser, sources)
         opened = write_checkpoint(partial, specs, values.take, max_shard_size)
         _save_config(network, partial)
     return Path(folder) / opened.name
@@ -79,15 +79,15 @@ def _stored(network: nn.Module) -> dict[str, Tensor]:
             sharded.append(name)
         else:
             stored.setdefault(id(tensor), (name, tensor))
-    kind = type(network).__name__
+    model = type(network).__name__
     if alien:
         raise PredictError(
-            f"{kind}: the state dict holds {listing(alien)}, which are no tensors and do not fit into "
+            f"{model}: the state dict holds {listing(alien)}, which are no tensors and do not fit into "
             "safetensors; use ghn_init.predict and torch.save"
         )
     if sharded:
         raise PredictError(
-            f"{kind}: {listing(sharded)} are sharded over processes; write the checkpoint of the model "
+            f"{model}: {listing(sharded)} are sharded over processes; write the checkpoint of the model "
             "before it is sharded, or use ghn_init.predict and torch.distributed.checkpoint"
         )
     return dict(stored.values())
@@ -145,13 +145,13 @@ class _Values:
 
     Args:
         options: The caller's choices.
-        initial: Gives lost tensors their values.
+        initialiser: Gives lost tensors their values.
         sources: Where the values come from, by the tensor's name in the checkpoint.
     """
 
-    def __init__(self, options: Options, initial: Initialiser, sources: Mapping[str, _Source]) -> None:
+    def __init__(self, options: Options, initialiser: Initialiser, sources: Mapping[str, _Source]) -> None:
         self._options = options
-        self._initial = initial
+        self._initialiser = initialiser
         self._sources = sources
         self._wanted = {source.name for source in sources.values()}
         self._waiting: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ class _Values:
         if source.entry is not None:
             return values_of(source.entry, self._options)
         if source.owner is not None:
-            return self._initial.values(source.owner)
+            return self._initialiser.values(source.owner)
         return {source.name: source.tensor}
 
 

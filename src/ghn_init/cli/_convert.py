@@ -42,11 +42,11 @@ def convert(source: Source, target: Target) -> None:
 
 
 def _described(config: GHNConfig) -> str:
-    """What kind of hypernetwork this is, in words."""
+    """Which hypernetwork this is, in words."""
     if config.transformer:
-        kind = "GHN-3"
+        name = "GHN-3"
     elif config.hypernet == "mlp":
-        kind = "MLP"
+        name = "MLP"
     else:
-        kind = "GHN-2" if config.ve and config.weight_norm and config.layernorm else "GHN-1"
-    return f"{kind} for {config.num_classes} classes, tensors up to {'x'.join(map(str, config.max_shape))}"
+        name = "GHN-2" if config.ve and config.weight_norm and config.layernorm else "GHN-1"
+    return f"{name} for {config.num_classes} classes, tensors up to {'x'.join(map(str, config.max_shape))}"

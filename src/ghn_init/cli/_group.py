@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand, TyperGroup
 
 from ghn_init._errors import GHNInitError
-from ghn_init._files import reason
-from ghn_init.cli._output import LONGEST_SHOWN, in_options
+from ghn_init._files import LONGEST_SHOWN, reason
+from ghn_init.cli._output import in_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

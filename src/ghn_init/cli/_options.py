@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
     from ghn_init.cli._spec import ModelSpec
 
+
+def option(usage: str, text: str, *, panel: str | None = None, least: int | None = None) -> Any:
+    """An option of the command line, with names and metavar as in "-o --output FILE".
+
+    Without names they follow from the parameter's. `text` is its help, listed under the heading `panel`.
+    """
+    names = [word for word in usage.split() if word.startswith("-")]
+    metavar = usage.split()[-1] if len(usage.split()) > len(names) else None
+    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, min=least)
+
+
 Spec = Annotated[
     str,
     typer.Argument(
@@ -25,92 +36,79 @@ Spec = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Pass a keyword argument to the class or function. VALUE is a Python literal, or else a string. "
+    option(
+        "--set KEY=VALUE",
+        "Pass a keyword argument to the class or function. VALUE is a Python literal, or else a string. "
         "Repeat the option for more.",
     ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="Write the state dict to this file, which is replaced if it exists; by default NAME.safetensors "
+    option(
+        "-o --output FILE",
+        "Write the state dict to this file, which is replaced if it exists; by default NAME.safetensors "
         "in the current folder. With --max-shard-size it is a folder, by default NAME, that is new or empty.",
     ),
 ]
 MaxShardSize = Annotated[
     str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Write a folder of files of at most this size, such as 5GB, tensor by tensor. A model that a "
+    option(
+        "SIZE",
+        "Write a folder of files of at most this size, such as 5GB, tensor by tensor. A model that a "
         "class or function builds then takes memory for its largest tensor only.",
     ),
 ]
 Drawing = Annotated[
     Path | None,
-    typer.Option(
-        "--draw",
-        metavar="FILE",
-        help="Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz.",
-    ),
+    option("--draw FILE", "Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz."),
 ]
 Weights = Annotated[
     str,
-    typer.Option(
-        metavar="WEIGHTS",
-        help="Predict with this hypernetwork: a bundled name, a file, a folder or hf://ORG/REPO\\[@REVISION].",
+    option(
+        "WEIGHTS",
+        "Predict with this hypernetwork: a bundled name, a file, a folder or hf://ORG/REPO\\[@REVISION].",
     ),
 ]
 Head = Annotated[
     Literal["auto", "predict", "keep"],
-    typer.Option(help="Predict the classifier, keep it, or (auto) predict it if its width is known."),
+    option("", "Predict the classifier, keep it, or (auto) predict it if its width is known."),
 ]
 Scale = Annotated[
     Literal["auto", "own", "predicted"],
-    typer.Option(
-        help="Write weights at the layers' own scale and leave norms as they were, to train (own), or "
+    option(
+        "",
+        "Write weights at the layers' own scale and leave norms as they were, to train (own), or "
         "write everything as predicted, to use it untrained (predicted). By default (auto) it is own, but "
-        "predicted with --head predict."
+        "predicted with --head predict.",
     ),
 ]
 Frozen = Annotated[
     Literal["keep", "predict"],
-    typer.Option(help="Keep parameters that do not require gradients, or predict them, too."),
+    option("", "Keep parameters that do not require gradients, or predict them, too."),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="PATTERN", help="Predict only parameters whose names match. Repeat the option for more."
-    ),
+    option("PATTERN", "Predict only parameters whose names match. Repeat the option for more."),
 ]
 Exclude = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Keep parameters whose names match. Repeat the option for more."),
+    list[str] | None, option("PATTERN", "Keep parameters whose names match. Repeat the option for more.")
 ]
 Diversify = Annotated[
     Literal["noise", "orthogonal"] | None,
-    typer.Option(help="Make the copies that tiling leaves differ (arXiv 2207.10049)."),
+    option("", "Make the copies that tiling leaves differ (arXiv 2207.10049)."),
 ]
 Seed = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="Seed the random numbers of --diversify and of the initialisation of what is kept.",
-    ),
+    int, option("N", "Seed the random numbers of --diversify and of the initialisation of what is kept.")
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail if a parameter cannot be predicted.")]
+Strict = Annotated[bool, option("--strict", "Fail if a parameter cannot be predicted.")]
 InputShape = Annotated[
     str | None,
-    typer.Option(
-        metavar="N,C,H,W",
-        help="Trace the model with an input of this shape, such as 1,3,224,224; by default one is found.",
+    option(
+        "N,C,H,W",
+        "Trace the model with an input of this shape, such as 1,3,224,224; by default one is found.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Json = Annotated[bool, option("--json", "Print one JSON object on stdout.")]
 
 
 @dataclass(frozen=True, slots=True)

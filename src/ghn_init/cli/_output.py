@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ghn_init._errors import PredictError, listing
-from ghn_init._files import destination, reason, replacing
+from ghn_init._files import LONGEST_SHOWN, destination, reason, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from ghn_init._writing.plan import Plan
     from ghn_init.cli._spec import FoundModel
-
-LONGEST_SHOWN = 200
-"""Characters of a name that an error repeats."""
 
 _OPTIONS = (
     (

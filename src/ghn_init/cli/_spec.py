@@ -24,15 +24,12 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from torch import nn
 
 from ghn_init._errors import ModelSpecError
-from ghn_init._files import reason
+from ghn_init._files import LONGEST_SHOWN, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from types import ModuleType
-
-_LONGEST_SHOWN = 200
-"""Characters of a file's name that an error repeats."""
 
 FAILURES = (Exception, SystemExit)
 """What the user's code may raise while it is loaded: scripts without a main guard like to exit."""
@@ -207,7 +204,7 @@ def check_file(source: str) -> None:
     except FileNotFoundError:
         raise ModelSpecError(f"{source}: no such file (looked in {Path.cwd()})") from None
     except OSError as error:  # no permission, a name too long
-        shown = f"{source[:_LONGEST_SHOWN]}..." if len(source) > _LONGEST_SHOWN else source
+        shown = f"{source[:LONGEST_SHOWN]}..." if len(source) > LONGEST_SHOWN else source
         raise ModelSpecError(f"{shown}: cannot be read: {reason(error)}") from error
     if not stat.S_ISREG(mode):
         raise ModelSpecError(f"{source}: expected a Python file, found a folder or a device")

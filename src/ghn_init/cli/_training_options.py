@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ghn_init.cli._options import option
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,122 +24,77 @@ Data = Annotated[
         help="The images: a folder with one per class, an archive of that, torchvision's CIFAR, or an .npz.",
     ),
 ]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="FOLDER", help="Keep checkpoint, log and weights in this folder."),
-]
+Output = Annotated[Path, option("--output -o FOLDER", "Keep checkpoint, log and weights in this folder.")]
 Config = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Read fields of TrainConfig from this JSON file; other options go before it."
-    ),
+    Path | None, option("FILE", "Read fields of TrainConfig from this JSON file; other options go before it.")
 ]
 Start = Annotated[
-    str | None,
-    typer.Option(
-        "--from", metavar="WEIGHTS", help="Start from these weights: a bundled name, a folder or a file."
-    ),
+    str | None, option("--from WEIGHTS", "Start from these weights: a bundled name, a folder or a file.")
 ]
-Steps = Annotated[
-    int | None, typer.Option(metavar="N", help="Train for this many steps.", rich_help_panel=_RUN)
-]
+Steps = Annotated[int | None, option("N", "Train for this many steps.", panel=_RUN)]
 Duration = Annotated[
     str | None,
-    typer.Option(
-        metavar="TIME",
-        help="Train for this long, all parts of the run together: 90s, 30m or 2h.",
-        rich_help_panel=_RUN,
-    ),
+    option("TIME", "Train for this long, all parts of the run together: 90s, 30m or 2h.", panel=_RUN),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        rich_help_panel=_MODEL,
-        help="Set a field of TrainConfig, such as lr=3e-4, or of GHNConfig, such as ghn.hid=64. "
+    option(
+        "--set KEY=VALUE",
+        "Set a field of TrainConfig, such as lr=3e-4, or of GHNConfig, such as ghn.hid=64. "
         "Repeat the option for more.",
+        panel=_MODEL,
     ),
 ]
 SoftLabels = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        rich_help_panel=_MODEL,
-        help="Read the soft labels that `teach` wrote; --set soft_labels=SHARE says how much they count.",
+    option(
+        "FILE",
+        "Read the soft labels that `teach` wrote; --set soft_labels=SHARE says how much they count.",
+        panel=_MODEL,
     ),
 ]
 TimeLimit = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME",
-        help="Stop cleanly after this long; the same command goes on.",
-        rich_help_panel=_KEEPING,
-    ),
+    str | None, option("TIME", "Stop cleanly after this long; the same command goes on.", panel=_KEEPING)
 ]
 SaveEvery = Annotated[
-    str,
-    typer.Option(
-        metavar="TIME", help="Write a checkpoint whenever this long has passed.", rich_help_panel=_KEEPING
-    ),
+    str, option("TIME", "Write a checkpoint whenever this long has passed.", panel=_KEEPING)
 ]
 ValidateEvery = Annotated[
     str,
-    typer.Option(
-        metavar="TIME",
-        help="Validate quickly whenever this long has passed; 0s leaves only the validation at the end.",
-        rich_help_panel=_KEEPING,
+    option(
+        "TIME",
+        "Validate quickly whenever this long has passed; 0s leaves only the validation at the end.",
+        panel=_KEEPING,
     ),
 ]
 ValidationNetworks = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Validate quickly on this many held-out architectures.",
-        rich_help_panel=_KEEPING,
-    ),
+    int, option("N", "Validate quickly on this many held-out architectures.", panel=_KEEPING, least=1)
 ]
 ValidationImages = Annotated[
-    int,
-    typer.Option(
-        metavar="N", min=2, help="Validate quickly on this many held-out images.", rich_help_panel=_KEEPING
-    ),
+    int, option("N", "Validate quickly on this many held-out images.", panel=_KEEPING, least=2)
 ]
 TensorBoard = Annotated[
     bool,
-    typer.Option(
-        "--tensorboard",
-        help="Write the log for TensorBoard, too, into the folder `tensorboard/`.",
-        rich_help_panel=_KEEPING,
+    option(
+        "--tensorboard", "Write the log for TensorBoard, too, into the folder `tensorboard/`.", panel=_KEEPING
     ),
 ]
 
-Labels = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FILE", help="Write the soft labels to this .npz file.")
-]
-Epochs = Annotated[
-    float, typer.Option(metavar="N", help="Train the classifier for this many passes over the images.")
-]
+Labels = Annotated[Path, option("--output -o FILE", "Write the soft labels to this .npz file.")]
+Epochs = Annotated[float, option("N", "Train the classifier for this many passes over the images.")]
 TeacherSeed = Annotated[
-    int,
-    typer.Option(metavar="N", help="Seed the classifier's weights, and the images' order and augmentation."),
+    int, option("N", "Seed the classifier's weights, and the images' order and augmentation.")
 ]
-TeacherWidth = Annotated[
-    int,
-    typer.Option(metavar="N", min=1, help="Give the classifier's first stage this many channels."),
-]
+TeacherWidth = Annotated[int, option("N", "Give the classifier's first stage this many channels.", least=1)]
 
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="The output folder of `train`; the run may still be going on.")
 ]
 Picture = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Draw to this .svg, .png or .pdf file; the default is curve.svg in the folder of the run.",
+    option(
+        "--output -o FILE",
+        "Draw to this .svg, .png or .pdf file; the default is curve.svg in the folder of the run.",
     ),
 ]
 
@@ -149,48 +106,33 @@ Weights = Annotated[
     ),
 ]
 TestData = Annotated[
-    Path,
-    typer.Option(
-        "--data", metavar="DATA", help="Measure on the test split of these images, given as for `train`."
-    ),
+    Path, option("--data DATA", "Measure on the test split of these images, given as for `train`.")
 ]
 Split = Annotated[
     list[str] | None,
-    typer.Option(
-        "--split",
-        metavar="NAME",
-        help="Measure this split: test, wide, deep, dense, bnfree, resnet50 or vit. Repeat the option for "
+    option(
+        "--split NAME",
+        "Measure this split: test, wide, deep, dense, bnfree, resnet50 or vit. Repeat the option for "
         "more; the default is all of them.",
     ),
 ]
-Sample = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Measure only the first N architectures of a split."),
-]
-Count = Annotated[
-    int | None, typer.Option("--images", metavar="N", min=2, help="Measure on N of the test images only.")
-]
+Sample = Annotated[int | None, option("N", "Measure only the first N architectures of a split.", least=1)]
+Count = Annotated[int | None, option("--images N", "Measure on N of the test images only.", least=2)]
 Noise = Annotated[
     bool,
-    typer.Option(
-        "--noise", help="Measure a second time under Gaussian noise of deviation 0.08, pixels being 0 to 1."
-    ),
+    option("--noise", "Measure a second time under Gaussian noise of deviation 0.08, pixels being 0 to 1."),
 ]
 Scores = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Write the scores to this JSON file after every network; what it has is not measured again.",
+    option(
+        "--output -o FILE",
+        "Write the scores to this JSON file after every network; what it has is not measured again.",
     ),
 ]
-BFloat16 = Annotated[bool, typer.Option("--bf16", help="Run the networks in bfloat16: faster, but rounded.")]
+BFloat16 = Annotated[bool, option("--bf16", "Run the networks in bfloat16: faster, but rounded.")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        metavar="N", min=1, help="Measure in this many processes, one core each; the default is one per core."
-    ),
+    option("N", "Measure in this many processes, one core each; the default is one per core.", least=1),
 ]
 
 

@@ -186,14 +186,14 @@ def _genotype_problems(genotype: Genotype) -> list[str]:
     problems: list[str] = []
     if not genotype.normal or len(genotype.normal) % 2 or len(genotype.normal) != len(genotype.reduce):
         problems.append("normal and reduce need the same even number of edges")
-    for kind in (False, True):
-        where = "reduce" if kind else "normal"
-        for position, (name, state) in enumerate(genotype.edges(reduction=kind)):
+    for reduction in (False, True):
+        where = "reduce" if reduction else "normal"
+        for position, (name, state) in enumerate(genotype.edges(reduction=reduction)):
             if name not in OPERATIONS:
                 problems.append(f"{where}[{position}]: unknown operation {name!r}")
             if not 0 <= state < position // 2 + 2:
                 problems.append(f"{where}[{position}]: state {state} does not come before it")
-        concat = genotype.concat(reduction=kind)
+        concat = genotype.concat(reduction=reduction)
         if not concat or any(not 2 <= state < genotype.steps + 2 for state in concat):
             problems.append(f"{where}_concat: {concat} are not states 2 to {genotype.steps + 1}")
     return problems

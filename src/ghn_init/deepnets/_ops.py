@@ -18,39 +18,33 @@ RECTIFIED: Final = frozenset(name for name in OPERATIONS if "conv" in name)
 """Operations whose argument has passed a ReLU already (`skip_connect` too, where it has a stride)."""
 
 
-class _Conv2d(nn.Conv2d):
-    """A convolution without bias that spends no time initialising meta tensors."""
+class _Quick:
+    """A layer that spends no time initialising meta tensors."""
+
+    weight: Tensor
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Conv2d(_Quick, nn.Conv2d):
+    """A convolution without bias."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], **options: object) -> None:
         super().__init__(c_in, c_out, kernel, bias=False, **options)  # type: ignore[arg-type]
 
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
+
+class _Linear(_Quick, nn.Linear):
+    """A linear layer."""
 
 
-class _Linear(nn.Linear):
-    """A linear layer that spends no time initialising meta tensors."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
+class _BatchNorm2d(_Quick, nn.BatchNorm2d):
+    """Batch norm."""
 
 
-class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that spends no time initialising meta tensors."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class _LayerNorm(nn.LayerNorm):
-    """Layer norm that spends no time initialising meta tensors."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
+class _LayerNorm(_Quick, nn.LayerNorm):
+    """Layer norm."""
 
 
 class Layers:
@@ -85,9 +79,9 @@ class Layers:
         """The operation `name`, width -> width channels; None for `none`."""
         if name == "none":
             return None
-        kind, _, size = name.rpartition("_")
-        if kind in ("conv", "sep_conv", "dil_conv"):
-            return self._convolution(kind, int(size[0]), width, stride)
+        convolution, _, size = name.rpartition("_")
+        if convolution in ("conv", "sep_conv", "dil_conv"):
+            return self._convolution(convolution, int(size[0]), width, stride)
         if name == "conv_7x1_1x7":
             row = _Conv2d(width, width, (1, 7), stride=(1, stride), padding=(0, 3))
             return self.normed(width, row, _Conv2d(width, width, (7, 1), stride=(stride, 1), padding=(3, 0)))
@@ -99,10 +93,10 @@ class Layers:
             return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
         return Attention(width, stride) if name == "msa" else ChannelGate(width, stride)
 
-    def _convolution(self, kind: str, kernel: int, width: int, stride: int) -> nn.Module:
-        if kind == "conv":
+    def _convolution(self, name: str, kernel: int, width: int, stride: int) -> nn.Module:
+        if name == "conv":
             return self.conv(width, width, kernel, stride)
-        if kind == "dil_conv":
+        if name == "dil_conv":
             return self.depthwise(width, kernel, stride, dilation=2)
         first, second = self.depthwise(width, kernel, stride), self.depthwise(width, kernel, 1)
         return nn.Sequential(first, nn.ReLU(inplace=True), second)

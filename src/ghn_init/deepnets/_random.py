@@ -15,19 +15,19 @@ _BATCH = 64
 
 
 class Stream:
-    """Uniform draws from Philox-4x64-10, addressed by (seed, stream, index).
+    """Uniform draws from Philox-4x64-10, addressed by (seed, family, index).
 
     Only the generator's raw words are used, which numpy keeps fixed; how words become numbers is said
     here, in integer arithmetic, because numpy's distributions may change between versions (NEP 19).
 
     Args:
         seed: Any integer in 0 .. 2**64 - 1.
-        stream: Which family of streams, e.g. the number of a split.
+        family: Which family of streams, e.g. the number of a split.
         index: Which stream of the family; streams do not overlap.
     """
 
-    def __init__(self, seed: int, stream: int = 0, index: int = 0) -> None:
-        key = np.array([seed, stream], dtype=np.uint64)
+    def __init__(self, seed: int, family: int = 0, index: int = 0) -> None:
+        key = np.array([seed, family], dtype=np.uint64)
         counter = np.array([0, 0, index, 0], dtype=np.uint64)
         self._philox = np.random.Philox(counter=counter, key=key)
         self._words: list[int] = []

@@ -24,7 +24,7 @@ class Space:
     """The ranges that a split draws from, both ends included.
 
     Attributes:
-        stream: Number of the split's random streams; never reused.
+        family: Number of the family of random streams that the split draws from; never reused.
         n_cells: Cells.
         deep: The threshold in cells past which networks have fewer steps and always global pooling.
         steps: Sum nodes a cell, at most, up to the threshold and past it.
@@ -34,7 +34,7 @@ class Space:
         search: The rules of the SEARCH split for norm and preprocessing.
     """
 
-    stream: int
+    family: int
     n_cells: tuple[int, int] = (4, 18)
     deep: tuple[int, int] = (7, 10)
     steps: tuple[int, int] = (4, 2)
@@ -67,7 +67,7 @@ def sample(split: str, index: int, seed: int = 0) -> Architecture:
     if split not in SPACES:
         raise ArchitectureError(f"split {split!r} is not sampled; expected one of {tuple(SPACES)}")
     space = SPACES[split]
-    stream = Stream(seed, space.stream, index)
+    stream = Stream(seed, space.family, index)
     size = _Size.draw(space, stream)
     while True:
         arch = _draw(space, size, stream)

@@ -21,7 +21,7 @@ MIN_EVALUATION_PARAMS: Final = 2_500_000
 """Evaluation networks have at least this many parameters on CIFAR-10."""
 
 
-def training_width(arch: Architecture, rng: Stream, image_size: int = 32) -> tuple[int, int]:
+def training_width(arch: Architecture, stream: Stream, image_size: int = 32) -> tuple[int, int]:
     """Draw (C, fc_dim) for one use of `arch` in training: the smaller the network, the wider it may be."""
     millions = dataclasses.replace(arch, C=32).num_params(10, image_size) / 1e6
     large_kernel = not LARGE_KERNELS.isdisjoint(arch.genotype.operations)
@@ -33,9 +33,9 @@ def training_width(arch: Architecture, rng: Stream, image_size: int = 32) -> tup
         allowed = 3
     else:
         allowed = len(WIDTHS)
-    width = rng.choice(WIDTHS[:allowed])
+    width = stream.choice(WIDTHS[:allowed])
     any_fc_dim = allowed == len(WIDTHS) and width <= 64
-    return width, rng.choice(FC_DIMS if any_fc_dim else FC_DIMS[:4])
+    return width, stream.choice(FC_DIMS if any_fc_dim else FC_DIMS[:4])
 
 
 def evaluation_width(arch: Architecture) -> int:

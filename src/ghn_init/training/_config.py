@@ -52,7 +52,7 @@ class TrainConfig:
         image_size: Side of the images in pixels: 0 or the images' own, or half of it (averages of 2 x 2).
             Widths and filters go by what a network is on 32 x 32 images all the same.
         crop_padding: Zeros around an image, in pixels of its own size, before it is cropped at random.
-        scaled_init: Networks of the stream on which the GHN's first weights are scaled so that predicted
+        scaled_init: Networks of the sequence on which the GHN's first weights are scaled so that predicted
             networks start with the activations of well initialised ones; 0: torch's default weights.
         param_decay: Weight of the sum of squares of the predicted parameters, added to the loss of every
             network (arXiv 2303.04143, section 4.3).

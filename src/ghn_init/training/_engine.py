@@ -125,21 +125,21 @@ def inject(
 ) -> dict[str, Tensor]:
     """Put `params` in the places of a network's parameters, as leaf copies of type `precision`.
 
-    The slots are written directly, which is what `torch.func.functional_call` does around a call, without
-    its checks. Convolution weights get the channels-last layout, which the CPU's kernels prefer. Returns
-    the leaves by name; with `gradients` they ask for gradients.
+    They are registered directly, which is what `torch.func.functional_call` does around a call, without its
+    checks. Convolution weights get the channels-last layout, which the CPU's kernels prefer. Returns the
+    leaves by name; with `gradients` they ask for gradients.
     """
     leaves: dict[str, Tensor] = {}
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)  # noqa: SLF001 (the class has no public name)
     for prefix, module in network.named_modules():
         dtype = torch.float32 if isinstance(module, norms) else precision
-        for slot in module._parameters:  # noqa: SLF001 (functional_call writes the same slots)
-            name = f"{prefix}.{slot}" if prefix else slot
+        for attribute in module._parameters:  # noqa: SLF001 (functional_call writes there, too)
+            name = f"{prefix}.{attribute}" if prefix else attribute
             if name not in params:
                 continue
             leaf = params[name].detach().to(dtype)
             if leaf.ndim == 4:
                 leaf = leaf.contiguous(memory_format=torch.channels_last)
             leaves[name] = leaf.requires_grad_(gradients)
-            module._parameters[slot] = leaf  # noqa: SLF001  # pyright: ignore[reportArgumentType]
+            module._parameters[attribute] = leaf  # noqa: SLF001  # pyright: ignore[reportArgumentType]
     return leaves

@@ -29,8 +29,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
         return Muon(model.named_parameters(), **settings)
-    kind = AdamW if config.optimizer == "adamw" else Adam
-    return kind(model.parameters(), **settings)
+    adam = AdamW if config.optimizer == "adamw" else Adam
+    return adam(model.parameters(), **settings)
 
 
 class Muon(Optimizer):

@@ -45,7 +45,7 @@ class State:
         step: Optimizer steps tried, skipped ones included.
         skipped: Steps that were not taken because no network was left, or the GHN's gradient was not finite.
         dropped: (network, batch) pairs that were left out because loss or gradients were not finite.
-        position: Place in the stream of networks after the last step.
+        position: Place in the sequence of networks after the last step.
         seconds: Time spent training, over all parts of the run.
         networks: (network, batch) pairs run.
     """

@@ -75,12 +75,12 @@ class Validation:
         return measure(network)
 
 
-def _figures(kind: str, accuracies: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard error over networks of one kind; nothing where there are none."""
+def _figures(title: str, accuracies: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard error over the networks under one title; nothing where there are none."""
     if not accuracies:
         return {}
     mean, error = _mean_and_error(accuracies)
-    return {kind: mean, f"{kind}_error": error}
+    return {title: mean, f"{title}_error": error}
 
 
 def _mean_and_error(accuracies: Sequence[float]) -> tuple[float, float]:

@@ -271,7 +271,7 @@ def _write_npz(path: Path, images: Images, split: str) -> None:
 
 def _read_npz(path: Path, split: str) -> Images:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
             classes = file["classes"].tolist() if "classes" in file else range(int(labels.max()) + 1)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -288,13 +288,13 @@ def _torchvision_cifar(path: Path, split: str) -> Images | None:
     """The images of torchvision's CIFAR10 or CIFAR100 if `path` holds them, else None."""
     from torchvision import datasets
 
-    for kind in (datasets.CIFAR10, datasets.CIFAR100):
-        if (path / kind.base_folder).is_dir():
+    for dataset in (datasets.CIFAR10, datasets.CIFAR100):
+        if (path / dataset.base_folder).is_dir():
             try:
-                data = kind(str(path), train=split == "train")
+                data = dataset(str(path), train=split == "train")
             except RuntimeError as error:
                 raise TrainingError(
-                    f"{path}: not a whole {kind.__name__} of torchvision ({error})"
+                    f"{path}: not a whole {dataset.__name__} of torchvision ({error})"
                 ) from error
             pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
             return Images(pixels, torch.tensor(data.targets), tuple(data.classes))

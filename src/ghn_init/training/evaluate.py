@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ghn_init._errors import TrainingError
+from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init._tracing.trace import trace
+from ghn_init.deepnets import SPLITS as DEEPNETS_SPLITS
 from ghn_init.deepnets import DeepNets1M
 from ghn_init.training._engine import inject
 from ghn_init.training._layers import prepare
@@ -97,8 +98,15 @@ class Network:
 
     @classmethod
     def of(cls, split: str, n: int | None = None) -> list[Network]:
-        """The networks of a split, or its first `n`."""
-        available = 1 if split in _PREDEFINED else len(DeepNets1M(split))
+        """The networks of a split, or its first `n`.
+
+        Raises:
+            ArchitectureError: There is no such split.
+        """
+        sizes = DEEPNETS_SPLITS | dict.fromkeys(_PREDEFINED, 1)
+        if split not in sizes:
+            raise ArchitectureError(f"no split {split!r}; expected one of {', '.join(sizes)}")
+        available = sizes[split]
         return [cls(split, index) for index in range(min(n or available, available))]
 
     def build(self, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:

@@ -4,7 +4,7 @@ The network is built on the meta device in bfloat16 (by default Llama 2's 7B sha
 13.5 GB) and written to a folder that is deleted again. `extra` is the peak of the process's memory beyond
 what it had with the package and the GHN loaded (Linux).
 
-    python benchmarks/stream.py --folder /tmp/stream
+    python benchmarks/to_disk.py --folder /tmp/to-disk
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _peak() -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--folder", type=Path, default=Path("stream-benchmark"), help="where to write")
+    parser.add_argument("--folder", type=Path, default=Path("to-disk-benchmark"), help="where to write")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--hidden", type=int, default=11_008, help="width of the MLPs")
