@@ -70,7 +70,7 @@ def test_an_interrupted_survey_of_the_zoos_goes_on(tmp_path: Path) -> None:
     assert "| squeezenet1_1 |" in report[report.index("## Speed") :]
 
 
-def test_stream_measures_and_cleans_up(tmp_path: Path) -> None:
+def test_to_disk_measures_and_cleans_up(tmp_path: Path) -> None:
     size = ("--layers", "1", "--width", "128", "--hidden", "256", "--max-shard-size", "10MB")
     command = [
         sys.executable,
@@ -196,7 +196,7 @@ def test_starting_points_are_compared_and_the_comparison_goes_on(tmp_path: Path)
     assert file.read_text().count("\n") == len(again)
 
 
-def test_starting_points_of_known_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_points_are_computed_from_known_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     point, report, panel = (
         importlib.import_module(f"starting_{name}") for name in ("point", "report", "panel")

@@ -201,7 +201,7 @@ def test_all_wrong_tensors_are_listed(folder: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_weights_of_another_configuration(folder: Path) -> None:
+def test_weights_of_another_configuration_are_refused(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"ve": False, "depth_buckets": 0}))
     with pytest.raises(CheckpointError, match=r"use the configuration that they were trained with"):
@@ -228,7 +228,7 @@ def test_files_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
-def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "thing.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"thing\.pt: expected a checkpoint"):
         load(tmp_path / "thing.pt")
@@ -255,7 +255,7 @@ def test_published_file_with_a_bad_configuration(published: Path) -> None:
         load(published)
 
 
-def test_things_that_are_no_weights(tmp_path: Path) -> None:
+def test_things_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="weights of type int; expected a name, a path or a GHN"):
         load(3)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="no such weights"):
@@ -391,7 +391,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
     hub: str, silent_hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     address, taken = silent_hub
-    load_it = "import ghn_init._weights.hub as hub\nhub._PATIENCE = 1.0\n" + LOAD.format(
+    load_it = "import ghn_init._weights.hub as hub\nassert hub.PATIENCE\nhub.PATIENCE = 1.0\n" + LOAD.format(
         addresses=["hf://org/repo"]
     )
     found = in_new_process(load_it, tmp_path / "home", address)
@@ -495,7 +495,7 @@ except ghn_init.CheckpointError as error:
     assert "hf://org/other: expected a repository with" in found
 
 
-def test_hub_repository_without_weights(hub: str, folder: Path, tmp_path: Path) -> None:
+def test_a_repository_without_weights_is_refused(hub: str, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     found = in_new_process(LOAD.format(addresses=["hf://org/repo"]), tmp_path / "home", hub)
     assert "hf://org/repo fails: hf://org/repo: expected a repository with model.safetensors" in found

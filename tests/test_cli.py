@@ -161,7 +161,7 @@ def test_inspect_shows_graph_and_plan_and_writes_nothing(run: Callable[..., Resu
     assert files() == ["model.py"]
 
 
-def test_inspect_json_and_drawing(run: Callable[..., Result]) -> None:
+def test_inspect_gives_json_and_draws(run: Callable[..., Result]) -> None:
     result = run("inspect", "model.py", "--json", "--draw", "graph.dot")
     report = json.loads(result.stdout)
     graph = ghn_init.trace(build())
@@ -295,7 +295,7 @@ def test_shells_complete_commands_options_and_choices(words: str, offered: list[
     assert CliRunner().invoke(app, [], prog_name="ghn-init", env=variables).stdout.split() == offered
 
 
-def test_version_and_no_arguments() -> None:
+def test_the_version_is_printed_and_no_arguments_give_the_help() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"ghn-init {ghn_init.__version__}\n")
     result = CliRunner().invoke(app, [])

@@ -105,7 +105,7 @@ def test_a_header_whose_metadata_are_null_has_no_checksum(ghn_dir: Path, tmp_pat
         ("1,3,99999999999999999999,9", r"no input of shape \(1, 3, 99999999999999999999, 9\): .*Overflow"),
     ],
 )
-def test_an_input_larger_than_any(run: Callable[..., Result], shape: str, message: str) -> None:
+def test_an_input_larger_than_memory_is_refused(run: Callable[..., Result], shape: str, message: str) -> None:
     assert_error(run("m.py:net", "--input-shape", shape), message)
 
 

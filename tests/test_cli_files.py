@@ -257,7 +257,7 @@ def test_sizes_that_no_shard_has_are_refused(size: str, run: Callable[..., Resul
     refused(run("m.py", f"--max-shard-size={size}"), f"{size!r} is no size; write --max-shard-size 5GB")
 
 
-def test_sizes_in_bytes() -> None:
+def test_sizes_are_read_as_bytes() -> None:
     sizes = [7, "1KB", "1.5 mb", " 5GB ", "2TB"]
     assert [size_in_bytes(size) for size in sizes] == [7, 1000, 1_500_000, 5 * 10**9, 2 * 10**12]
     with pytest.raises(PredictError, match="max_shard_size=-1: expected"):

@@ -66,7 +66,9 @@ def test_the_fullest_arguments_come_first() -> None:
         ("visual_feats", {"visual_feat_dim": 7}, [(1, 16, 7)]),
     ],
 )
-def test_shapes_of_arguments(name: str, config: dict[str, Any], expected: list[tuple[int, ...]]) -> None:
+def test_shapes_of_arguments_follow_the_configuration(
+    name: str, config: dict[str, Any], expected: list[tuple[int, ...]]
+) -> None:
     assert shapes(Follower(FORWARDS[name], name, **config)) == [{name: shape} for shape in expected]
 
 

@@ -109,13 +109,17 @@ def test_a_damaged_configuration_gives_an_error_or_what_was_saved(
 
 
 @given(what=damage)
-def test_damaged_published_file(folder: Path, sound: GHN, what: tuple[str, float, int]) -> None:
+def test_a_damaged_published_file_is_refused_or_gives_what_it_held(
+    folder: Path, sound: GHN, what: tuple[str, float, int]
+) -> None:
     (folder / "three.pt").write_bytes(damaged((folder / "published.pt").read_bytes(), *what))
     assert outcome(folder / "three.pt", sound) in (REFUSED, SAME)
 
 
 @given(what=damage)
-def test_damaged_published_file_of_the_old_kind(folder: Path, what: tuple[str, float, int]) -> None:
+def test_a_damaged_published_file_of_the_old_kind_is_refused_or_gives_finite_values(
+    folder: Path, what: tuple[str, float, int]
+) -> None:
     """Files of torch before 1.6 have no checksums: a changed number cannot be told; but it is finite."""
     (folder / "four.pt").write_bytes(damaged((folder / "old.pt").read_bytes(), *what))
     try:
@@ -148,7 +152,9 @@ values = st.recursive(plain, lambda inner: st.lists(inner, max_size=5) | st.dict
 
 
 @given(key=st.sampled_from([*TINY.to_dict(), "more"]), value=values)
-def test_any_value_in_the_configuration(folder: Path, sound: GHN, key: str, value: Any) -> None:
+def test_any_value_in_the_configuration_is_refused_or_changes_nothing(
+    folder: Path, sound: GHN, key: str, value: Any
+) -> None:
     target = folder / "five"
     target.mkdir(exist_ok=True)
     (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
@@ -245,7 +251,7 @@ def test_the_largest_sizes_take_no_memory(sound: GHN, tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_brackets_without_end(sound: GHN, tmp_path: Path) -> None:
+def test_brackets_without_end_are_no_configuration(sound: GHN, tmp_path: Path) -> None:
     save(sound, tmp_path)
     (tmp_path / "config.json").write_text("[" * 60_000)
     with pytest.raises(CheckpointError, match=r"config\.json: expected JSON, found"):

@@ -302,7 +302,7 @@ def test_image_sizes_that_do_not_halve(image_size: int, factor: int) -> None:
         SIMPLE.build(image_size=image_size)
 
 
-def test_invalid_net_args() -> None:
+def test_net_args_with_wrong_keys_are_refused() -> None:
     net_args = SIMPLE.to_net_args()
     with pytest.raises(ArchitectureError, match=r"unknown keys \['depth'\], missing keys \['n_cells'\]"):
         Architecture.from_net_args({"genotype": net_args["genotype"], "depth": 3})

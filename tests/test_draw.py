@@ -92,7 +92,7 @@ def test_a_failing_dot_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         GRAPH.draw(tmp_path / "g.png")
 
 
-def test_unknown_suffix_and_unwritable_path(tmp_path: Path) -> None:
+def test_an_unknown_suffix_and_an_unwritable_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DrawError, match=r"cannot draw to '\.gif'; expected \.dot"):
         GRAPH.draw(tmp_path / "g.gif")
     with pytest.raises(DrawError, match="cannot be written"):

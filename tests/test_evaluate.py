@@ -109,7 +109,7 @@ def test_noise_has_its_deviation_on_pixels(ghn: GHN) -> None:
     torch.testing.assert_close(((noisy - clean) * std).std().item(), 0.08, rtol=0.02, atol=0)
 
 
-def test_the_predefined_networks() -> None:
+def test_the_predefined_networks_are_splits_of_one() -> None:
     (resnet,), (vit,) = Network.of("resnet50", 50), Network.of("vit")
     parameters = sum(p.numel() for p in resnet.build(10, 32).parameters())
     assert parameters == 23_520_842  # torchvision's with a 3 x 3 stem and ten classes
@@ -242,7 +242,7 @@ def test_commands_explain_themselves(command: str, options: tuple[str, ...]) -> 
     assert all(option in done.stdout for option in options)
 
 
-def test_lengths_of_time() -> None:
+def test_lengths_of_time_become_seconds() -> None:
     import typer
 
     assert [seconds(text) for text in ("90", "90s", "30m", "2h")] == [90, 90, 1800, 7200]

@@ -102,7 +102,7 @@ def test_other_devices_are_respected_and_meta_is_not() -> None:
 
 
 @pytest.mark.parametrize("limit", [-1, 2.5, True, "1MB"])
-def test_limits_that_are_none(limit: Any) -> None:
+def test_limits_that_are_no_numbers_are_refused(limit: Any) -> None:
     with pytest.raises(PredictError, match=r"large_on_meta\(limit=.*\): expected a number of elements"):
         large_on_meta(limit)
 

@@ -127,7 +127,7 @@ def test_a_stored_offset_is_not_a_norms_weight() -> None:
     assert graph.unmatched[0].name == "w"
 
 
-def test_two_weights_after_one_norm() -> None:
+def test_of_two_weights_after_one_norm_the_second_scales() -> None:
     """The first is the norm's, the second scales."""
     model = Expression("F.layer_norm(x, (8,)) * w * g", ["x"], {"w": (8,), "g": (8,)})
     assert described(trace(model, (torch.zeros(2, 8),))) == ("ln w (8,)", "g: layer scale")

@@ -392,7 +392,7 @@ def decoded_by_the_book(ghn: GHN, h: Tensor, node: Node, *, classifier: bool = F
         (4, 4, 7, 5), (11, 9), (2, 3),
     ],
 )  # fmt: skip
-def test_weights_by_the_book(shape: tuple[int, ...]) -> None:
+def test_weights_are_decoded_by_the_book(shape: tuple[int, ...]) -> None:
     ghn = GHN(GHNConfig.mlp(**TINY)).double()
     node = Node("conv", "w", shape)
     graph = graph_from_edges([Node("input"), node, Node("sum")], [(0, 1), (1, 2)])
@@ -401,7 +401,7 @@ def test_weights_by_the_book(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("classes", [5, 3, 12])
-def test_classifier_by_the_book(classes: int) -> None:
+def test_classifiers_are_decoded_by_the_book(classes: int) -> None:
     ghn = GHN(GHNConfig.mlp(**TINY)).double()
     nodes = [Node("input"), Node("conv", "w", (classes, 9)), Node("bias", "b", (classes,))]
     graph = graph_from_edges(nodes, [(0, 1), (1, 2)])
@@ -421,7 +421,7 @@ def test_last_convolution_with_a_kernel_is_no_classifier() -> None:
     torch.testing.assert_close(ghn(graph)[0]["w"], decoded_by_the_book(ghn, h, nodes[1]))
 
 
-def test_vectors_by_the_book() -> None:
+def test_vectors_are_decoded_by_the_book() -> None:
     ghn = GHN(GHNConfig.mlp(**TINY)).double()
     nodes = [Node("input"), Node("bn", "w", (9,), "b"), Node("bias", "c", (3,)), Node("sum")]
     graph = graph_from_edges(nodes, [(0, 1), (1, 2), (2, 3)])
@@ -445,7 +445,7 @@ def single_node(ghn: GHN, node: Node) -> Tensor:
     return ghn(graph)[0][node.param or ""]
 
 
-def test_one_and_three_dimensional_convolutions() -> None:
+def test_one_and_three_dimensional_convolutions_are_decoded_as_flat_ones() -> None:
     ghn = GHN(GHNConfig.mlp(**TINY)).double()
     line = single_node(ghn, Node("conv", "w", (6, 5, 3)))
     flat = single_node(ghn, Node("conv", "w", (6, 5, 1, 3)))
@@ -455,7 +455,7 @@ def test_one_and_three_dimensional_convolutions() -> None:
     torch.testing.assert_close(solid, plane[:, :, None].expand_as(solid) / 2)  # fan_in counts t
 
 
-def test_transposed_and_reshaped_parameters() -> None:
+def test_transposed_and_reshaped_parameters_get_the_same_values() -> None:
     ghn = GHN(GHNConfig.mlp(**TINY)).double()
     plain = single_node(ghn, Node("conv", "w", (6, 5, 3, 3)))
     swapped = single_node(ghn, Node("conv", "w", (6, 5, 3, 3), transposed=True))
@@ -491,7 +491,7 @@ def test_only_large_positional_encodings_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("config", [GHNConfig.ghn2(**TINY, depth_buckets=4), GHNConfig.ghn1(**TINY)])
-def test_gradients_of_the_whole_model(config: GHNConfig) -> None:
+def test_gradients_of_the_whole_model_are_right(config: GHNConfig) -> None:
     ghn = GHN(config).double()
     batch = GraphBatch.from_graphs([random_graph(0), random_graph(2)], config)
     names, values = zip(*ghn.named_parameters(), strict=True)
@@ -523,7 +523,7 @@ def test_tiles_are_the_full_tensors() -> None:
         assert tile.tiled == (tile.values.numel() < full[name].numel())
 
 
-def test_named_parameters_alone() -> None:
+def test_named_parameters_alone_are_predicted() -> None:
     ghn, graph = GHN(GHNConfig.ghn2(**TINY)), random_graph(8, 40)
     everything = ghn.predict_tiles(graph)
     names = ["fc.bias", *list(everything)[::3]]

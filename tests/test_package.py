@@ -84,7 +84,7 @@ def test_type_checkers_see_the_lazy_names() -> None:
     assert imported == lazy
 
 
-def test_metadata_version_and_typing_marker() -> None:
+def test_the_metadata_is_that_of_the_package() -> None:
     assert metadata.version("ghn-init") == ghn_init.__version__
     assert (PACKAGE / "py.typed").is_file()
     scripts = metadata.entry_points(group="console_scripts", name="ghn-init")

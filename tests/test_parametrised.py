@@ -149,7 +149,7 @@ def test_tensors_and_a_checkpoint_are_what_apply_writes(wrap: Any, ghn: GHN, tmp
 
 
 @pytest.mark.parametrize("wrap", [*EXACT, *SPECTRAL])
-def test_on_the_meta_device(wrap: Any, ghn: GHN, tmp_path: Path) -> None:
+def test_computed_weights_on_the_meta_device_are_predicted(wrap: Any, ghn: GHN, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = network(wrap)
     stored = load_file(predict_to(model, tmp_path / "out", ghn, example_input=EXAMPLE))

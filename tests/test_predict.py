@@ -178,7 +178,7 @@ def test_other_dtypes_get_the_rounded_values(ghn: GHN, dtype: torch.dtype) -> No
         assert torch.equal(a.to(dtype), b), name
 
 
-def test_channels_last_and_frozen_parameters(ghn: GHN) -> None:
+def test_channels_last_and_frozen_parameters_stay_so(ghn: GHN) -> None:
     plain = predict(Net(), ghn)
     model = Net().to(memory_format=torch.channels_last).requires_grad_(False)
     strides = model.grow.weight.stride()
@@ -228,7 +228,7 @@ def test_the_head_is_predicted_where_its_width_is_known_or_it_is_wanted(ghn: GHN
     assert torch.equal(model.fc.weight[:5], model.fc.weight[10:15])
 
 
-def test_include_and_exclude(ghn: GHN) -> None:
+def test_include_and_exclude_choose_by_patterns(ghn: GHN) -> None:
     everything = {name for name, _ in Net().named_parameters()}
     assert set(kept(Net(), ghn, include=["stem.*", "norm.*"])) == {
         name for name in everything if not name.startswith(("stem", "norm"))
@@ -281,7 +281,7 @@ def test_strict_lists_what_would_be_kept(ghn: GHN) -> None:
     assert kept(Net(), ghn, strict=True) == {}
 
 
-def test_nothing_to_write(ghn: GHN) -> None:
+def test_a_plan_with_nothing_to_write_is_an_error(ghn: GHN) -> None:
     planned = plan(Net(), ghn, exclude="*")
     with pytest.raises(
         PredictError, match=r"nothing to write, all 11 parameters are kept \(excluded by '\*'\)"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghn_init import GHN, PredictError, load, predict, predict_to
+from ghn_init._writing import safetensors_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,10 +132,8 @@ def test_same_bits_every_time(ghn: GHN, tmp_path: Path) -> None:
 def test_nothing_is_left_behind_after_a_failure(
     ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ghn_init._writing import safetensors_writer as _shard_files
-
     written: list[str] = []
-    real = _shard_files._write_values
+    real = safetensors_writer._write_values
 
     def failing(file: Any, name: str, *rest: Any) -> None:
         if len(written) == 5:
@@ -142,7 +141,7 @@ def test_nothing_is_left_behind_after_a_failure(
         written.append(name)
         real(file, name, *rest)
 
-    monkeypatch.setattr(_shard_files, "_write_values", failing)
+    monkeypatch.setattr(safetensors_writer, real.__name__, failing)
     model = on_meta(Net)
     before = dict(model.named_parameters())
     with pytest.raises(PredictError, match=r"cannot be written: .*No space left on device"):
@@ -166,7 +165,7 @@ def test_a_full_folder_is_refused(ghn: GHN, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1])
-def test_a_size_that_is_none(size: Any, ghn: GHN, tmp_path: Path) -> None:
+def test_what_is_no_size_of_a_shard_is_refused(size: Any, ghn: GHN, tmp_path: Path) -> None:
     with pytest.raises(PredictError, match=f"max_shard_size={size!r}: "):
         predict_to(on_meta(Net), tmp_path / "out", ghn, max_shard_size=size)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,6 @@ More examples: `pytest tests/test_random_models.py --hypothesis-profile=nightly`
 from __future__ import annotations
 
 import copy
-import importlib
 import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,12 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from ghn_init import GHN, GHNConfig, GHNInitError, plan, predict
+from ghn_init._hypernetwork.batch import GraphBatch
+from ghn_init._hypernetwork.decoder import ConvDecoder
+from ghn_init._tracing import recorder, trace
+from ghn_init._tracing.sketch import Sketch
+from ghn_init._writing import in_place, predictions
+from ghn_init._writing import plan as planning
 from random_models import INPUTS, RandomModel
 
 if TYPE_CHECKING:
@@ -72,7 +77,9 @@ def assert_same(model: RandomModel, before: dict[str, Any], but: set[str] | None
 
 
 @given(kind=kinds, numbers=numbers, options=choices)
-def test_predicting_any_network(kind: str, numbers: list[int], options: dict[str, Any]) -> None:
+def test_predicting_any_network_succeeds_or_leaves_it_as_it_was(
+    kind: str, numbers: list[int], options: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     model = RandomModel(kind, numbers)
     before = snapshot(model)
@@ -97,7 +104,7 @@ def test_predicting_any_network(kind: str, numbers: list[int], options: dict[str
 
 
 @given(kind=kinds, numbers=numbers)
-def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
+def test_inputs_that_do_not_fit_are_refused_and_change_nothing(kind: str, numbers: list[int]) -> None:
     model = RandomModel(kind, numbers)
     before = snapshot(model)
     for example in (None, (2, 5), torch.zeros(1, 1, 1), {"x": torch.zeros(3)}, (torch.zeros(2), 3), "text"):
@@ -108,14 +115,13 @@ def test_inputs_that_do_not_fit(kind: str, numbers: list[int]) -> None:
         assert_same(model, dict(before))
 
 
-PLACES = (
-    "_writing.plan.traced", "_writing.plan.select", "_writing.plan.with_predictions",
-    "_writing.plan.without_unsolvable", "_writing.plan.check_unchanged", "_writing.in_place._prepared",
-    "_writing.predictions._faults",
-    "_tracing.trace.recorded", "_tracing.trace.Sketch.graph",
-    "_hypernetwork.batch.GraphBatch.from_graphs", "_hypernetwork.decoder.ConvDecoder.features",
+PLACES: tuple[tuple[Any, Any], ...] = (
+    (planning, planning.traced), (planning, planning.select), (planning, planning.with_predictions),
+    (planning, planning.without_unsolvable), (planning, planning.check_unchanged),
+    (in_place, in_place._prepared), (predictions, predictions._faults), (trace, trace.recorded),
+    (Sketch, Sketch.graph), (GraphBatch, GraphBatch.from_graphs), (ConvDecoder, ConvDecoder.features),
 )  # fmt: skip
-"""Where a failure is injected: each is passed before the first write."""
+"""Where a failure is injected: functions of modules and classes that are passed before the first write."""
 
 
 @given(
@@ -125,11 +131,9 @@ PLACES = (
     error=st.sampled_from((RuntimeError, MemoryError, KeyboardInterrupt, GHNInitError)),
     calls=st.integers(0, 5),
 )
-@hypothesis.example(
-    kind="image", numbers=[0], place="_tracing.trace.Sketch.graph", error=RuntimeError, calls=0
-)
+@hypothesis.example(kind="image", numbers=[0], place=(Sketch, Sketch.graph), error=RuntimeError, calls=0)
 def test_an_injected_failure_leaves_the_model_as_it_was(
-    kind: str, numbers: list[int], place: str, error: type[BaseException], calls: int
+    kind: str, numbers: list[int], place: tuple[Any, Any], error: type[BaseException], calls: int
 ) -> None:
     model = RandomModel(kind, numbers)
     before = snapshot(model)
@@ -144,8 +148,8 @@ def test_an_injected_failure_leaves_the_model_as_it_was(
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_every_place_of_a_failure_is_on_the_way(place: str) -> None:
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1].__qualname__)
+def test_every_place_of_a_failure_is_on_the_way(place: tuple[Any, Any]) -> None:
     """Or the test above would inject nothing there, and pass."""
     model = RandomModel("image", [0])
     with failing(place, RuntimeError, 0) as failed, pytest.raises((RuntimeError, GHNInitError)):
@@ -166,7 +170,7 @@ def test_a_failure_inside_the_forward_pass_leaves_the_model_as_it_was(
     """It may be the network's own error, so another mode is tried; an interrupt ends all."""
     model = RandomModel(kind, numbers)
     before = snapshot(model)
-    with failing("_tracing.recorder.Call", error, calls) as failed:
+    with failing((recorder, recorder.Call), error, calls) as failed:
         try:
             plan(model, SMALL, example_input=(model.example(),), head="predict")
         except (GHNInitError, error):
@@ -178,13 +182,9 @@ def test_a_failure_inside_the_forward_pass_leaves_the_model_as_it_was(
 
 
 @contextmanager
-def failing(place: str, error: type[BaseException], calls: int) -> Iterator[Callable[[], bool]]:
+def failing(place: tuple[Any, Any], error: type[BaseException], calls: int) -> Iterator[Callable[[], bool]]:
     """`place` raises after so many calls; yields a function that says whether it did."""
-    room, file, *path, name = place.split(".")
-    owner: Any = importlib.import_module(f"ghn_init.{room}.{file}")
-    for part in path:
-        owner = getattr(owner, part)
-    real, count = getattr(owner, name), 0
+    (owner, real), count = place, 0
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -193,7 +193,7 @@ def failing(place: str, error: type[BaseException], calls: int) -> Iterator[Call
             raise error("injected")
         return real(*args, **kwargs)
 
-    with mock.patch.object(owner, name, wrapper):
+    with mock.patch.object(owner, real.__name__, wrapper):
         yield lambda: count > calls
 
 

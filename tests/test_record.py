@@ -97,7 +97,7 @@ def test_shapes_are_those_of_shape_prop() -> None:
             assert (said.shape, said.dtype) == (found.shape, found.dtype), node
 
 
-def test_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recorded_graph_prints_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tabulate", reason="print_tabular needs tabulate")
     record(Small().eval(), (2, 3, 8, 8)).graph.print_tabular()
     printed = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert "placeholder" in printed
 
 
-def test_it_draws() -> None:
+def test_the_recorded_graph_can_be_drawn() -> None:
     pytest.importorskip("pydot", reason="fx's drawer needs pydot")
     from torch.fx.passes.graph_drawer import FxGraphDrawer
 
@@ -296,7 +296,7 @@ class Packed(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize(("lengths", "in_order"), [([7, 5, 3], True), ([3, 7, 5], False)])
-def test_packed_sequences(kind: type[nn.Module], lengths: list[int], in_order: bool) -> None:
+def test_packed_sequences_are_traced(kind: type[nn.Module], lengths: list[int], in_order: bool) -> None:
     ids = torch.zeros(3, 7, dtype=torch.long)
     graph = trace(Packed(kind, in_order=in_order), (ids, torch.tensor(lengths)))
     assert [node.param for node in graph.nodes] == [None, "head.weight", "head.bias"]

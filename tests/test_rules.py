@@ -68,7 +68,9 @@ def check(graph: Graph, nodes: str, edges: set[tuple[int, int]] | None = None) -
     (1, 1, "conv"), (1, 2, "conv"), (4, 1, "sep_conv"), (4, 2, "dil_conv"), (2, (2, 3), "dil_conv"),
     (2, (1, 2), "sep_conv"),
 ])  # fmt: skip
-def test_convolutions_by_groups_and_dilation(groups: int, dilation: int | tuple[int, int], kind: str) -> None:
+def test_convolutions_are_told_by_groups_and_dilation(
+    groups: int, dilation: int | tuple[int, int], kind: str
+) -> None:
     def build(tape: Tape) -> fx.Node:
         weight = tape.weight("w", 8, 4 // groups, 3, 3)
         return tape.call(torch.conv2d, tape.x, weight, groups=groups, padding=3, dilation=dilation)
@@ -78,7 +80,7 @@ def test_convolutions_by_groups_and_dilation(groups: int, dilation: int | tuple[
     assert graph.nodes[1].shape == (8, 4 // groups, 3, 3)
 
 
-def test_a_convolution_with_a_bias() -> None:
+def test_a_convolution_with_a_bias_is_two_nodes() -> None:
     check(drawn(lambda t: t.call(F.conv2d, t.x, t.weight("w", 8, 4, 3, 3), t.weight("b", 8))),
           "conv(w) bias(b)")  # fmt: skip
     check(drawn(lambda t: t.layer("stem", nn.Conv2d(4, 8, 3), t.x)), "conv(stem.weight) bias(stem.bias)")
@@ -90,7 +92,7 @@ def test_a_transposed_convolution_has_its_weight_in_first() -> None:
     assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((6, 4, 2, 2), True)
 
 
-def test_linear_layers() -> None:
+def test_linear_layers_are_convolutions_of_two_dimensions() -> None:
     check(drawn(lambda t: t.call(F.linear, t.x, t.weight("w", 3, 4), t.weight("b", 3)), (2, 4)),
           "conv(w) bias(b)")  # fmt: skip
     check(drawn(lambda t: t.call(F.linear, t.x, t.weight("w", 3, 4)), (2, 4)), "conv(w)")
@@ -128,7 +130,7 @@ def test_einsum_of_a_weight_is_a_layer() -> None:
 # -- normalisation ------------------------------------------------------------------------------
 
 
-def test_norms_by_functions() -> None:
+def test_norms_called_as_functions_are_nodes() -> None:
     def batch(tape: Tape) -> fx.Node:
         w, b = tape.weight("w", 4), tape.weight("b", 4)
         return tape.call(F.batch_norm, tape.x, None, None, w, b, True)
@@ -157,7 +159,7 @@ def by_hand(tape: Tape, dims: tuple[int, ...]) -> fx.Node:
 
 
 @pytest.mark.parametrize(("dims", "kind"), [((1,), "ln"), ((1, 2, 3), "ln"), ((0, 2, 3), "bn")])
-def test_norms_by_hand(dims: tuple[int, ...], kind: str) -> None:
+def test_norms_written_by_hand_are_nodes(dims: tuple[int, ...], kind: str) -> None:
     graph = drawn(lambda t: by_hand(t, dims))
     check(graph, f"{kind}(w)")
     node = graph.nodes[1]
@@ -180,7 +182,7 @@ def test_divided_by_something_else_is_no_norm() -> None:
     (F.adaptive_avg_pool2d, (1,), "glob_avg"), (F.adaptive_avg_pool2d, ((2, 2),), "glob_avg"),
     (torch.mean, ((2, 3),), "glob_avg"), (torch.mean, ((1, 2),), "glob_avg"),
 ])  # fmt: skip
-def test_pooling(function: Callable[..., Any], args: tuple[Any, ...], kind: str) -> None:
+def test_poolings_are_nodes(function: Callable[..., Any], args: tuple[Any, ...], kind: str) -> None:
     graph = drawn(lambda t: t.call(function, t.x, *args))
     check(graph, kind)
     assert graph.nodes[1].shape == (None if kind == "glob_avg" else (1, 1, 3, 3))
@@ -211,7 +213,7 @@ def test_a_sum_of_one_branch_has_no_node() -> None:
     check(drawn(build), "conv(a)")
 
 
-def test_a_concatenation_of_three_branches() -> None:
+def test_three_branches_meet_in_a_concatenation() -> None:
     check(drawn(lambda t: t.call(torch.cat, [t.conv("a"), t.conv("b"), t.x], 1)), "conv(a) conv(b) concat",
           {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)})  # fmt: skip
 
@@ -276,14 +278,14 @@ def attention_of(tape: Tape, attend: Callable[[fx.Node, fx.Node, fx.Node], fx.No
 ATTENTION = "conv(q) conv(k) conv(v) msa conv(o)", {(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4), (4, 5)}
 
 
-def test_fused_attention() -> None:
+def test_fused_attention_is_the_same_block() -> None:
     def build(tape: Tape) -> fx.Node:
         return attention_of(tape, lambda q, k, v: tape.call(F.scaled_dot_product_attention, q, k, v))
 
     check(drawn(build, (2, 5, 4)), *ATTENTION)
 
 
-def test_attention_by_hand() -> None:
+def test_attention_by_hand_is_a_transformer_block() -> None:
     def build(tape: Tape) -> fx.Node:
         def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
             scores = tape.call(operator.matmul, q, tape.call_method("transpose", (k, -2, -1)))

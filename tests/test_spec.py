@@ -237,7 +237,7 @@ def test_dataclasses_and_future_annotations_work(write: Callable[..., ModelSpec]
     assert next(load_model(ModelSpec("model.py")).model.parameters()).shape == (7, 2)
 
 
-def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_are_not_there_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelSpecError, match=r"missing\.py: no such file \(looked in "):
         load_model(ModelSpec("missing.py"))

@@ -130,14 +130,14 @@ class HandWrittenAttention(nn.Module):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_hand_written_attention(fused: bool) -> None:
+def test_hand_written_attention_is_the_same_block(fused: bool) -> None:
     graph = trace(HandWrittenAttention(fused), (2, 9, 16))
     assert [node.type for node in graph.nodes] == ["input", "conv", "bias", "msa", "conv", "bias", "sum"]
     assert graph.edges == ((0, 1), (0, 6), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6))
     assert roles(graph) == {"table": "relative position table"}
 
 
-def test_separate_projections_of_multihead_attention() -> None:
+def test_separate_projections_of_multihead_attention_are_nodes() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -217,7 +217,7 @@ def test_squeeze_and_excitation_is_cse() -> None:
     assert types(block, (1, 8, 5, 5)) == Counter(input=1, glob_avg=1, conv=2, bias=2, cse=1)
 
 
-def test_types_of_convolutions() -> None:
+def test_types_of_convolutions_follow_groups_and_dilation() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2, dilation=2),
         nn.Conv2d(4, 4, 3, dilation=2),
@@ -243,7 +243,7 @@ def test_shared_modules_have_a_node_for_each_call() -> None:
     assert [n.param for n in graph.nodes] == [None, "0.weight", "0.weight"]
 
 
-def test_several_inputs_and_outputs() -> None:
+def test_several_inputs_and_outputs_are_traced() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -263,7 +263,7 @@ IMAGES = torch.zeros(2, 3, 40, 40)
 
 
 @pytest.mark.parametrize("example", [IMAGES, tuple(IMAGES.shape), [2, 3, 40, 40], (IMAGES,), {"x": IMAGES}])
-def test_forms_of_the_example_input(example: Any) -> None:
+def test_every_form_of_an_example_input_is_taken(example: Any) -> None:
     assert trace(torchvision.models.resnet18(num_classes=3), example).nodes[1].param == "conv1.weight"
 
 
@@ -285,7 +285,7 @@ def test_the_image_size_is_found() -> None:
     assert types(LeNet()) == Counter(input=1, conv=3, bias=3, max_pool=2)
 
 
-def test_default_cfg_is_believed() -> None:
+def test_an_input_size_in_default_cfg_is_believed() -> None:
     model = LeNet()
     model.default_cfg = {"input_size": (1, 32, 32)}  # type: ignore[assignment]
     assert traced(model).example.origin == "default_cfg"
@@ -299,7 +299,7 @@ def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
         trace(LeNet(), (1, 1, 40, 40))
 
 
-def test_no_input_fits() -> None:
+def test_an_error_says_that_no_input_fits() -> None:
     class Strange(nn.Module):
         def forward(self, sides: dict[str, Tensor]) -> Tensor:
             return sides["left"] + sides["right"]

@@ -25,6 +25,7 @@ from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
 from ghn_init.training import TrainConfig
+from ghn_init.training import trainer as trainer_module
 from ghn_init.training._engine import KERNELS, Engine, Result, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
@@ -100,13 +101,13 @@ def test_schedules_rise_and_reach_zero_at_the_last_step(schedule: str) -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_published_schedule() -> None:
+def test_the_published_schedule_falls_twice() -> None:
     config = tiny_config(schedule="step", steps=300, warmup=0, lr=1.0)
     rates = [learning_rate(config, step, 0.0) for step in (0, 199, 201, 248, 251, 299)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_a_schedule_by_the_clock() -> None:
+def test_a_schedule_of_a_duration_goes_by_the_clock() -> None:
     config = tiny_config(schedule="linear", steps=None, duration=100.0, warmup=0, lr=1.0)
     assert [learning_rate(config, 7, seconds) for seconds in (0.0, 25.0, 100.0, 120.0)] == [1, 0.75, 0, 0]
 
@@ -436,7 +437,7 @@ def test_one_network_that_is_not_finite_leaves_the_step_to_the_others(
 def test_fifty_steps_in_a_row_without_a_network_end_the_run_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghn_init.training.trainer._LOST", 2)
+    monkeypatch.setattr(trainer_module, "_LOST", 2)
     trainer = tiny_trainer(tmp_path, tiny_config())
     poison(trainer, lambda step, _: step in (1, 3, 4))
     with pytest.raises(TrainingError, match="2 steps in a row, up to step 4, without a network whose loss"):
@@ -445,7 +446,7 @@ def test_fifty_steps_in_a_row_without_a_network_end_the_run_with_a_checkpoint(
     assert (resumed.state.step, resumed.state.skipped, resumed.state.dropped) == (4, 3, 6)
 
 
-def test_weights_to_start_from(tmp_path: Path) -> None:
+def test_a_run_starts_from_given_weights(tmp_path: Path) -> None:
     from ghn_init.training import RunOptions, Trainer
 
     start = GHN(tiny_config().ghn)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +16,7 @@ from ghn_init.training._checkpoint import Checkpoint
 from training_runs import tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 
 class Killed(BaseException):
@@ -27,22 +30,25 @@ def checkpoint(value: float) -> Checkpoint:
 def test_a_checkpoint_is_whole_wherever_writing_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operations = ("_write", "_sync", "_remove", "_rename")
-    originals = {name: getattr(_checkpoint, name) for name in operations}
     left = 0
 
-    def limited(name: str) -> Any:
-        def run(*args: Any) -> Any:
+    def limited(function: Callable[..., Any]) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Killed
-            return originals[name](*args)
+            return function(*args, **options)
 
         return run
 
-    for name in operations:
-        monkeypatch.setattr(_checkpoint, name, limited(name))
+    for owner, function in (
+        (os, os.fsync),
+        (shutil, shutil.rmtree),
+        (Path, Path.rename),
+        (Path, Path.replace),
+    ):
+        monkeypatch.setattr(owner, function.__name__, limited(function))
     left = 100
     _checkpoint.save(tmp_path, 1, checkpoint(1.0))
     seen: list[float] = []

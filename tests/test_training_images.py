@@ -85,7 +85,7 @@ def test_decoded_images_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
-def test_archives_beside_each_other(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_archives_beside_each_other_hold_a_split_each(folder: Path, tmp_path: Path, kind: str) -> None:
     mode = {"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind]
     for split in COUNTS:
         with tarfile.open(tmp_path / f"set-{split}.{kind}", mode) as archive:
@@ -94,7 +94,7 @@ def test_archives_beside_each_other(folder: Path, tmp_path: Path, kind: str) -> 
     assert same(load_images(tmp_path, "test"), "test")
 
 
-def test_one_archive_of_both_splits(folder: Path, tmp_path: Path) -> None:
+def test_one_archive_may_hold_both_splits(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(folder, arcname="set")
     for split in COUNTS:
@@ -117,7 +117,7 @@ def test_images_come_from_an_npz(tmp_path: Path) -> None:
         load_images(tmp_path / "float.npz", "train")
 
 
-def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_read_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="split 'val'; expected 'train' or 'test'"):
         load_images(folder, "val")
     with pytest.raises(TrainingError, match="no such file or folder"):
@@ -136,7 +136,7 @@ def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
         load_images(tmp_path / "cifar", "train")
 
 
-def test_images_that_do_not_fit(folder: Path) -> None:
+def test_images_that_do_not_fit_are_refused(folder: Path) -> None:
     Image.new("RGB", (9, 8)).save(folder / "train" / "cat" / "999.png")
     with pytest.raises(TrainingError, match=r"shape \(8, 9, 3\) in class cat; expected \(8, 8, 3\)"):
         load_images(folder, "train")

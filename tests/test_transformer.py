@@ -55,7 +55,7 @@ def test_parameter_counts_are_the_published_ones(config: GHNConfig, count: int) 
         assert sum(values.numel() for values in GHN(config).parameters()) == count
 
 
-def test_heads_divide_the_width() -> None:
+def test_heads_have_to_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="heads=3 for hid=8; expected a divisor of hid"):
         config(heads=3)
     with pytest.raises(ConfigError, match="heads=0; expected an integer >= 1"):
@@ -212,7 +212,7 @@ def test_the_pooling_inside_a_gate_is_left_out() -> None:
     assert GHN(GHNConfig.ghn2()).batch(gated_block()).num_nodes == (8,)
 
 
-def test_other_poolings_stay() -> None:
+def test_poolings_outside_gates_stay() -> None:
     graph = gated_block(beside=True)
     assert without_gate_poolings(graph) == graph
     plain = graph_from_edges([Node("input"), Node("glob_avg"), Node("conv", "a", (5, 3))], [(0, 1), (1, 2)])

@@ -24,7 +24,7 @@ from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PATIENCE: Final = 10.0
+PATIENCE: Final = 10.0
 """Seconds that the hub has for its first answer."""
 
 
@@ -54,7 +54,7 @@ def _silence(repo: str, options: dict[str, Any]) -> Exception | None:
     """
     api = huggingface_hub.HfApi(token=options.get("token"))
     try:
-        api.repo_info(repo, revision=options.get("revision") or "main", timeout=_PATIENCE)
+        api.repo_info(repo, revision=options.get("revision") or "main", timeout=PATIENCE)
     except HfHubHTTPError:  # an answer: what it means is found when the files are asked for
         return None
     except (OSError, HTTPError) as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
+from ghn_init._files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,13 +52,13 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         for name, tensors in checkpoint.tensors.items():
             _write_tensors(partial, name, tensors)
         state = {"format": FORMAT, "step": step, **checkpoint.state}
-        _write(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
+        write_bytes(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
         _sync(partial)
-        _rename(partial, path)
+        partial.rename(path)
         _sync(folder)
     for other in (*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*")):
         if other != path:
-            _remove(other)
+            shutil.rmtree(other)
     return path
 
 
@@ -98,14 +99,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _rename(path: Path, target: Path) -> None:
-    path.rename(target)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
 def _temporary(folder: Path) -> Path:
     path = folder / f".{_PREFIX}{os.getpid()}"
     shutil.rmtree(path, ignore_errors=True)  # of a killed process with the same number
@@ -118,17 +111,10 @@ def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> No
 
     data = serialise({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     if len(data) <= PART:
-        _write(folder / f"{name}{_SUFFIX}", data)
+        write_bytes(folder / f"{name}{_SUFFIX}", data)
         return
     for number, start in enumerate(range(0, len(data), PART)):
-        _write(folder / f"{name}{_SUFFIX}.{number:02d}", data[start : start + PART])
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        write_bytes(folder / f"{name}{_SUFFIX}.{number:02d}", data[start : start + PART])
 
 
 def _sync(folder: Path) -> None:
