@@ -29,10 +29,10 @@ _INTEGERS: Final = {
 """The range of every integer. The upper ends are far beyond use; past them a file's claim is not believed."""
 
 _LONGEST_SIDE: Final = 4096
-"""Of `max_shape`."""
+"""The largest size in a `max_shape` that is believed."""
 
 _LARGEST_FACTOR: Final = 1_000
-"""Of `whitening`; far beyond use."""
+"""The largest `whitening` that is believed, far beyond use."""
 
 _BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip", "identity")
 _CHOICES: Final = {"hypernet": ("gatedgnn", "transformer", "mlp"), "decoder": ("conv",)}

@@ -75,7 +75,7 @@ class ConvDecoder(nn.Module):
     def _in_parts(
         self, hidden: Sequence[Tensor], blocks: Sequence[list[ParamGroup]]
     ) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
-        """The same without gradients and when it is wanted, a few groups at a time."""
+        """What `_decoded` gives, without gradients and made when it is wanted, a few groups at a time."""
         weight, bias = self._last()
         for x, block in zip(hidden, blocks, strict=True):
             corner = self._corner(block[0].key)

@@ -56,7 +56,7 @@ class TrainConfig:
             networks start with the activations of well initialised ones; 0: torch's default weights.
         param_decay: Weight of the sum of squares of the predicted parameters, added to the loss of every
             network (arXiv 2303.04143, section 4.3).
-        label_smoothing: As in `torch.nn.functional.cross_entropy`.
+        label_smoothing: Label smoothing of the loss, see `torch.nn.functional.cross_entropy`.
         soft_labels: Share of the teacher's probabilities in the targets, where the images have them.
         ema: Decay of the moving average of the GHN's weights; 0: none.
         precision: Type of the networks' activations and weights. The GHN itself stays in float32.

@@ -39,7 +39,7 @@ Clipping would leave nothing of the other networks' gradients, and the optimizer
 
 
 def prepare_process(threads: int = 1) -> None:
-    """Settings of a process that runs many small networks, to be made before it runs the first.
+    """Set up a process for running many small networks, before it runs the first.
 
     One thread, because small networks are slower on several: cores are for processes. And room for compiled
     kernels, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY says how much.
@@ -71,7 +71,7 @@ class Engine:
 
     Attributes:
         precision: Type in which networks run; norm layers' parameters stay in float32.
-        label_smoothing: Of the cross-entropy.
+        label_smoothing: Label smoothing of the cross-entropy.
     """
 
     precision: torch.dtype = torch.bfloat16
@@ -93,7 +93,7 @@ class Engine:
             params: Its parameters by name, in float32.
             images: (B, 3, H, W), normalised.
             labels: (B,).
-            seed: Of its dropout.
+            seed: The seed of its dropout.
             targets: (B, classes), probabilities to learn instead of the labels.
         """
         prepare(network, seed=seed, fast=images.device.type == "cpu").train()

@@ -27,7 +27,7 @@ def prepare(network: nn.Module, *, seed: int = 0, fast: bool = True) -> nn.Modul
 
     Args:
         network: Changed in place; may be on the meta device.
-        seed: Dropout draws from a generator of its own, so that runs repeat whatever threads do.
+        seed: The seed of dropout, which has a generator of its own, so that runs repeat whatever threads do.
         fast: Use the layers below for depthwise convolutions, average pooling and factorised reductions.
     """
     for index, module in enumerate(network.modules()):

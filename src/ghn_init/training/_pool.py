@@ -34,7 +34,7 @@ _ALLOCATOR = {
 some networks a third of their time; with these it keeps them, in huge pages. Other systems ignore them."""
 
 _measure: Measure
-"""In a measuring process: what it was started with."""
+"""What a measuring process was started with; no other process has it."""
 
 
 @dataclass(frozen=True)

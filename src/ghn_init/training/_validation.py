@@ -29,7 +29,7 @@ class Validation:
 
     Args:
         images: Held-out images, of which the first ones of an even spread are taken.
-        normalise: As in training.
+        normalise: The normalisation that the GHN is trained with.
         networks: Number of architectures; a quarter of them is measured without batch norms, too.
         count: Number of images.
         image_size: Side of the images that networks see.
@@ -84,6 +84,6 @@ def _figures(title: str, accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def _mean_and_error(accuracies: Sequence[float]) -> tuple[float, float]:
-    """In percent; the error of one network is 0."""
+    """Mean and standard error, in percent; the error of one network is 0."""
     error = stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else 0.0
     return round(fmean(accuracies), 2), round(error, 2)

@@ -86,7 +86,7 @@ class Normalisation:
 
     @classmethod
     def of(cls, images: Images) -> Normalisation:
-        """Those of all pixels of `images`."""
+        """Mean and standard deviation of all pixels of `images`."""
         counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(1)])
         values = torch.arange(256, dtype=torch.float64) / 255
         weights = counts.double() / counts.sum(1, keepdim=True)
@@ -102,7 +102,7 @@ class Normalisation:
 
 
 CIFAR10: Final = Normalisation((0.491, 0.482, 0.447), (0.245, 0.243, 0.261))
-"""The training images of CIFAR-10, as JPEG of quality 75."""
+"""The normalisation of CIFAR-10's training images, as JPEG of quality 75."""
 
 
 def hold_out(images: Images, count: int = VALIDATION_IMAGES) -> tuple[Images, Images]:

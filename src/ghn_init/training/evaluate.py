@@ -43,15 +43,15 @@ class Score:
 
     Attributes:
         split: Name of the split.
-        n: Networks.
+        n: Number of networks.
         mean: Mean over the networks.
-        standard_error: Of that mean, from the spread over networks; 0 for one network.
-        image_error: Of that mean, from measuring on some of the test images only, which all networks share:
-            `sqrt(p (1 - p) / images * (1 - images / available))`, an upper bound; 0 for all images.
-        maximum: Best network.
-        images: Test images that every network saw.
+        standard_error: The standard error of that mean, from the spread over networks; 0 for one network.
+        image_error: The error of that mean from measuring on some of the test images only, which all networks
+            share: `sqrt(p (1 - p) / images * (1 - images / available))`, an upper bound; 0 for all images.
+        maximum: Accuracy of the best network.
+        images: Number of test images that every network saw.
         noise: Standard deviation of the noise on them.
-        accuracies: Of every network.
+        accuracies: The accuracy of every network.
     """
 
     split: str
@@ -124,9 +124,9 @@ class Measure:
     Args:
         ghn: The hypernetwork.
         data: Test images.
-        images: Only this many of them, spread evenly over the set; None: all.
-        normalise: Default: mean and deviation of `data`.
-        seed: Of the architectures and of the noise.
+        images: How many of them are used, spread evenly over the set; None for all.
+        normalise: The normalisation of the images; by default mean and deviation of `data`.
+        seed: The seed of the architectures and of the noise.
         precision: Type in which networks run.
         image_size: Side of the images that networks see: that of `data`, the default, or half of it.
 
@@ -163,7 +163,7 @@ class Measure:
     def batches(self, noise: float = 0.0) -> list[tuple[Tensor, Tensor]]:
         """Normalised images (64, 3, H, W) under Gaussian noise of this deviation, and their labels.
 
-        On the GHN's device.
+        They are on the GHN's device.
         """
         if noise not in self._batches:
             rng = torch.Generator().manual_seed(self.seed)
@@ -222,11 +222,11 @@ def evaluate(
         ghn: The hypernetwork.
         split: A split of DeepNets-1M, or "resnet50" or "vit".
         data: Test images.
-        n: Only the first n architectures.
-        images: Only this many images, spread evenly over the set.
+        n: How many architectures are measured, the first ones; None for all.
+        images: How many images are used, spread evenly over the set; None for all.
         noise: Standard deviation of Gaussian noise on the pixels, which go from 0 to 1.
-        normalise: Default: mean and deviation of `data`.
-        seed: Of split and noise.
+        normalise: The normalisation of the images; by default mean and deviation of `data`.
+        seed: The seed of split and noise.
         precision: Type in which networks run.
 
     Raises:

@@ -79,7 +79,7 @@ def train_teacher(
     Args:
         images: Training images, hold-out already taken off.
         epochs: Passes over the images.
-        seed: Of weights, order and augmentation.
+        seed: The seed of weights, order and augmentation.
         width: Channels of the first stage.
         on_step: Called after every step with (fraction done, loss).
 
