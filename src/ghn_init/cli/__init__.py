@@ -1,8 +1,8 @@
 """The command `ghn-init`.
 
-`_group` dispatches and reports errors; `_options` and `_training_options` declare what the commands take;
-`_commands`, `_convert` and `_training` are the commands; `_spec` finds the model, `_output` and `_bars` print
-and write. torch is loaded when a command runs, not for `--help`; so is `ghn_init.training`.
+`_group` dispatches and reports errors; `_options`, `_training_options` and `_search_options` declare what the
+commands take; `_commands`, `_convert`, `_training` and `_search` are the commands; `_spec` finds the model,
+`_output` and `_bars` print and write. torch is loaded when a command runs, not for `--help`; so is `ghn_init.training`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ghn_init import __version__
-from ghn_init.cli import _training
+from ghn_init.cli import _search, _training
 from ghn_init.cli._commands import inspect, predict
 from ghn_init.cli._convert import convert
 from ghn_init.cli._group import DEBUG, Command, CommandGroup
@@ -27,6 +27,7 @@ app = typer.Typer(
 for _command in (
     predict, inspect, convert, _training.train, _training.curve, _training.teach, _training.evaluate,
     transfer,
+    _search.measure, _search.properties, _search.search,
 ):  # fmt: skip
     app.command(_command.__name__, cls=Command)(_command)
 

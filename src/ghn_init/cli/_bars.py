@@ -80,3 +80,21 @@ class EvaluationBar(_Bar):
     def network(self, name: str, accuracy: float) -> None:
         """Show one network more."""
         self._bar.update(self._task, advance=1, figures=f"{name}: {accuracy:.1f} %")
+
+
+class CountBar(_Bar):
+    """How many of a number of things are done, time left."""
+
+    def __init__(self, total: int, label: str) -> None:
+        super().__init__(
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            Remaining(),
+            total=total,
+        )
+
+    def advance(self, count: int) -> None:
+        """Show so many more."""
+        self._bar.update(self._task, advance=count)

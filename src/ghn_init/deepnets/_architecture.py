@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import ArchitectureError
-from ghn_init.deepnets._count import num_nodes, num_params
+from ghn_init.deepnets._count import activations, num_nodes, num_params
 from ghn_init.deepnets._plan import NetworkPlan, plan_network
 from ghn_init.deepnets._space import HEADS, LARGE_INPUT, OPERATIONS, Genotype
 
@@ -109,6 +109,10 @@ class Architecture:
     def num_nodes(self) -> int:
         """Nodes of the graph that `ghn_init.trace` finds, by arithmetic alone."""
         return num_nodes(self)
+
+    def activations(self) -> int:
+        """Elements of all feature maps for one image of 32 x 32, roughly: what a network's time goes by."""
+        return activations(self)
 
     def build(
         self,

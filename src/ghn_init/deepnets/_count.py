@@ -1,4 +1,4 @@
-"""Parameters and graph nodes of an architecture, counted without building it."""
+"""Parameters, activations and graph nodes of an architecture, counted without building it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from ghn_init.deepnets._space import LARGE_INPUT
 
 if TYPE_CHECKING:
     from ghn_init.deepnets._architecture import Architecture
+
+_TOKENS, _PIXELS = 121, 112
+"""Positions of a transformer's feature map, and the mean over a network's thirds behind a 16 x 16 stem."""
 
 
 def operation_params(name: str, width: int, stride: int, norm: int) -> int:
@@ -65,6 +68,14 @@ def _stem_params(arch: Architecture, norm: int, side: int, image_size: int) -> t
         return (3 * k * k + norm) * c, c, c
     half = c // 2
     return (3 * k * k + norm) * half + 9 * half * c + 9 * c * c + 2 * norm * c, c, c
+
+
+def activations(arch: Architecture) -> int:
+    """Elements of all feature maps for one image of 32 x 32, roughly: what a network's time goes by."""
+    if arch.transformer:
+        return num_nodes(arch) * arch.C * arch.C_mult * _TOKENS
+    pixels = _PIXELS if arch.stem_type == 1 or arch.stem_pool else 4 * _PIXELS
+    return num_nodes(arch) * arch.C * pixels
 
 
 def operation_nodes(name: str, stride: int, norm: int) -> int:

@@ -43,9 +43,6 @@ _WINDOW = 8
 _PATIENCE = 50
 """Windows in a row from which the filters may leave nothing before that is an error."""
 
-_TOKENS, _PIXELS = 121, 112
-"""Positions of a transformer's feature map, and the mean over a network's thirds behind a 16 x 16 stem."""
-
 _FULL_SIZE = 32
 """Widths and filters go by a network's parameters on images of this side, whatever it is trained on."""
 
@@ -68,13 +65,9 @@ class Task:
     num_params: int
 
     @property
-    def cost(self) -> float:
-        """Activations of the network, roughly: what its time goes by. No unit."""
-        arch = self.architecture
-        if arch.transformer:
-            return arch.num_nodes() * arch.C * arch.C_mult * _TOKENS
-        pixels = _PIXELS if arch.stem_type == 1 or arch.stem_pool else 4 * _PIXELS
-        return arch.num_nodes() * arch.C * pixels
+    def cost(self) -> int:
+        """What its time goes by, roughly; no unit."""
+        return self.architecture.activations()
 
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """The network on the meta device, without running statistics."""

@@ -1,4 +1,4 @@
-"""Measures several networks side by side, each in a process with one core.
+"""Runs many small jobs, such as measuring a network, side by side, each in a process with one core.
 
 Processes, because two Python threads wait for each other; one core each, because the networks are small.
 """
@@ -13,14 +13,15 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ghn_init._errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.synchronize import Event
 
     from ghn_init.training.evaluate import Measure, Network
@@ -33,8 +34,11 @@ _ALLOCATOR = {
 """glibc gives large activations back to the system and asks for them again in every layer, which costs
 some networks a third of their time; with these it keeps them, in huge pages. Other systems ignore them."""
 
-_measure: Measure
-"""What a measuring process was started with; no other process has it."""
+J = TypeVar("J")
+R = TypeVar("R")
+
+_function: Callable[[Any], Any]
+"""What a process of the pool was started with; no other process has it."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,29 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
     Raises:
         TrainingError: A process died.
     """
+    return run_all(partial(_accuracy, measure), jobs, workers)
+
+
+def _accuracy(measure: Measure, job: Job) -> float:
+    return measure(job.network, job.noise)
+
+
+def run_all(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[J, R]]:
+    """Every job with what `function` makes of it, as they come; with one worker in this process.
+
+    Function, jobs and results are pickled for the processes.
+
+    Raises:
+        TrainingError: A process died.
+    """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
-            yield job, measure(job.network, job.noise)
+            yield job, function(job)
         return
     context = multiprocessing.get_context("spawn")
     all_started = context.Event()
     # As bytes: tensors handed to processes would need shared memory, which containers have little of.
-    arguments = (pickle.dumps(measure), all_started)
+    arguments = (pickle.dumps(function), all_started)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, arguments)
     try:
         futures = _submit(pool, jobs, all_started)
@@ -78,7 +97,7 @@ def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], all_started: Event) -> dict[Future[float], Job]:
+def _submit(pool: ProcessPoolExecutor, jobs: Sequence[J], all_started: Event) -> dict[Future[Any], J]:
     """Gives the pool all jobs, for which it starts its processes, and then lets these begin.
 
     A process that dies while the pool starts others makes `submit` fail with whatever the half
@@ -92,11 +111,11 @@ def _submit(pool: ProcessPoolExecutor, jobs: Sequence[Job], all_started: Event) 
 
 
 def _start(data: bytes, all_started: Event) -> None:
-    global _measure
+    global _function
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     all_started.wait()
-    _measure = pickle.loads(data)
+    _function = pickle.loads(data)
 
 
 def _end_with_parent() -> None:
@@ -106,8 +125,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(job: Job) -> float:
-    return _measure(job.network, job.noise)
+def _run(job: Any) -> Any:
+    return _function(job)
 
 
 @contextmanager

@@ -1,0 +1,250 @@
+"""Measures architectures on real images: with predicted weights, and trained for a while."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor, nn
+
+from ghn_init._errors import ArchitectureError
+from ghn_init.deepnets import Architecture, DeepNets1M
+from ghn_init.search._recipe import PRECISIONS, Measurement, Recipe
+from ghn_init.training._engine import Engine, inject
+from ghn_init.training._layers import prepare
+from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, halve
+from ghn_init.training.evaluate import NOISE, Measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ghn_init._weights.ghn import GHN
+
+_MOMENTUM: Final = 0.9
+_DECAY: Final = 3e-4
+_CLIP: Final = 5.0
+"""SGD as in DARTS (arXiv 1806.09055, appendix A.3), which the cells come from."""
+
+_RUNNING: Final = 20
+"""Steps over which training accuracy and loss are averaged."""
+
+_REPEATS: Final = 5
+"""Forward passes of which the fastest counts as the speed."""
+
+_CROP_PADDING: Final = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Architecture `index` of a split."""
+
+    index: int
+    architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which architectures of a split are looked at.
+
+    Attributes:
+        max_params: Most parameters, in millions, at the width and size of images that are measured.
+        max_activations: Most elements of all feature maps, in millions, by `Architecture.activations`: what a
+            network's time goes by.
+    """
+
+    max_params: float = math.inf
+    max_activations: float = math.inf
+
+
+def candidates(
+    split: str,
+    recipe: Recipe,
+    limits: Limits | None = None,
+    *,
+    num_classes: int = 10,
+    seed: int = 0,
+    start: int = 0,
+) -> Iterator[Candidate]:
+    """The architectures of a split from `start` on that take such images and keep to the limits, in order.
+
+    Raises:
+        ArchitectureError: There is no such split, or it has networks that are not drawn from the space.
+    """
+    networks, limits = DeepNets1M(split, seed=seed, image_size=recipe.image_size), limits or Limits()
+    for index in range(start, len(networks)):
+        architecture = networks[index]
+        if not isinstance(architecture, Architecture):
+            raise ArchitectureError(f"split {split!r}: {architecture!r} has no genotype; take another split")
+        if recipe.width is not None:
+            architecture = dataclasses.replace(architecture, C=recipe.width)
+        if (
+            architecture.supports(recipe.image_size)
+            and architecture.activations() <= 1e6 * limits.max_activations
+            and architecture.num_params(num_classes, recipe.image_size) <= 1e6 * limits.max_params
+        ):
+            yield Candidate(index, architecture)
+
+
+class Measurer:
+    """Measures architectures on one set of images, all in the same way, on the CPU.
+
+    Args:
+        ghn: The hypernetwork that predicts weights.
+        train: Images to train on.
+        validation: Images to measure accuracies on.
+        recipe: How to train and measure.
+
+    Raises:
+        TrainingError: Images that do not fit the recipe or the hypernetwork.
+    """
+
+    def __init__(self, ghn: GHN, train: Images, validation: Images, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe = recipe or Recipe()
+        self.train, self.precision = train, PRECISIONS[recipe.precision]
+        self.scorer = Measure(
+            ghn,
+            validation,
+            images=recipe.images,
+            normalise=Normalisation.of(train),
+            seed=recipe.seed,
+            precision=self.precision,
+            image_size=recipe.image_size,
+        )
+
+    def __call__(self, candidate: Candidate) -> Measurement:
+        """Everything about one architecture."""
+        started, size = time.process_time(), self.recipe.image_size
+        architecture, classes = candidate.architecture, len(self.train.classes)
+        with torch.device("meta"):
+            network = architecture.build(classes, size)
+        predicted, predicted_noise = self.scorer(network), self.scorer.accuracy(network, NOISE)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.recipe.seed)
+            network = architecture.build(classes, size)
+        run = _Training(self, network)
+        run()
+        network.eval()
+        return Measurement(
+            index=candidate.index,
+            architecture=architecture,
+            params=architecture.num_params(classes, size),
+            nodes=architecture.num_nodes(),
+            predicted=predicted,
+            predicted_noise=predicted_noise,
+            trained=self.scorer.accuracy(network),
+            trained_noise=self.scorer.accuracy(network, NOISE),
+            convergence=run.convergence,
+            speed=_speed(network, self.scorer.batches()[0][0]),
+            loss=run.loss,
+            seconds=round(time.process_time() - started, 2),
+        )
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented and normalised images (B, 3, H, W) of a step of training, and their labels."""
+        seed, recipe = self.recipe.seed, self.recipe
+        batch = self.train.take(batch_indices(len(self.train), recipe.batch_size, step, seed))
+        rng = generator(seed, "measuring", step)
+        x = self.scorer.normalise(augment(batch.pixels, rng, _CROP_PADDING))
+        return x if recipe.image_size == self.train.size else halve(x), batch.labels
+
+
+class _Training:
+    """SGD from a network's own initialisation; afterwards the network has the trained parameters.
+
+    Attributes:
+        convergence: Steps until the mean accuracy of the last 20 batches reached the target, or None.
+        loss: Mean loss of the last 20 steps; infinite if it was not finite once, which ends the training.
+    """
+
+    def __init__(self, measurer: Measurer, network: nn.Module) -> None:
+        self._measurer, self._network = measurer, network
+        self._params = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+        self._engine = Engine(measurer.precision)
+        self._losses: deque[float] = deque(maxlen=_RUNNING)
+        self._accuracies: deque[float] = deque(maxlen=_RUNNING)
+        self.convergence: int | None = None
+
+    @property
+    def loss(self) -> float:
+        mean = fmean(self._losses)
+        return mean if math.isfinite(mean) else math.inf
+
+    def __call__(self) -> None:
+        recipe = self._measurer.recipe
+        prepare(self._network, seed=recipe.seed).train()
+        optimizer = torch.optim.SGD(
+            self._params.values(), lr=recipe.lr, momentum=_MOMENTUM, weight_decay=_DECAY
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+        for step in range(recipe.steps):
+            self._step(step)
+            if not math.isfinite(self._losses[-1]):
+                break
+            torch.nn.utils.clip_grad_norm_(self._params.values(), _CLIP)
+            optimizer.step()
+            schedule.step()
+            if self.convergence is None and self._running_accuracy() >= recipe.target:
+                self.convergence = step + 1
+        inject(self._network, self._params, self._measurer.precision)
+
+    def _step(self, step: int) -> None:
+        """The gradients of one batch, into the parameters."""
+        x, labels = self._measurer.batch(step)
+        leaves = inject(self._network, self._params, self._measurer.precision, gradients=True)
+        result = self._engine.backward(self._engine.forward(self._network, x), leaves, labels)
+        for name, param in self._params.items():
+            gradient = result.gradients.get(name)  # unused layers have none
+            param.grad = None if gradient is None else gradient.to(param.dtype)
+        self._losses.append(result.loss)
+        self._accuracies.append(100 * result.correct / len(labels))
+
+    def _running_accuracy(self) -> float:
+        """In percent; 0 before there are enough steps to average."""
+        return fmean(self._accuracies) if len(self._accuracies) == _RUNNING else 0.0
+
+
+@torch.no_grad()
+def _speed(network: nn.Module, x: Tensor) -> float:
+    """Images a second of the processor's time, which other work disturbs less than the clock's."""
+    network(x)  # compiles kernels
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        started = time.process_time()
+        network(x)
+        times.append(time.process_time() - started)
+    return round(len(x) / max(min(times), 1e-9), 1)
+
+
+def measure(
+    architecture: Architecture,
+    ghn: GHN,
+    train: Images,
+    validation: Images,
+    recipe: Recipe | None = None,
+) -> Measurement:
+    """Measure one architecture on real images, on the CPU.
+
+    Properties as in arXiv 2110.13100, section 5.3, but trained for `recipe.steps` steps: accuracy, accuracy
+    under noise, speed and convergence, beside the accuracies with predicted weights.
+
+    Args:
+        architecture: Its own width counts unless the recipe has another.
+        ghn: The hypernetwork that predicts weights.
+        train: Images to train on.
+        validation: Images to measure accuracies on; `ghn_init.training.hold_out` gives both.
+        recipe: How to train and measure.
+
+    Raises:
+        TrainingError: Images that do not fit the recipe or the hypernetwork.
+        ArchitectureError: The architecture does not take images of this size.
+    """
+    measurer = Measurer(ghn, train, validation, recipe)
+    if (width := measurer.recipe.width) is not None:
+        architecture = dataclasses.replace(architecture, C=width)
+    return measurer(Candidate(-1, architecture))
