@@ -16,7 +16,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="IN",
-        help="The hypernetwork: a published .pt file, a folder, a bundled name or hf://ORG/REPO\\[@REVISION].",
+        help="The hypernetwork: a published .pt file, a folder, a bundled name or "
+        "hf://ORG/REPO\\[/FILE.pt]\\[@REVISION].",
     ),
 ]
 Target = Annotated[

@@ -66,7 +66,8 @@ Weights = Annotated[
     str,
     option(
         "WEIGHTS",
-        "Predict with this hypernetwork: a bundled name, a file, a folder or hf://ORG/REPO\\[@REVISION].",
+        "Predict with this hypernetwork: a bundled name, a file, a folder or "
+        "hf://ORG/REPO\\[/FILE.pt]\\[@REVISION].",
     ),
 ]
 Head = Annotated[

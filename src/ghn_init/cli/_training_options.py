@@ -102,7 +102,7 @@ Weights = Annotated[
     str,
     typer.Argument(
         metavar="WEIGHTS",
-        help="The hypernetwork: a bundled name, a folder, a file or hf://ORG/REPO\\[@REVISION].",
+        help="The hypernetwork: a bundled name, a folder, a file or hf://ORG/REPO\\[/FILE.pt]\\[@REVISION].",
     ),
 ]
 TestData = Annotated[
