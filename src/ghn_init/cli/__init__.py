@@ -1,8 +1,9 @@
 """The command `ghn-init`.
 
 `_group` dispatches and reports errors; `_options`, `_training_options` and `_search_options` declare what the
-commands take; `_commands`, `_convert`, `_training` and `_search` are the commands; `_spec` finds the model,
-`_output` and `_bars` print and write. torch is loaded when a command runs, not for `--help`; so is `ghn_init.training`.
+commands take; `_commands`, `_convert`, `_training`, `_transfer` and `_search` are the commands; `_spec` finds
+the model, `_output` and `_bars` print and write. torch is loaded when a command runs, not for `--help`; so is
+`ghn_init.training`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ app = typer.Typer(
 )  # fmt: skip
 for _command in (
     predict, inspect, convert, _training.train, _training.curve, _training.teach, _training.evaluate,
-    transfer,
-    _search.measure, _search.properties, _search.search,
+    transfer, _search.measure, _search.properties, _search.search,
 ):  # fmt: skip
     app.command(_command.__name__, cls=Command)(_command)
 
