@@ -104,7 +104,7 @@ def fit(kind: Kind, embeddings: npt.ArrayLike, values: npt.ArrayLike) -> Regress
     if len(x) < 2 * _FOLDS:
         raise TrainingError(f"{len(x)} architectures; expected at least {2 * _FOLDS} to fit regressors to")
     mean, std = x.mean(0), _deviation(x)
-    y_mean, y_std = y.mean(), float(_deviation(y))
+    y_mean, y_std = float(y.mean()), float(_deviation(y))
     found = _search(kind, (x - mean) / std, (y - y_mean) / y_std)
     if kind == "ridge":
         weights, support, gamma = found.coef_, np.empty(0), 0.0
