@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=256, help="test images")
     parser.add_argument("--sample", type=int, default=25, help="networks of a split of DeepNets-1M")
     parser.add_argument("--max-params", type=int, default=70, help="millions, of torchvision's networks")
-    parser.add_argument("--precision", default="bfloat16", help="in which networks run")
+    parser.add_argument("--precision", default="float32", help="in which networks run")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     return parser
 

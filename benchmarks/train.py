@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step (64)")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images (32)")
     parser.add_argument("--max-params", type=float, default=0.0, help="millions; without larger networks")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="threads of every process (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

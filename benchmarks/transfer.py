@@ -62,7 +62,7 @@ def train_directly(config: TrainConfig, images: Images, validation: Images, inde
     leaves = [value.requires_grad_() for value in params.values()]
     optimizer = torch.optim.SGD(leaves, SGD_RATE, SGD_MOMENTUM, nesterov=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
-    engine, accuracies = Engine(getattr(torch, config.precision)), []
+    engine, accuracies = Engine(trainer.precision), []
     for step in range(config.steps):
         x, labels, _ = trainer._batch(step)  # noqa: SLF001 (the very images that the GHN gets)
         copy = task.build(config.ghn.num_classes, trainer.image_size)

@@ -26,7 +26,7 @@ from ghn_init._errors import ConfigError, TrainingError
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
 from ghn_init.training import TrainConfig
 from ghn_init.training import trainer as trainer_module
-from ghn_init.training._engine import KERNELS, Engine, Result, inject, prepare_process
+from ghn_init.training._engine import KERNELS, Engine, Result, fast_precision, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
 from ghn_init.training._meta_batches import MetaBatches, Prefetcher
@@ -190,6 +190,20 @@ def test_injected_parameters_have_the_wanted_types() -> None:
     assert {name for name, dtype in types.items() if dtype == torch.float32} == {"1.weight", "1.bias"}
     assert leaves["0.weight"].is_contiguous(memory_format=torch.channels_last)
     assert all(leaf.requires_grad for leaf in leaves.values())
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_networks_run_in_bfloat16_where_the_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, amx: bool, avx512: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert tiny_trainer(tmp_path, tiny_config(precision="auto")).engine.precision == expected
+    assert tiny_trainer(tmp_path, tiny_config(precision="bfloat16")).engine.precision == torch.bfloat16
+    assert fast_precision(torch.device("cuda")) == torch.bfloat16
 
 
 # The stream of networks

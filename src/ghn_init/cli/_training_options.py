@@ -129,7 +129,12 @@ Scores = Annotated[
         "Write the scores to this JSON file after every network; what it has is not measured again.",
     ),
 ]
-BFloat16 = Annotated[bool, option("--bf16", "Run the networks in bfloat16: faster, but rounded.")]
+BFloat16 = Annotated[
+    bool,
+    option(
+        "--bf16", "Run the networks in bfloat16: rounded, and faster only where the processor computes in it."
+    ),
+]
 Workers = Annotated[
     int | None,
     option("N", "Measure in this many processes, one core each; the default is one per core.", least=1),

@@ -26,7 +26,7 @@ _FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
-    "precision": ("float32", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16"),
 }
 
 
@@ -59,7 +59,8 @@ class TrainConfig:
         label_smoothing: Label smoothing of the loss, see `torch.nn.functional.cross_entropy`.
         soft_labels: Share of the teacher's probabilities in the targets, where the images have them.
         ema: Decay of the moving average of the GHN's weights; 0: none.
-        precision: Type of the networks' activations and weights. The GHN itself stays in float32.
+        precision: Type of the networks' activations and weights; "auto": bfloat16 on a GPU and on processors
+            that compute in it, else float32. The GHN itself stays in float32.
         max_nodes: Meta-batches of more nodes are skipped.
         max_params: Networks of more parameters, in millions at the width drawn, are skipped; 0: none.
         curriculum: Over this many first architectures the largest size allowed grows from
@@ -90,7 +91,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     soft_labels: float = 0.0
     ema: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     max_nodes: int = 2200
     max_params: float = 0.0
     curriculum: int = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import replacing
+from ghn_init.training._engine import fast_precision
 from ghn_init.training.data import Normalisation, augment, batch_indices, generator
 
 if TYPE_CHECKING:
@@ -164,5 +165,5 @@ def digest(images: Images) -> str:
 
 
 def _logits(network: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_precision(x.device) == torch.bfloat16):
         return network(x).float()

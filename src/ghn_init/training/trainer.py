@@ -20,7 +20,7 @@ from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._config import TrainConfig
 from ghn_init.training._curve import draw_curve
-from ghn_init.training._engine import Engine, Result
+from ghn_init.training._engine import Engine, Result, fast_precision
 from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._meta_batches import MetaBatch, MetaBatches, Prefetcher
 from ghn_init.training._optimizer import make_optimizer
@@ -76,7 +76,7 @@ class Trainer:
         self.ghn = self._first_weights(start).to(self.ranks.device)
         self.average = {name: value.detach().clone() for name, value in self.ghn.named_parameters()}
         self.optimizer = make_optimizer(self.ghn, config)
-        self.engine = Engine(getattr(torch, config.precision), config.label_smoothing)
+        self.engine = Engine(self.precision, config.label_smoothing)
         self.state = State()
         self._skipped_in_a_row = 0
         self.validation = Validation(
@@ -139,6 +139,12 @@ class Trainer:
     def image_size(self) -> int:
         """Side of the images that networks see."""
         return self.config.image_size or self.images.size
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type in which networks run."""
+        wanted = self.config.precision
+        return fast_precision(self.ranks.device) if wanted == "auto" else getattr(torch, wanted)
 
     @property
     def done(self) -> float:
@@ -326,7 +332,7 @@ class Trainer:
         return ghn.eval()
 
     def _validate(self) -> dict[str, Any]:
-        return {"step": self.state.step, **self.validation(self.averaged(), self.engine.precision)}
+        return {"step": self.state.step, **self.validation(self.averaged(), self.precision)}
 
     def save(self) -> None:
         """Write a checkpoint if this is the run's first process and it has made a step."""
@@ -371,6 +377,7 @@ class Trainer:
         self.averaged().save_pretrained(folder)
         figures = {
             "config": self.config.to_dict(),
+            "precision": str(self.precision).removeprefix("torch."),
             "steps": self.state.step,
             "skipped": self.state.skipped,
             "dropped": self.state.dropped,
