@@ -7,7 +7,6 @@ predicted parameters are about to be written, and what is kept gets a value as `
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ghn_init._meta.initialise import initialising
 from ghn_init._network.locations import Location, locations_of
 from ghn_init._network.sharded import home_of, is_sharded, like_sharded
+from ghn_init._network.walk import modules_of, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -39,7 +39,7 @@ def materialised(model: nn.Module, predicted: Collection[str], seed: int) -> Ite
     Raises:
         PredictError: Tensors that are neither predicted nor initialised by anybody.
     """
-    if not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+    if not any(tensor.is_meta for tensor in tensors_of(modules_of(model))):
         yield
         return
     before = [(location, location.get()) for location in locations_of(model) if location.get().is_meta]

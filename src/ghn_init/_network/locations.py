@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ghn_init._network.walk import modules_of
 from ghn_init._threads import uninterrupted
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Location:
 
 def locations_of(model: nn.Module) -> Iterator[Location]:
     """All locations of `model`, modules in order, a module's parameters before its buffers."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             yield Location(path, attribute, module)
         for attribute, _ in module.named_buffers(recurse=False, remove_duplicate=False):
@@ -58,7 +59,7 @@ def parameters_of(model: nn.Module) -> list[tuple[Location, ...]]:
     A module that stands at two paths gives its parameters two locations.
     """
     found: dict[int, list[Location]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in modules_of(model, every_path=True):
         for attribute, param in module._parameters.items():  # noqa: SLF001 named_parameters makes more of it
             if param is not None:
                 found.setdefault(id(param), []).append(Location(path, attribute, module))

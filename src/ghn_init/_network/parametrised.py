@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError
+from ghn_init._network.walk import modules_of
 from ghn_init._threads import alone
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class Computed:
 def computed_weights(model: nn.Module) -> dict[str, Computed]:
     """The computed weights of `model`, by qualified name."""
     found: list[Computed] = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         chains = module._modules.get("parametrizations")  # noqa: SLF001 hasattr takes ten times longer
         if isinstance(chains, nn.ModuleDict):
             weights = (Computed(module, path, attribute) for attribute in chains)

@@ -24,7 +24,7 @@ def mark_initialised(model: nn.Module, written: Collection[Tensor]) -> None:
 
     A module all of whose parameters were written is marked, too. Does nothing without a model of theirs.
     """
-    if not any(is_pretrained(module) for module in model.modules()):
+    if "transformers" not in sys.modules or not any(is_pretrained(module) for module in model.modules()):
         return
     ids = set(map(id, written))
     for module in model.modules():

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from ghn_init._errors import TraceError
+from ghn_init._network.walk import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,9 +71,11 @@ def bare(model: nn.Module) -> Iterator[None]:
             import torch.compiler
 
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
+        for _, module in modules_of(model):
             for attribute in _HOOKS:
                 hooks = vars(module)[attribute]
+                if not hooks:
+                    continue
                 own = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_distributed(hook))
                 if len(own) < len(hooks):
                     vars(module)[attribute] = own
@@ -85,7 +88,7 @@ def _has_compiled(model: nn.Module) -> bool:
         return False
     return any(
         type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None  # noqa: SLF001
-        for module in model.modules()
+        for _, module in modules_of(model)
     )
 
 

@@ -16,7 +16,7 @@ _OVERLOADS: Final = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # noqa
 
 def as_tuple(value: Any, n: int) -> tuple[int, ...]:
     """`value` as a tuple; one number stands for `n`."""
-    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,)
+    values = value if type(value) is tuple else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * n if len(values) == 1 else values
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ghn_init._errors import GHNInitError, TraceError
 from ghn_init._network.parametrised import watched
+from ghn_init._network.walk import modules_of, params_of
 from ghn_init._tracing.recorder import Recorder
 from ghn_init._tracing.values import UnknownValueError
 
@@ -45,7 +46,7 @@ class Subject:
 
 def subject(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) -> Subject:
     """What is to be known of `model` while it is recorded; `whole`, for a graph that users see."""
-    params = dict(model.named_parameters())
+    params = params_of(modules_of(model))
     parts: dict[str, Tensor] = {}
     if computed:
         solved = {part for weight in computed.values() for part in weight.parts}

@@ -24,7 +24,7 @@ from ghn_init._tracing.kernels import Memo
 from ghn_init._tracing.outputs import OUTPUTS
 from ghn_init._tracing.outputs.call import Call, Known
 from ghn_init._tracing.tape import Tape, written
-from ghn_init._tracing.values import UnknownValueError, Value
+from ghn_init._tracing.values import Sort, UnknownValueError, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -162,30 +162,30 @@ class Recorder(TorchFunctionMode):
         name = func.__name__
         if name == "__get__":
             return self._attribute(func, args)
-        if "." in name:  # an overload, as torch.ops.aten.add.Tensor
-            name = name.partition(".")[0]
-        if name in v.PLAIN:
+        sort = v.sort_of(name)
+        if sort.plain:
             return func(*args, **kwargs)
-        if name in v.READING:
+        if sort.reading:
             return self._read(func, args, kwargs)
+        name = sort.name
         given = args, kwargs
-        changes = bool(args) and v.is_in_place(name)
-        if name in v.HOST_FACTORIES and v.is_on_meta(kwargs.get("device")):
+        changes = sort.changes and bool(args)
+        if sort.host and v.is_on_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
-        inputs = tensors_in((args, kwargs))
+        inputs = tensors_in((args, kwargs) if kwargs else args)
         seen = self._values
         values = [seen.get(id(tensor)) or self.value(tensor) for tensor in inputs]
         made = _made_of(values)
         if self._known and "device" not in kwargs and _all_known(values):
-            output = self._computed(func, name, args, kwargs)
-            made.known = name not in v.FROM_NOTHING
+            output = self._computed(func, sort, args, kwargs)
+            made.known = not sort.shaped
         else:
             if inputs:
-                args, kwargs = self._on_meta(name, values, args, kwargs, args[0] if changes else None)
-            output = self._called(Call(func, name, args, kwargs, self, made.varies))
+                args, kwargs = self._on_meta(sort, values, args, kwargs, args[0] if changes else None)
+            output = self._called(Call(func, name, args, kwargs, self, made.varies), sort)
             if type(output) is Known:
                 output, made.known = output.output, True
-        if name in v.FROM_NOTHING or name in v.FILLED:
+        if sort.made:
             made.varies, made.constant = False, True
         self._note(func, name, given, output, made, changes=changes)
         if changes and isinstance(given[0][0], Tensor):
@@ -193,30 +193,29 @@ class Recorder(TorchFunctionMode):
         return output
 
     def _computed(
-        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Callable[..., Any], sort: Sort, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What a function gives where all values are known."""
-        if name in v.DEVICE_MOVES:
+        if sort.moves:
             return args[0]
-        if name == "to":
+        if sort.casts:
             args, kwargs = v.without_device(args, kwargs)
         return func(*args, **kwargs)
 
-    def _called(self, call: Call) -> Any:
+    def _called(self, call: Call, sort: Sort) -> Any:
         """What `call`, its tensors on meta, gives."""
-        name = call.name
-        if name in v.FROM_NOTHING or name in v.FILLED:
+        if sort.made:
             output = call.run()
-            if name in v.FILLED and output.is_meta and output.numel() <= _SMALL:
+            if sort.filled and output.is_meta and output.numel() <= _SMALL:
                 output = call.func(*call.args, **{**call.kwargs, "device": "cpu"})
             return output
-        if name in v.DEVICE_MOVES:
+        if sort.moves:
             return call.args[0]
-        if name == "to":
-            call = Call(call.func, name, *v.without_device(call.args, call.kwargs), self, call.varies)
-        elif name in v.RESHAPING:
+        if sort.casts:
+            call = Call(call.func, call.name, *v.without_device(call.args, call.kwargs), self, call.varies)
+        elif sort.reshapes:
             self._keep_shape(call.args[0])
-        known = OUTPUTS.get(name)
+        known = OUTPUTS.get(call.name)
         return call.run() if known is None else known(call)
 
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,8 +280,7 @@ class Recorder(TorchFunctionMode):
             op, target, name = written(func, name)
         argument, node_of = self._tape.argument, self._node
         node = self._tape.append(
-            op, target, name,
-            tuple([argument(arg, node_of) for arg in args]),
+            op, target, name, argument(args, node_of),
             {key: argument(value, node_of) for key, value in kwargs.items()} if kwargs else None,
         )  # fmt: skip
         if layer is not None:
@@ -358,30 +356,40 @@ class Recorder(TorchFunctionMode):
     # -- tensors for the functions --------------------------------------------------------------
 
     def _on_meta(
-        self, name: str, inputs: list[Value], args: tuple[Any, ...], kwargs: dict[str, Any], changed: object
+        self, sort: Sort, inputs: list[Value], args: tuple[Any, ...], kwargs: dict[str, Any], changed: object
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with everything on meta, unless all are constants made while recording.
 
         Constants and known values without dimensions, which may be sizes or places, stay as they are unless
         they are `changed` in place.
         """
+        resolved: dict[int, Tensor] = {}
+        as_they_are = on_meta = True
         for value in inputs:
-            if not (value.inside and value.tensor.is_meta):
-                break
-        else:
+            tensor = given = value.tensor
+            if not value.inside:
+                as_they_are = False
+                tensor = self._resolve(value) if value.twin is None else value.twin
+            if not tensor.is_meta:
+                on_meta = False
+            resolved[id(given)] = tensor
+        if on_meta and as_they_are:
             return args, kwargs
-        resolved = {id(value.tensor): self._resolve(value) for value in inputs}
-        values = self._values
-        if name not in v.OF_LENGTHS and any(
-            tensor.is_meta or not values[id(tensor)].constant for tensor in resolved.values()
-        ):
-            for key, tensor in resolved.items():
-                if not tensor.is_meta:
-                    value = values[id(tensor)]
-                    has_value = value.constant or value.known
-                    if not (tensor.ndim == 0 and key != id(changed) and has_value):
-                        resolved[key] = self._twin(value, meta=True)
+        if not (on_meta or sort.lengths):
+            self._bring_to_meta(resolved, changed)
         return replaced(args, resolved), replaced(kwargs, resolved) if kwargs else kwargs
+
+    def _bring_to_meta(self, resolved: dict[int, Tensor], changed: object) -> None:
+        """Put twins on meta into the place of tensors that are not, see `_on_meta`."""
+        values = self._values
+        if not any(tensor.is_meta or not values[id(tensor)].constant for tensor in resolved.values()):
+            return
+        for key, tensor in resolved.items():
+            if not tensor.is_meta:
+                value = values[id(tensor)]
+                has_value = value.constant or value.known
+                if not (tensor.ndim == 0 and key != id(changed) and has_value):
+                    resolved[key] = self._twin(value, meta=True)
 
     def _resolve(self, value: Value) -> Tensor:
         """The tensor itself if it was made while recording, else its twin."""

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ghn_init._errors import TraceError
 from ghn_init._network.parametrised import computed_weights
+from ghn_init._network.walk import modules_of, params_of
 from ghn_init._network.wrappers import bare, unwrapped
 from ghn_init._threads import alone, uncollected
 from ghn_init._tracing.foreign import inputs_of, is_complete, recording_of
@@ -150,14 +151,15 @@ def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TraceError(f"expected an nn.Module instance, found {kind}; pass a constructed model")
-    for path, module in model.named_modules():
+    modules = modules_of(model)
+    for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             place = f"{path} of {type(model).__name__} is" if path else "the model is"
             raise TraceError(
                 f"{place} a TorchScript module ({module.original_name}), whose functions cannot be recorded; "
                 "pass the nn.Module that was scripted or traced with torch.jit"
             )
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    lazy = [name for name, p in params_of(modules).items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise TraceError(
             f"{type(model).__name__}: {len(lazy)} lazy parameters have no shape yet ({', '.join(lazy[:3])}); "

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ghn_init._network.walk import modules_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_CONTAINERS: Final = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
-"""What every module keeps in dictionaries: parameters, buffers, modules and hooks of several kinds."""
+_own_containers: Final = operator.itemgetter(
+    *(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+)
+"""Of a module's attributes the dictionaries that every module has: parameters, modules, hooks, ..."""
 
 _OWN: Final = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
@@ -39,15 +43,13 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     dicts and sets that modules, their forward passes and their hooks hold, to which a forward pass may
     append.
     """
-    modules = list(model.modules())
+    modules = [module for _, module in modules_of(model)]
     states = [vars(module) for module in modules]
-    # Most of the dictionaries are empty, and there are a dozen for every module: one copy does for all of
-    # them, because thousands of new objects would have Python's garbage collector look through every object.
-    empty: dict[str, object] = {}
-    before = [
-        (state, state.copy(), [state[c].copy() if state[c] else empty for c in _CONTAINERS])
-        for state in states
-    ]
+    containers = [container for state in states for container in _own_containers(state)]
+    # Most containers are empty, and there are a dozen for every module: these need neither a copy nor a look
+    # each.
+    empty = [container for container in containers if not container]
+    before = [(filled, filled.copy()) for filled in (*states, *(c for c in containers if c))]
     put_back_random_states = _random_states()
     contents = _Contents()
     for module, state in zip(modules, states, strict=True):
@@ -55,14 +57,13 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         put_back_random_states()
-        for state, attributes, containers in before:
-            if _differs(state, attributes):
-                state.clear()
-                state.update(attributes)
-            for container, content in zip(_CONTAINERS, containers, strict=True):
-                if (state[container] or content) and _differs(state[container], content):
-                    state[container].clear()
-                    state[container].update(content)
+        for container, content in before:
+            if _differs(container, content):
+                container.clear()
+                container.update(content)
+        if any(empty):
+            for container in empty:
+                container.clear()
         contents.put_back()
 
     return put_back
@@ -175,7 +176,11 @@ def _is_plain_object(value: object) -> bool:
 
 def _differs(now: dict[Any, object], before: dict[Any, object]) -> bool:
     """Whether a key is new, gone, in another place or holds another object."""
-    return list(now) != list(before) or not all(map(operator.is_, now.values(), before.values()))
+    return (
+        len(now) != len(before)
+        or not all(map(operator.is_, now.values(), before.values()))
+        or list(now) != list(before)
+    )
 
 
 def _random_states() -> Callable[[], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -82,6 +84,59 @@ class Value:
         self.known = False
         self.inside = inside
         self.twin: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sort:
+    """What a function's name says of it: in which of the sets above it is.
+
+    Attributes:
+        name: The name, without that of an overload as in `torch.ops.aten.add.Tensor`.
+        plain: See `PLAIN`.
+        reading: See `READING`.
+        made: It makes a constant, see `FROM_NOTHING` and `FILLED`.
+        shaped: It takes a tensor's shape, see `FROM_NOTHING`.
+        filled: See `FILLED`.
+        host: See `HOST_FACTORIES`.
+        moves: See `DEVICE_MOVES`.
+        casts: It is `Tensor.to`.
+        reshapes: See `RESHAPING`.
+        lengths: See `OF_LENGTHS`.
+        changes: It changes its first argument, see `is_in_place`.
+    """
+
+    name: str
+    plain: bool
+    reading: bool
+    made: bool
+    shaped: bool
+    filled: bool
+    host: bool
+    moves: bool
+    casts: bool
+    reshapes: bool
+    lengths: bool
+    changes: bool
+
+
+@lru_cache(maxsize=4096)
+def sort_of(called: str) -> Sort:
+    """What the name `called` says: one look instead of a dozen, for every call."""
+    name = called.partition(".")[0]
+    return Sort(
+        name=name,
+        plain=name in PLAIN,
+        reading=name in READING,
+        made=name in FROM_NOTHING or name in FILLED,
+        shaped=name in FROM_NOTHING,
+        filled=name in FILLED,
+        host=name in HOST_FACTORIES,
+        moves=name in DEVICE_MOVES,
+        casts=name == "to",
+        reshapes=name in RESHAPING,
+        lengths=name in OF_LENGTHS,
+        changes=is_in_place(name),
+    )
 
 
 def is_in_place(name: str) -> bool:

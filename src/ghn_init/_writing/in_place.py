@@ -9,6 +9,7 @@ from ghn_init._errors import PredictError, listing
 from ghn_init._network.locations import parameters_of
 from ghn_init._network.pretrained import mark_initialised
 from ghn_init._network.sharded import is_sharded, part_of
+from ghn_init._network.walk import modules_of
 from ghn_init._writing.values import is_diversified, value_of, values_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def check_unchanged(network: nn.Module, entries: Sequence[Entry]) -> None:
         PredictError: A module or parameter came, went or was replaced, or a parameter has another shape or
             is tied to others; the message names them.
     """
-    modules = dict(network.named_modules(remove_duplicate=False))
+    modules = dict(modules_of(network, every_path=True))
     now = {locations: locations[0].get() for locations in parameters_of(network)}
     planned = {entry.locations: entry for entry in entries}
     changed = [locations for locations in now if locations not in planned]

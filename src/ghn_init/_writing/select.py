@@ -15,6 +15,7 @@ from ghn_init._errors import PredictError, listing
 from ghn_init._network.locations import parameters_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._network.sharded import refusal as sharding_refusal
+from ghn_init._network.walk import modules_of, tensors_of
 from ghn_init._writing.entry import PREDICT, Decision, Entry, keep, spare
 
 if TYPE_CHECKING:
@@ -43,21 +44,22 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = " (`ghn-init SPEC` on the command line takes names)" if isinstance(model, str) else ""
         raise PredictError(f"expected a torch.nn.Module, found {type(model).__name__} {model!r:.80}{hint}")
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
-    if lazy:
+    modules = modules_of(model)
+    if any(map(is_lazy, tensors_of(modules))):
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        lazy = [name for name, tensor in tensors if is_lazy(tensor)]
         raise PredictError(
             f"{type(model).__name__}: {listing(lazy)} have no shape yet (lazy module); "
             "call the model once on an example input, then predict"
         )
-    offloaded = [path for path, module in model.named_modules() if _is_offloaded(module)]
+    offloaded = [path for path, module in modules if _is_offloaded(module)]
     if offloaded:
         raise PredictError(
             f"{type(model).__name__}: the values of {listing(offloaded)} are elsewhere (offloaded by "
             "accelerate); predict before dispatch_model, cpu_offload or disk_offload"
         )
     if next(model.parameters(), None) is None:
-        packed = [name for name, module in model.named_modules() if ".quantized." in type(module).__module__]
+        packed = [name for name, module in modules if ".quantized." in type(module).__module__]
         if packed:
             raise PredictError(
                 f"{type(model).__name__} is quantised: {listing(packed, 3)} hold packed integers instead of "

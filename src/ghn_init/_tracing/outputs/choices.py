@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ghn_init._tracing.kernels import empty
 from ghn_init._tracing.outputs.call import Call, Known, output_of
 
 _COUNTED: Final = 1024
@@ -61,7 +62,7 @@ def masked_select(call: Call) -> Any:
     x, mask = call.arg(0, "input"), call.arg(1, "mask")
     if not _unknown(mask):
         return call.run()
-    return x.new_empty(torch.broadcast_shapes(x.shape, mask.shape).numel())
+    return empty(x, (torch.broadcast_shapes(x.shape, mask.shape).numel(),))
 
 
 @output_of("nms")
@@ -82,7 +83,7 @@ def unique(call: Call) -> Any:
         extra.append(_indices(x, *x.shape))
     if call.arg(3, "return_counts", False):
         extra.append(_indices(x, 1))
-    found = x.new_empty(1)
+    found = empty(x, (1,))
     return (found, *extra) if extra else found
 
 
@@ -127,4 +128,4 @@ def _positions(mask: Tensor) -> tuple[Tensor, ...]:
 
 
 def _indices(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.long)
+    return empty(like, shape, torch.long)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ghn_init._tracing.kernels import empty
 from ghn_init._tracing.outputs.call import Call, Known, output_of
 
 
@@ -21,7 +22,7 @@ def recurrent(call: Call) -> Any:
     x, states, bidirectional = call.args[0], call.args[2 if packed else 1], call.args[8 if packed else 7]
     several = isinstance(states, (list, tuple))
     hidden = states[0] if several else states
-    output = x.new_empty(*x.shape[:-1], hidden.shape[-1] * (2 if bidirectional else 1))
+    output = empty(x, (*x.shape[:-1], hidden.shape[-1] * (2 if bidirectional else 1)))
     last = states if several else (states,)
     return (output, *(torch.empty_like(state, device=x.device) for state in last))
 
@@ -38,7 +39,7 @@ def packed(call: Call) -> Any:
     if max(given, default=0) > longest:
         raise ValueError(f"a length of {max(given)} for sequences of {longest} steps")
     sizes = torch.tensor([sum(length > step for length in given) for step in range(max(given, default=0))])
-    return Known((x.new_empty(sum(given), *x.shape[2:]), sizes))
+    return Known((empty(x, (sum(given), *x.shape[2:])), sizes))
 
 
 @output_of("_pad_packed_sequence")
@@ -51,4 +52,4 @@ def padded(call: Call) -> Any:
     first = counts[0] if counts else 0
     lengths = torch.tensor([sum(count > index for count in counts) for index in range(first)])
     shape = (first, steps) if batch_first else (steps, first)
-    return Known((data.new_empty(*shape, *data.shape[1:]), lengths))
+    return Known((empty(data, (*shape, *data.shape[1:])), lengths))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from ghn_init._tracing.arguments import as_tuple
-from ghn_init._tracing.kernels import like
+from ghn_init._tracing.kernels import empty, like
 from ghn_init._tracing.outputs.call import Call, output_of
 
 if TYPE_CHECKING:
@@ -26,14 +27,20 @@ def convolved(call: Call) -> Any:
     fits = x.ndim == n + 2 and x.shape[1] == weight.shape[1] * groups
     if isinstance(padding, str) or not fits:
         return call.run()
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n),
-            strict=True,
-        )
-    ]  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[0], *sizes) if min(sizes) > 0 else call.run()
+    sizes = _convolved_sizes(
+        x.shape[2:], weight.shape[2:], as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n)
+    )
+    return empty(x, (x.shape[0], weight.shape[0], *sizes)) if min(sizes) > 0 else call.run()
+
+
+@lru_cache(maxsize=4096)
+def _convolved_sizes(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
+    """Sizes of a convolution's output; networks have the same few layers again and again."""
+    axes = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
 
 
 @output_of("linear")
@@ -41,7 +48,7 @@ def linear(call: Call) -> Any:
     """(*, in) to (*, out)."""
     x, weight = call.arg(0, "input"), call.arg(1, "weight")
     fits = weight.ndim == 2 and x.ndim >= 1 and x.shape[-1] == weight.shape[1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]) if fits else call.run()
+    return empty(x, (*x.shape[:-1], weight.shape[0])) if fits else call.run()
 
 
 @output_of("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
@@ -75,7 +82,7 @@ def sampled(call: Call) -> Any:
         and x.shape[0] == grid.shape[0]
         and min(x.shape[2:]) > 0
     )
-    return x.new_empty(*x.shape[:2], *grid.shape[1:-1]) if fits else call.run()
+    return empty(x, (*x.shape[:2], *grid.shape[1:-1])) if fits else call.run()
 
 
 @output_of("interpolate", "upsample")
@@ -88,7 +95,7 @@ def resized(call: Call) -> Any:
         return call.run()
     sizes = as_tuple(wanted, n)
     fits = len(sizes) == n and all(type(size) is int and size > 0 for size in (*sizes, *x.shape))
-    return x.new_empty(*x.shape[:2], *sizes) if fits else call.run()
+    return empty(x, (*x.shape[:2], *sizes)) if fits else call.run()
 
 
 _MODES: Final = {
@@ -112,7 +119,7 @@ def combined(call: Call) -> Any:
         return call.run()
     if call.name.startswith("__i") or (call.name.endswith("_") and not call.name.startswith("__")):
         return a  # in place
-    return a.new_empty(a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
+    return empty(a, a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
 
 
 @output_of("cat", "concat", "concatenate")
@@ -131,7 +138,7 @@ def concatenated(call: Call) -> Any:
         return call.run()
     shape = list(first.shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
-    return first.new_empty(shape)
+    return empty(first, shape)
 
 
 def _but(tensor: Tensor, dim: int) -> Sequence[int]:
@@ -146,7 +153,7 @@ def _but(tensor: Tensor, dim: int) -> Sequence[int]:
 def attended(call: Call) -> Any:
     """(*, queries, features of a value)."""
     query, value = call.arg(0, "query"), call.arg(2, "value")
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
+    return empty(query, (*query.shape[:-1], value.shape[-1]))
 
 
 @output_of("multi_head_attention_forward")
@@ -160,8 +167,8 @@ def attended_and_weights(call: Call) -> Any:
     weights = None
     if call.arg(15, "need_weights", True):
         heads = () if call.arg(24, "average_attn_weights", True) else (call.arg(4, "num_heads"),)
-        weights = query.new_empty(query.shape[1], *heads, query.shape[0], key.shape[0])
-    return torch.empty_like(query), weights
+        weights = empty(query, (query.shape[1], *heads, query.shape[0], key.shape[0]))
+    return like(query), weights
 
 
 @output_of("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
@@ -171,7 +178,7 @@ def pooled(call: Call) -> Any:
     n = int(call.name[-2])
     wanted = as_tuple(call.arg(1, "output_size"), n)
     sizes = [have if want is None else want for have, want in zip(x.shape[-n:], wanted, strict=True)]
-    return x.new_empty(*x.shape[:-n], *sizes)
+    return empty(x, (*x.shape[:-n], *sizes))
 
 
 @output_of("registered_layer")

@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function
 from ghn_init._errors import RegistrationError, TraceError
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES, Node
 from ghn_init._network.nested import tensors_in
+from ghn_init._network.walk import modules_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.rules import table
 from ghn_init._tracing.rules.joins import with_positions
@@ -154,7 +155,7 @@ def registered_layers(model: nn.Module) -> Iterator[None]:
     a `call_module` node of the fx graph.
     """
     replaced: list[nn.Module] = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model) if _RULES else ():
         rule = _rule_of(module)
         if rule is not None and "forward" not in vars(module):
             vars(module)["forward"] = functools.partial(_recorded_call, rule, module, path)
