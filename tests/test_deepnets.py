@@ -29,6 +29,7 @@ from ghn_init.deepnets import (
     read_published,
     sample,
     training_width,
+    write_published,
 )
 from ghn_init.deepnets._count import operation_params
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
@@ -447,13 +448,17 @@ def test_evaluation_width_of_a_large_network_is_the_smallest() -> None:
 # -- the published files ------------------------------------------------------------------------------
 
 
-def test_published_files_give_the_architectures_that_were_written(tmp_path: Path) -> None:
-    path = tmp_path / "deepnets1m_train_meta.json"
+def test_published_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "deepnets1m_eval_meta.json"
     nets = [sample("test", index) for index in range(3)]
-    entries = [net.to_net_args() | {"num_nodes": net.num_nodes(), "num_params": {}} for net in nets]
-    del entries[2]["C"]  # as in the training file
-    path.write_text(json.dumps({"train": {"nets": entries, "meta": {}}}))
-    assert read_published(path, "train") == tuple(nets)
+    write_published(path, {"test": nets, "val": nets[:1]})
+    assert DeepNets1M.from_published(path, "test") == tuple(nets)
+    assert read_published(path, "val") == tuple(nets[:1])
+    entry = json.loads(path.read_text())["test"]["nets"][0]
+    assert entry["num_nodes"] == nets[0].num_nodes()
+    assert entry["num_params"] == {"cifar10": nets[0].num_params(), "imagenet": nets[0].num_params(10, 224)}
+    write_published(path, {"train": nets}, widths=False)
+    assert "C" not in json.loads(path.read_text())["train"]["nets"][0]
 
 
 @pytest.mark.parametrize(

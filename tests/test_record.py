@@ -138,8 +138,7 @@ def test_graphs_of_torch_export_are_read(name: str) -> None:
     model = built(name)
     program = torch.export.export(model, (torch.zeros(1, 3, 224, 224),))
     graph = trace(model)
-    decomposed = [] if name == "vit_b_16" else [program.run_decompositions().module()]
-    for module in (program.module(), *decomposed):
+    for module in (program.module(), program.run_decompositions().module()):
         found = trace(module)
         assert (found.nodes, found.edges) == (graph.nodes, graph.edges)
 

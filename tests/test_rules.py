@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ghn_init import Graph, trace
+from ghn_init._tracing.rules import RULES
+from ghn_init._tracing.rules.registered import LayerRule
+from ghn_init._tracing.sketch import Sketch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,6 +131,19 @@ def test_einsum_of_a_weight_is_a_layer() -> None:
 
 
 # -- normalisation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "kind"), [(torch.batch_norm, "bn"), (torch.instance_norm, "ln")])
+def test_norms_of_torch_itself_have_weight_and_bias_before_the_statistics(
+    function: Callable[..., Any], kind: str
+) -> None:
+    def build(tape: Tape) -> fx.Node:
+        w, b = tape.weight("w", 4), tape.weight("b", 4)
+        return tape.call(function, tape.x, w, b, None, None, True, 0.1, 1e-5, False)
+
+    graph = drawn(build)
+    check(graph, f"{kind}(w)")
+    assert graph.nodes[1].bias == "b"
 
 
 def test_norms_called_as_functions_are_nodes() -> None:
@@ -297,6 +313,34 @@ def test_attention_by_hand_is_a_transformer_block() -> None:
     check(drawn(build, (2, 5, 4)), *ATTENTION)
 
 
+def test_attention_with_zeros_for_rows_without_a_score_is_attention() -> None:
+    aten = torch.ops.aten
+
+    def build(tape: Tape) -> fx.Node:
+        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+            scores = tape.call(aten.bmm.default, q, tape.call(aten.permute.default, k, [0, 2, 1]))
+            masked = tape.call(aten.logical_not.default, tape.call(aten.isfinite.default, scores))
+            weights = tape.call(aten._softmax.default, scores, -1, False)
+            zeros = tape.call(aten.full_like.default, weights, 0)
+            return tape.call(aten.bmm.default, tape.call(aten.where.self, masked, zeros, weights), v)
+
+        return attention_of(tape, attend)
+
+    check(drawn(build, (2, 5, 4)), *ATTENTION)
+
+
+def test_scores_that_are_masked_are_no_attention_yet() -> None:
+    def build(tape: Tape) -> fx.Node:
+        def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+            scores = tape.call(operator.matmul, q, tape.call_method("transpose", (k, -2, -1)))
+            masked = tape.call(torch.where, tape.call(operator.gt, scores, 0), scores, 0.0)
+            return tape.call(operator.matmul, masked, v)
+
+        return attention_of(tape, attend)
+
+    assert "msa" not in [node.type for node in drawn(build, (2, 5, 4)).nodes]
+
+
 def test_without_a_softmax_it_is_no_attention() -> None:
     def build(tape: Tape) -> fx.Node:
         def attend(q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -318,6 +362,69 @@ def test_an_attention_layer_is_a_module_like_any_other() -> None:
           "conv(attn.out_proj.weight) bias(attn.out_proj.bias)")  # fmt: skip
 
 
+# -- layers that users register -----------------------------------------------------------------
+
+
+def of_layer(
+    nodes: dict[str, str],
+    parameters: dict[str, tuple[int, ...]],
+    *,
+    transposed: str = "",
+    of_input: bool = True,
+) -> Graph:
+    """The graph of one call of a registered layer that has these parameters, called `layer`."""
+    tape = Tape()
+    call = tape.layer("layer", nn.Identity(), tape.x if of_input else tape.weight("table", 2, 4))
+    shapes = {f"layer.{name}": shape for name, shape in parameters.items()}
+    call.meta["layer"] = LayerRule(nn.Bilinear, nodes, torch.empty_like, frozenset({transposed} - {""}))
+    call.meta["parameters"] = {name: f"layer.{name}" for name in nodes if name in parameters}
+    call.meta["others"] = list(shapes)
+    tape.output(call)
+    sketch = Sketch(shapes)
+    sketch.draw(tape, RULES)
+    return sketch.graph("net")
+
+
+def test_a_registered_layer_is_its_nodes_one_after_the_other() -> None:
+    graph = of_layer({"weight": "conv", "bias": "bias"}, {"weight": (6, 4), "bias": (6,)})
+    check(graph, "conv(layer.weight) bias(layer.bias)")
+    assert (graph.nodes[1].shape, graph.nodes[2].shape, graph.unmatched) == ((6, 4), (6,), ())
+
+
+def test_a_registered_layer_without_a_bias_has_no_node_for_it() -> None:
+    check(of_layer({"weight": "conv", "bias": "bias"}, {"weight": (6, 4)}), "conv(layer.weight)")
+
+
+def test_the_second_of_two_registered_parameters_of_a_norm_is_its_bias() -> None:
+    graph = of_layer({"g": "ln", "b": "ln", "w": "conv"}, {"g": (4,), "b": (4,), "w": (6, 4)})
+    check(graph, "ln(layer.g) conv(layer.w)")
+    assert graph.nodes[1].bias == "layer.b"
+    check(of_layer({"g": "ln", "w": "conv"}, {"w": (6, 4)}), "ln conv(layer.w)")
+
+
+def test_a_registered_label_is_a_node_without_a_parameter() -> None:
+    check(of_layer({"in": "conv", "attend": "msa"}, {"in": (12, 4)}), "conv(layer.in) msa")
+
+
+def test_a_registered_weight_may_be_stored_the_other_way_round() -> None:
+    graph = of_layer({"w": "conv"}, {"w": (4, 6)}, transposed="w")
+    assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((6, 4), True)
+
+
+def test_a_registered_positional_encoding_feeds_a_sum() -> None:
+    graph = of_layer({"w": "conv", "place": "pos_enc"}, {"w": (6, 4), "place": (1, 5, 6)})
+    check(graph, "conv(layer.w) pos_enc(layer.place) sum", {(0, 1), (1, 3), (2, 3)})
+
+
+def test_parameters_that_a_registered_rule_does_not_name_are_told() -> None:
+    graph = of_layer({"w": "conv"}, {"w": (6, 4), "scale": (6,)})
+    assert [(p.name, p.role) for p in graph.unmatched] == [("layer.scale", "not in the rule of Bilinear")]
+
+
+def test_a_registered_layer_that_does_not_see_the_input_is_no_node() -> None:
+    check(of_layer({"w": "conv"}, {"w": (6, 4)}, of_input=False), "")
+
+
 # -- the whole ----------------------------------------------------------------------------------
 
 
@@ -332,6 +439,19 @@ def test_an_unused_branch_is_left_out() -> None:
     check(graph, "conv(used)")
     roles = {p.name: p.role for p in graph.unmatched}
     assert roles == {"aside": "does not reach the output", "never": "unused"}
+
+
+@pytest.mark.parametrize("outputs", [4, 6])
+def test_a_weight_that_is_there_once_for_every_example_is_a_linear_layer(outputs: int) -> None:
+    aten = torch.ops.aten
+
+    def build(tape: Tape) -> fx.Node:
+        turned = tape.call(aten.permute.default, tape.weight("w", outputs, 4), [1, 0])
+        return tape.call(aten.bmm.default, tape.x, tape.call(aten.expand.default, turned, [2, 4, outputs]))
+
+    graph = drawn(build, (2, 5, 4))
+    check(graph, "conv(w)")
+    assert (graph.nodes[1].shape, graph.nodes[1].transposed) == ((outputs, 4), False)
 
 
 def test_functions_of_exports_have_the_same_rules() -> None:

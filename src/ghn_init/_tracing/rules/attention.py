@@ -9,7 +9,7 @@ from torch import fx
 from ghn_init._graph.graph import Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import add_layer, add_vector, add_weight, is_whole_parameter, note_others
-from ghn_init._tracing.rules.products import weight_in_einsum, weight_of_experts
+from ghn_init._tracing.rules.products import repeated_weight, weight_in_einsum, weight_of_experts
 from ghn_init._tracing.rules.table import rule
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _layer(op: Operation, inputs: list[Carried]) -> Carried | None:
     if isinstance(inputs[0], Flow) and len(op.shape(b)) == 2:
         return add_layer(op, a, b, None, "conv", transposed=True)
     if isinstance(inputs[0], Flow):
-        return weight_of_experts(op, a, b)
+        return repeated_weight(op, a, b) or weight_of_experts(op, a, b)
     whole = len(op.shape(a)) == 2 and is_whole_parameter(op, a)
     return add_layer(op, b, a, None, "conv") if whole else None
 
@@ -73,6 +73,16 @@ def softmax(op: Operation) -> Carried:
     """Scores become attention."""
     value = op.carried(op.arg(0, "input"))
     if isinstance(value, Flow) and value.role == "scores":
+        return Flow(value.sources, "attention")
+    return value
+
+
+@rule("where")
+def chosen(op: Operation) -> Carried:
+    """Attention in which rows without a finite score are zero, as decompositions of torch.export write it."""
+    value = op.passed_on()
+    choices = [op.carried(op.arg(1, "input")), op.carried(op.arg(2, "other"))]
+    if isinstance(value, Flow) and any(isinstance(c, Flow) and c.role == "attention" for c in choices):
         return Flow(value.sources, "attention")
     return value
 

@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 @rule("batch_norm")
 def batch_norm(op: Operation) -> Carried:
     """A `bn` node for weight and bias."""
-    return norm(op, "bn", op.arg(3, "weight"), op.arg(4, "bias"))
+    return norm(op, "bn", *_after_statistics(op))
 
 
 @rule("instance_norm")
 def instance_norm(op: Operation) -> Carried:
     """Statistics of one example: an `ln` node."""
-    return norm(op, "ln", op.arg(3, "weight"), op.arg(4, "bias"))
+    return norm(op, "ln", *_after_statistics(op))
+
+
+def _after_statistics(op: Operation) -> tuple[Any, Any]:
+    """Weight and bias of a function that takes running statistics: before them in torch, after them in F."""
+    first = 1 if op.node.target in (torch.batch_norm, torch.instance_norm) else 3
+    return op.arg(first, "weight"), op.arg(first + 1, "bias")
 
 
 @rule("layer_norm", "group_norm", "rms_norm")

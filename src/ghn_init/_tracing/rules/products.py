@@ -44,6 +44,20 @@ def weight_in_einsum(op: Operation) -> Carried | None:
     return add_layer(op, x, weight, None, "conv", transposed=order[0] == summed[0], shape=matrix)
 
 
+def repeated_weight(op: Operation, x: fx.Node, weight: fx.Node) -> Carried | None:
+    """The node of a weight (in, out) that is there once for every example; None if it is anything else.
+
+    So decompositions of torch.export write a linear layer whose input is not contiguous.
+    """
+    shape, derived = op.shape(weight), op.carried(weight)
+    if len(shape) != 3 or not isinstance(derived, Derived) or len(derived.params) != 1:
+        return None
+    stored = op.sketch.shapes[derived.params[0]]
+    if len(stored) != 2 or torch.Size(stored).numel() != shape[1] * shape[2]:
+        return None
+    return add_layer(op, x, weight, None, "conv", transposed=True, shape=tuple(shape[1:]))
+
+
 def weight_of_experts(op: Operation, x: fx.Node, weight: fx.Node) -> Carried | None:
     """The node of the weights (experts, out, in) of a product of `x` and (experts, in, out), their transpose.
 
