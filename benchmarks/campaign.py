@@ -110,6 +110,11 @@ class Part:
         return self.folder / "ghn"
 
     @property
+    def soft(self) -> bool:
+        """Whether it trains on soft labels."""
+        return bool(self.config.get("soft_labels"))
+
+    @property
     def over(self) -> bool:
         """Whether it came to its end."""
         return (self.weights / "training.json").exists()
@@ -167,7 +172,7 @@ def command(part: Part, data: Path, limit: float, processes: int) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many), "-m", "ghn_init"]
     options = ["-o", str(part.folder), "--config", str(part.folder / CONFIG), "--time-limit", f"{limit:.0f}s"]
     options += ["--from", part.start] if part.start else []
-    if part.config.get("soft_labels"):
+    if part.soft:
         options += ["--soft-labels", str(soft_labels(part.folder.parent, data))]
     return [sys.executable, *launch, "train", str(data), *options, *VALIDATION]
 
@@ -232,8 +237,14 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
 
     if not all(train(part) for part in unfinished(run)):
         return
+
+    def planned() -> Part:
+        return next_part(run, *beginning(run), left(), fall, processes)
+
     while left() >= SHORTEST:
-        part = next_part(run, *beginning(run), left(), fall, processes)
+        if planned().soft:
+            soft_labels(run, data)  # before the part's length is set: a teacher takes minutes
+        part = planned()
         part.write()
         if not train(part):
             return
