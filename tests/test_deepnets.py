@@ -142,7 +142,28 @@ def test_counting_equals_building(split: str) -> None:
             if arch.supports(image_size):
                 built = on_meta(arch, num_classes=7, image_size=image_size)
                 assert arch.num_params(7, image_size) == size(built)
-        assert arch.num_nodes() == len(trace(on_meta(arch), (1, 3, 32, 32)))
+        assert_same_graph(arch)
+
+
+def assert_same_graph(arch: Architecture, image_size: int = 32) -> None:
+    """What the specification says is what tracing finds, node by node."""
+    traced = trace(on_meta(arch, num_classes=7, image_size=image_size), (1, 3, image_size, image_size))
+    written = arch.graph(7, image_size)
+    nodes = [[(node.type, node.shape) for node in graph.nodes] for graph in (written, traced)]
+    assert nodes[0] == nodes[1]
+    assert written.edges == traced.edges
+    assert arch.num_nodes() == len(traced)
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 224])
+@pytest.mark.parametrize("stem_type", [0, 1])
+def test_graphs_of_every_operation_are_written_as_traced(stem_type: int, image_size: int) -> None:
+    for name in OPERATIONS[1:]:
+        cells = genotype((name, 0), ("conv_1x1", 1), ("conv_3x3", 2), ("none", 0), concat=(2, 3))
+        for norm in ("bnorm", None):
+            assert_same_graph(Architecture(cells, 3, norm, stem_type=stem_type, C_mult=2), image_size)
+    flat = dataclasses.replace(SIMPLE, glob_avg=False, fc_layers=2, stem_pool=stem_type == 0)
+    assert_same_graph(dataclasses.replace(flat, stem_type=stem_type), image_size)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -251,6 +272,7 @@ def test_missing_states_are_zeros_when_concatenated_and_feed_nothing() -> None:
     assert plan.terms == ((), (2,))
     assert plan.uses == (True, False)
     arch = Architecture(genotype(*cells, concat=(2, 3)), n_cells=1)
+    assert_same_graph(arch)
     network = arch.build(num_classes=2)
     seen: list[torch.Tensor] = []
     network.head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))  # type: ignore[union-attr]
@@ -264,6 +286,7 @@ def test_a_cell_without_output_feeds_nothing() -> None:
     something = (("conv_3x3", 0), ("conv_3x3", 1), ("conv_3x3", 0), ("conv_3x3", 1))
     arch = Architecture(genotype(*something, concat=(2, 3), reduce=nothing), n_cells=5)
     assert arch.plan.used == (True, False, True, False, True)
+    assert_same_graph(arch)
     assert arch.build()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ArchitectureError, match="no path leads from the input to the output"):
         Architecture(genotype(*nothing, concat=(2, 3)), n_cells=5)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import ArchitectureError
 from ghn_init.deepnets._count import activations, num_nodes, num_params
+from ghn_init.deepnets._graph import graph_of
 from ghn_init.deepnets._plan import NetworkPlan, plan_network
 from ghn_init.deepnets._space import HEADS, LARGE_INPUT, OPERATIONS, Genotype
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ghn_init._graph.graph import Graph
     from ghn_init.deepnets._space import Edge
 
 
@@ -109,6 +111,17 @@ class Architecture:
     def num_nodes(self) -> int:
         """Nodes of the graph that `ghn_init.trace` finds, by arithmetic alone."""
         return num_nodes(self)
+
+    def graph(self, num_classes: int = 10, image_size: int = 32) -> Graph:
+        """The graph that `ghn_init.trace` finds of `build(num_classes, image_size)`, some 50 times faster.
+
+        Written from the specification, without a network, and therefore without names of parameters: it has
+        nodes, shapes and edges, all that an embedding depends on, but nothing can be predicted for it.
+
+        Raises:
+            ArchitectureError: `image_size` does not fit (see `supports`).
+        """
+        return graph_of(self, num_classes, image_size)
 
     def activations(self) -> int:
         """Elements of all feature maps for one image of 32 x 32, roughly: what a network's time goes by."""

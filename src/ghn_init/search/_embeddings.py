@@ -7,27 +7,24 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
-from ghn_init._tracing.trace import trace
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
-    from ghn_init._graph.graph import Graph
     from ghn_init._weights.ghn import GHN
     from ghn_init.deepnets import Architecture
 
 T = TypeVar("T")
 
-BATCH: Final = 16
-"""Graphs that the hypernetwork reads at once."""
+BATCH: Final = 4
+"""Graphs that the hypernetwork reads at once. Each of more takes longer, because a level gets as many slots as
+its widest graph needs: 7 ms each in batches of 1 to 4, 11 in those of 8, 24 of 16, 41 of 32 (the search split,
+128 networks, one thread of a busy Xeon)."""
 
 
 class Embedder:
-    """Embeds architectures as `ghn_init.embed` does their networks, but in batches.
-
-    Networks are built and traced on the meta device, as in training: a graph has one way to be made.
+    """Embeds architectures as `ghn_init.embed` does their networks, but without making these.
 
     Args:
         ghn: The hypernetwork.
@@ -40,14 +37,11 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, architectures: Sequence[Architecture]) -> Tensor:
         """(n, d) float32: for every architecture the mean of its nodes' features before the decoder."""
-        batch = self.ghn.batch([self._graph(architecture) for architecture in architectures], names=())
+        classes = self.ghn.config.num_classes
+        graphs = [architecture.graph(classes, self.image_size) for architecture in architectures]
+        batch = self.ghn.batch(graphs, names=())
         features = self.ghn.encode(batch)
         return torch.stack([features[list(rows)].mean(dim=0) for rows in batch.nodes]).cpu()
-
-    def _graph(self, architecture: Architecture) -> Graph:
-        with torch.device("meta"):
-            network = architecture.build(self.ghn.config.num_classes, self.image_size, running_stats=False)
-        return trace(network, (1, 3, self.image_size, self.image_size))
 
 
 def embed_architectures(ghn: GHN, architectures: Iterable[Architecture], image_size: int = 32) -> Tensor:
