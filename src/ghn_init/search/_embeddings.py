@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BATCH: Final = 4
-"""Graphs that the hypernetwork reads at once. Each of more takes longer, because a level gets as many slots as
-its widest graph needs: 7 ms each in batches of 1 to 4, 11 in those of 8, 24 of 16, 41 of 32 (the search split,
-128 networks, one thread of a busy Xeon)."""
+"""Graphs that the hypernetwork reads at once. In larger batches each takes longer, because a level gets as
+many slots as its widest graph needs: 7 ms each in batches of 1 to 4, 11 in those of 8, 24 of 16, 41 of 32
+(128 networks of the search split, one thread of a busy Xeon)."""
 
 
 class Embedder:
