@@ -464,7 +464,7 @@ def _module_stack(frame: FrameType | None, paths: Mapping[int, str]) -> dict[str
     for module in reversed(found):
         path = paths.get(id(module))
         if path is not None:
-            kind = type(module)
+            cls = type(module)
             key = "__".join(("L", "self", *filter(None, (path.replace(".", "_"),))))
-            stack[key] = (path, f"{kind.__module__}.{kind.__qualname__}")
+            stack[key] = (path, f"{cls.__module__}.{cls.__qualname__}")
     return stack

@@ -112,25 +112,25 @@ class Tape:
 
     def argument(self, value: Any, node_of: Callable[[Tensor], fx.Node]) -> Any:
         """`value` as fx has arguments: nodes for tensors, and for objects that cannot be written out."""
-        kind = type(value)
-        if kind in _ATOMS:
+        cls = type(value)
+        if cls in _ATOMS:
             return value
-        if kind is Tensor or kind is nn.Parameter or isinstance(value, Tensor):
+        if cls is Tensor or cls is nn.Parameter or isinstance(value, Tensor):
             return node_of(value)
-        if kind is tuple or kind is torch.Size:
+        if cls is tuple or cls is torch.Size:
             return tuple([
                 item if type(item) in _ATOMS else self.argument(item, node_of) for item in value
             ])  # fmt: skip
-        if kind is list:
+        if cls is list:
             return [self.argument(item, node_of) for item in value]
-        if kind is torch.device:
+        if cls is torch.device:
             return self._home if value.type == "meta" else value
-        if kind is slice:
+        if cls is slice:
             return slice(*(self.argument(part, node_of) for part in (value.start, value.stop, value.step)))
         if isinstance(value, dict):
             return {key: self.argument(item, node_of) for key, item in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return kind(*(self.argument(item, node_of) for item in value))
+            return cls(*(self.argument(item, node_of) for item in value))
         if isinstance(value, enum.Enum):
             return value
         return self.constant(value)

@@ -84,8 +84,8 @@ class _Contents:
         forward = type(module).forward
         if (forward.__module__ or "").partition(".")[0] != "torch":
             self._of_callable(forward)
-        for kind in _HOOKS:
-            for hook in state[kind].values():
+        for attribute in _HOOKS:
+            for hook in state[attribute].values():
                 self._of_callable(hook)
 
     def put_back(self) -> None:
@@ -166,10 +166,10 @@ def _referred(function: FunctionType) -> Iterator[Any]:
 
 def _is_plain_object(value: object) -> bool:
     """An object with attributes that is no module, tensor, class, function or Python module."""
-    kind = type(value)
+    cls = type(value)
     return (
         hasattr(value, "__dict__")
-        and kind.__module__.partition(".")[0] not in ("builtins", "torch", "types", "functools")
+        and cls.__module__.partition(".")[0] not in ("builtins", "torch", "types", "functools")
         and not isinstance(value, (nn.Module, Tensor, type))
     )
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @rule("convolution")
 def convolution(op: Operation) -> Carried:
     """A convolution or a transposed one."""
-    kind = conv_type(op.arg(5, "dilation"), op.arg(8, "groups"))
+    node_type = conv_type(op.arg(5, "dilation"), op.arg(8, "groups"))
     x, weight, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
-    return add_layer(op, x, weight, bias, kind, transposed=bool(op.arg(6, "transposed")))
+    return add_layer(op, x, weight, bias, node_type, transposed=bool(op.arg(6, "transposed")))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",

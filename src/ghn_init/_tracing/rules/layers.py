@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(op: Operation) -> Carried:
     """A convolution: `conv`, grouped `sep_conv`, grouped and dilated `dil_conv`; then `bias`."""
-    kind = conv_type(op.arg(5, "dilation", 1), op.arg(6, "groups", 1))
-    return add_layer(op, op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias"), kind)
+    node_type = conv_type(op.arg(5, "dilation", 1), op.arg(6, "groups", 1))
+    return add_layer(op, op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias"), node_type)
 
 
 def conv_type(dilation: Any, groups: int) -> str:
@@ -32,9 +32,9 @@ def conv_type(dilation: Any, groups: int) -> str:
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(op: Operation) -> Carried:
     """A transposed convolution: its weight is stored (in, out, ...)."""
-    kind = conv_type(op.arg(7, "dilation", 1), op.arg(6, "groups", 1))
+    node_type = conv_type(op.arg(7, "dilation", 1), op.arg(6, "groups", 1))
     x, weight, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
-    return add_layer(op, x, weight, bias, kind, transposed=True)
+    return add_layer(op, x, weight, bias, node_type, transposed=True)
 
 
 @rule("deform_conv2d")

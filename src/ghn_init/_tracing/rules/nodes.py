@@ -27,7 +27,7 @@ EMPTY: Final = "no elements"
 
 
 def add_layer(
-    op: Operation, x: Any, weight: Any, bias: Any, kind: str,
+    op: Operation, x: Any, weight: Any, bias: Any, node_type: str,
     *, transposed: bool = False, shape: tuple[int, ...] | None = None,
 ) -> Carried:  # fmt: skip
     """Add the node of a weight and, if there is one, of its bias; the output comes out of the last.
@@ -42,12 +42,12 @@ def add_layer(
         # computes from its input: neither has a weight that could be predicted.
         value = merged(inputs)
         if isinstance(value, Flow):
-            note_others(op, inputs, f"weight or bias of a dynamic {kind}")
+            note_others(op, inputs, f"weight or bias of a dynamic {node_type}")
         return value
     shape = tuple(op.shape(weight)) if shape is None else shape
     if transposed and len(shape) == 2 and shape[0] == shape[1]:
         transposed = not _is_transpose_in_export(weight)
-    last = add_weight(op, shape, of_weight, flow.sources, kind, transposed)
+    last = add_weight(op, shape, of_weight, flow.sources, node_type, transposed)
     if isinstance(of_bias, Derived) and of_bias.params:
         last = add_vector(op, "bias", of_bias, (last,))
     return Flow((last,))
@@ -66,7 +66,7 @@ def _is_transpose_in_export(weight: fx.Node) -> bool:
 
 
 def add_weight(
-    op: Operation, shape: tuple[int, ...], derived: Derived, sources: tuple[int, ...], kind: str,
+    op: Operation, shape: tuple[int, ...], derived: Derived, sources: tuple[int, ...], node_type: str,
     transposed: bool,
 ) -> int:  # fmt: skip
     """The node of a weight that the layer gets in `shape`; its index."""
@@ -74,11 +74,11 @@ def add_weight(
     stored = op.sketch.shapes[param]
     if 0 in stored:
         op.sketch.note_role((param,), EMPTY)
-        return op.sketch.add_node(Node(kind), sources)
+        return op.sketch.add_node(Node(node_type), sources)
     if len(stored) == 3 and stored[1:] == shape:  # one of several experts
         if transposed:
             op.sketch.note_role((param,), IN_FIRST)
-            return op.sketch.add_node(Node(kind), sources)
+            return op.sketch.add_node(Node(node_type), sources)
         shape = (stored[0] * shape[0], shape[1])
     elif torch.Size(shape).numel() != torch.Size(stored).numel():
         shape = stored  # the parameter was cut or resized on the way to the layer
@@ -87,33 +87,35 @@ def add_weight(
     if transposed:
         shape = (shape[1], shape[0], *shape[2:])
     as_stored = (shape[1], shape[0], *shape[2:]) if transposed else shape
-    node = Node(kind, param, shape, None, transposed, None if as_stored == stored else stored)
+    node = Node(node_type, param, shape, None, transposed, None if as_stored == stored else stored)
     return op.sketch.add_node(node, sources)
 
 
 def add_vector(
-    op: Operation, kind: str, derived: Derived, sources: tuple[int, ...], bias: str | None = None
+    op: Operation, node_type: str, derived: Derived, sources: tuple[int, ...], bias: str | None = None
 ) -> int:
     """The node of a vector; its index."""
     param = main_parameter(op, derived)
     stored = op.sketch.shapes[param]
     if 0 in stored:
         op.sketch.note_role((param,), EMPTY)
-        return op.sketch.add_node(Node(kind), sources)
+        return op.sketch.add_node(Node(node_type), sources)
     shape = (torch.Size(stored).numel(),)
-    node = Node(kind, param, shape, bias, stored=None if shape == stored else stored)
+    node = Node(node_type, param, shape, bias, stored=None if shape == stored else stored)
     return op.sketch.add_node(node, sources)
 
 
-def add_norm(op: Operation, kind: str, of_weight: Carried, of_bias: Carried, sources: tuple[int, ...]) -> int:
+def add_norm(
+    op: Operation, node_type: str, of_weight: Carried, of_bias: Carried, sources: tuple[int, ...]
+) -> int:
     """One node for the weight and the bias of a normalisation, or for neither."""
     bias = main_parameter(op, of_bias) if isinstance(of_bias, Derived) and of_bias.params else None
     if isinstance(of_weight, Derived) and of_weight.params:
         if not of_weight.shifted:
-            return add_vector(op, kind, of_weight, sources, bias)
+            return add_vector(op, node_type, of_weight, sources, bias)
         op.sketch.note_role(of_weight.params, SHIFTED)
     shape = None if bias is None else op.sketch.shapes[bias]
-    return op.sketch.add_node(Node(kind, None, shape, bias), sources)
+    return op.sketch.add_node(Node(node_type, None, shape, bias), sources)
 
 
 def main_parameter(op: Operation, derived: Derived) -> str:
@@ -131,11 +133,11 @@ def note_others(op: Operation, inputs: list[Carried], role: str) -> None:
             op.sketch.note_role(value.params, role)
 
 
-def joined(op: Operation, kind: str, sources: tuple[int, ...]) -> Flow:
-    """A node of `kind` if it joins several nodes; with one incoming edge it is removed."""
+def joined(op: Operation, node_type: str, sources: tuple[int, ...]) -> Flow:
+    """A node of `node_type` if it joins several nodes; with one incoming edge it is removed."""
     if len(sources) < 2:
         return Flow(sources)
-    return Flow((op.sketch.add_node(Node(kind), sources),))
+    return Flow((op.sketch.add_node(Node(node_type), sources),))
 
 
 def is_whole_parameter(op: Operation, weight: fx.Node) -> bool:

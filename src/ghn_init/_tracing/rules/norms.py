@@ -42,12 +42,12 @@ def layer_norm(op: Operation) -> Carried:
     return norm(op, "ln", op.arg(2, "weight"), op.arg(3, "bias") if op.name != "rms_norm" else None)
 
 
-def norm(op: Operation, kind: str, weight: Any, bias: Any) -> Carried:
+def norm(op: Operation, node_type: str, weight: Any, bias: Any) -> Carried:
     """The node of a normalisation by a function."""
     flow = op.carried(op.arg(0, "input"))
     if not isinstance(flow, Flow):
         return op.passed_on()
-    node = add_norm(op, kind, op.carried(weight), op.carried(bias), flow.sources)
+    node = add_norm(op, node_type, op.carried(weight), op.carried(bias), flow.sources)
     complete = op.sketch.nodes[node].param or op.sketch.nodes[node].bias
     return Flow((node,), "" if complete else "normalised")
 
@@ -111,8 +111,8 @@ def normalised(op: Operation, of_x: Carried, of_moment: Carried) -> Flow | None:
         return None
     if of_moment.role not in ("moment", "batch moment") or of_x.role == of_moment.role:
         return None
-    kind = "bn" if of_moment.role == "batch moment" else "ln"
-    return Flow((op.sketch.add_node(Node(kind), of_x.sources),), "normalised")
+    node_type = "bn" if of_moment.role == "batch moment" else "ln"
+    return Flow((op.sketch.add_node(Node(node_type), of_x.sources),), "normalised")
 
 
 def takes_vector(op: Operation, flow: Flow, derived: Carried, part: Literal["param", "bias"]) -> bool:

@@ -29,12 +29,12 @@ def avg_pool(op: Operation) -> Carried:
     return _pool(op, "avg_pool")
 
 
-def _pool(op: Operation, kind: str) -> Carried:
+def _pool(op: Operation, node_type: str) -> Carried:
     flow = op.carried(op.arg(0, "input"))
     if not isinstance(flow, Flow):
         return op.passed_on()
     kernel = as_tuple(op.arg(1, "kernel_size"), 2)
-    return Flow((op.sketch.add_node(Node(kind, None, (1, 1, *kernel[-2:])), flow.sources),))
+    return Flow((op.sketch.add_node(Node(node_type, None, (1, 1, *kernel[-2:])), flow.sources),))
 
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",

@@ -76,7 +76,7 @@ class Registration:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, cls: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.remove()
 
@@ -136,7 +136,9 @@ def _check(rule: LayerRule) -> None:
             f"{name}: output must be a function (layer, *args) -> tensor, found {rule.output!r}"
         )
     wrong = [
-        f"{key!r}: {kind!r}" for key, kind in rule.nodes.items() if kind not in _OF_PARAMETERS | _WITHOUT
+        f"{key!r}: {node_type!r}"
+        for key, node_type in rule.nodes.items()
+        if node_type not in _OF_PARAMETERS | _WITHOUT
     ]
     if wrong or not rule.nodes:
         raise RegistrationError(
@@ -198,8 +200,8 @@ class RegisteredCall:
 def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **kwargs: Any) -> Any:
     tensors = {
         name: _parameter(rule, module, path, name)
-        for name, kind in rule.nodes.items()
-        if kind not in _WITHOUT
+        for name, node_type in rule.nodes.items()
+        if node_type not in _WITHOUT
     }
     params = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     every = tuple(module.parameters())
@@ -245,23 +247,23 @@ def of_registered_layer(op: Operation) -> Carried:
     carried = {key: Derived((name,)) for key, name in names.items()}
     entries = list(layer_rule.nodes.items())
     while entries:
-        name, kind = entries.pop(0)
-        if kind in NORM_TYPES:
-            bias = entries.pop(0)[0] if entries and entries[0][1] == kind else ""
+        name, node_type = entries.pop(0)
+        if node_type in NORM_TYPES:
+            bias = entries.pop(0)[0] if entries and entries[0][1] == node_type else ""
             weights = (carried.get(name, CONSTANT), carried.get(bias, CONSTANT))
-            value = Flow((add_norm(op, kind, *weights, value.sources),))
-        elif kind in _WITHOUT:
-            value = Flow((op.sketch.add_node(Node(kind), value.sources),))
+            value = Flow((add_norm(op, node_type, *weights, value.sources),))
+        elif node_type in _WITHOUT:
+            value = Flow((op.sketch.add_node(Node(node_type), value.sources),))
         elif name in carried:
-            value = _with_parameter(op, kind, carried[name], value, name in layer_rule.transposed)
+            value = _with_parameter(op, node_type, carried[name], value, name in layer_rule.transposed)
     op.sketch.note_role(op.node.meta["others"], f"not in the rule of {layer_rule.layer.__name__}")
     return value
 
 
-def _with_parameter(op: Operation, kind: str, derived: Derived, flow: Flow, transposed: bool) -> Flow:
-    if kind == "bias":
+def _with_parameter(op: Operation, node_type: str, derived: Derived, flow: Flow, transposed: bool) -> Flow:
+    if node_type == "bias":
         return Flow((add_vector(op, "bias", derived, flow.sources),))
-    if kind == "pos_enc":
+    if node_type == "pos_enc":
         return with_positions(op, flow, main_parameter(op, derived))
     shape = op.sketch.shapes[derived.params[0]]
-    return Flow((add_weight(op, shape, derived, flow.sources, kind, transposed),))
+    return Flow((add_weight(op, shape, derived, flow.sources, node_type, transposed),))
