@@ -52,6 +52,11 @@ class DrawError(GHNInitError):
     """A graph that cannot be drawn: unknown format, no graphviz, nowhere to write."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listing(names: Sequence[str], limit: int = 8) -> str:
     """Join names for a message, cut after `limit`."""
     shown = ", ".join(names[:limit])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from ghn_init._errors import GHNInitError, TraceError
+from ghn_init._errors import GHNInitError, TraceError, first_line
 from ghn_init._network.parametrised import watched
 from ghn_init._network.walk import modules_of, params_of
 from ghn_init._tracing.recorder import Recorder
@@ -89,7 +89,7 @@ def recorded(subject: Subject, example: ExampleInput, mode: str) -> tuple[Record
             place = _failing_module(model, error.__traceback__)
             told = TraceError(
                 f"{type(model).__name__}: the forward pass failed{place} on an input of shape "
-                f"{example.described}: {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
+                f"{example.described}: {type(error).__name__}: {first_line(error)}{_remedy(error)}"
             )
             if not isinstance(error, UnknownValueError):
                 raise told from error
@@ -168,10 +168,6 @@ def _remedy(error: Exception) -> str:
     if not (isinstance(error, NotImplementedError) or _NEEDS_MEMORY.search(str(error))):
         return ""
     return " (for a layer that cannot run on meta tensors, add a rule with ghn_init.register)"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _failing_module(model: nn.Module, traceback: TracebackType | None) -> str:

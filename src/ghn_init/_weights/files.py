@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from ghn_init._errors import CheckpointError
+from ghn_init._errors import CheckpointError, first_line
 from ghn_init._threads import alone
 from ghn_init._weights.pickled_state import LEGACY, read_state
 
@@ -204,11 +204,6 @@ def _unreadable(path: Path, found: str) -> str:
         f"{path}: expected a checkpoint written by torch.save, found a file that torch cannot read "
         f"({found}); it is damaged or something else, so fetch it again"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _refused(error: pickle.UnpicklingError) -> str:

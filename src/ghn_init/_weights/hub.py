@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from ghn_init._errors import CheckpointError
+from ghn_init._errors import CheckpointError, first_line
 from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -98,11 +98,10 @@ def _hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         files = file or f"{WEIGHTS_FILE} and {CONFIG_FILE}"
         other = "" if file else f"; a published file there is hf://{repo}/FILE.pt"
         raise CheckpointError(
             f"hf://{repo}: expected a repository with {files}, found "
-            f"{type(error).__name__}: {reason}; check its name and revision, the connection (HF_ENDPOINT, "
+            f"{type(error).__name__}: {first_line(error)}; check its name and revision, the connection (HF_ENDPOINT, "
             f"HF_HUB_OFFLINE) and, if it is private, the token{other}"
         ) from error

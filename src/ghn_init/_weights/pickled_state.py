@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from ghn_init._errors import CheckpointError
+from ghn_init._errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,10 +75,9 @@ def read_state(path: Path) -> dict[str, Any]:
             raise _RefusedError(f"it holds a {type(found).__name__}, no dictionary")
     # A pickle can be wrong in many ways, and torch promises nothing for what it reads.
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: expected a checkpoint of plain tensors, written by torch.save or joblib, found a file "
-            f"that is damaged or that needs code to be run to read it, which is refused ({reason}); save "
+            f"that is damaged or that needs code to be run to read it, which is refused ({first_line(error)}); save "
             "only state_dict and config with torch.save, or fetch the file again"
         ) from error
     return found
