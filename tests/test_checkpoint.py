@@ -365,6 +365,10 @@ for address in {addresses!r}:
 """
 
 
+PATIENT = "import ghn_init._weights.hub as hub\nassert hub.PATIENCE\nhub.PATIENCE = 1.0\n"
+"""Code that makes the hub be given up after a second."""
+
+
 @pytest.fixture(params=["stalls", "hangs up"])
 def silent_hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
     """The address of a server that takes connections and never answers, and the connections that it took."""
@@ -391,9 +395,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
     hub: str, silent_hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     address, taken = silent_hub
-    load_it = "import ghn_init._weights.hub as hub\nassert hub.PATIENCE\nhub.PATIENCE = 1.0\n" + LOAD.format(
-        addresses=["hf://org/repo"]
-    )
+    load_it = PATIENT + LOAD.format(addresses=["hf://org/repo"])
     found = in_new_process(load_it, tmp_path / "home", address)
     assert re.match(r"hf://org/repo fails: hf://org/repo: expected .* found \w+: .* check its name", found)
     assert len(taken) == 1
@@ -404,24 +406,33 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
 
 
 class Stalling(Hub):
-    """A hub that says how long a file is and then sends nothing of it."""
+    """A hub that answers, but says nothing of a file, or says how long it is and then sends nothing of it."""
 
     over = threading.Event()
 
+    def __init__(self, *args: Any, folder: Path, sends: str, **kwargs: Any) -> None:
+        self.sends = sends
+        super().__init__(*args, folder=folder, **kwargs)
+
     def answer(self, *, body: bool) -> None:
-        if body and self.path.endswith(".safetensors"):
-            self.send((self.folder / "model.safetensors").read_bytes(), file="model.safetensors", body=False)
-            self.over.wait(600)
-        else:
+        if not self.path.endswith(".safetensors") or (self.sends == "headers" and not body):
             super().answer(body=body)
+            return
+        if self.sends == "headers":
+            self.send((self.folder / "model.safetensors").read_bytes(), file="model.safetensors", body=False)
+        self.over.wait(600)
 
 
-def test_a_download_that_stalls_ends_in_an_error_that_says_so(folder: Path, tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Stalling, folder=folder)) as server:
+@pytest.mark.parametrize("sends", ["nothing", "headers"])
+def test_a_download_that_stalls_ends_in_an_error_that_says_so(
+    folder: Path, tmp_path: Path, sends: str
+) -> None:
+    Stalling.over.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Stalling, folder=folder, sends=sends)) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        code = LOAD.format(addresses=["hf://org/repo"])
+        code = PATIENT + LOAD.format(addresses=["hf://org/repo"])
         found = in_new_process(code, tmp_path / "home", address, HF_HUB_DOWNLOAD_TIMEOUT="1")
         Stalling.over.set()
         server.shutdown()

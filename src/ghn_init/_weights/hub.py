@@ -37,7 +37,7 @@ def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
         CheckpointError: A repository or file that cannot be reached and is not in the cache.
     """
     with _hub_errors(repo, file):
-        silence = None if options.get("local_files_only") else _silence(repo, options)
+        silence = None if options.get("local_files_only") else _silence(repo, file or WEIGHTS_FILE, options)
         if silence is None:
             return _fetched(repo, file, options)
         try:
@@ -46,15 +46,17 @@ def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
             raise silence from None
 
 
-def _silence(repo: str, options: dict[str, Any]) -> Exception | None:
-    """What keeps the hub from answering, asked once, or None where it answers.
+def _silence(repo: str, file: str, options: dict[str, Any]) -> Exception | None:
+    """What keeps the hub from telling of a repository and a file of it, asked once; None where it does.
 
     huggingface_hub itself asks six times: for half a minute where there is no connection, for more than one
-    where the hub stalls.
+    where the hub stalls, for minutes where it tells of the repository and stalls at the file.
     """
-    api = huggingface_hub.HfApi(token=options.get("token"))
+    token, revision = options.get("token"), options.get("revision") or "main"
     try:
-        api.repo_info(repo, revision=options.get("revision") or "main", timeout=PATIENCE)
+        huggingface_hub.HfApi(token=token).repo_info(repo, revision=revision, timeout=PATIENCE)
+        url = huggingface_hub.hf_hub_url(repo, file, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, token=token, timeout=PATIENCE)
     except HfHubHTTPError:  # an answer: what it means is found when the files are asked for
         return None
     except (OSError, HTTPError) as error:
@@ -102,6 +104,6 @@ def _hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
         other = "" if file else f"; a published file there is hf://{repo}/FILE.pt"
         raise CheckpointError(
             f"hf://{repo}: expected a repository with {files}, found "
-            f"{type(error).__name__}: {first_line(error)}; check its name and revision, the connection (HF_ENDPOINT, "
-            f"HF_HUB_OFFLINE) and, if it is private, the token{other}"
+            f"{type(error).__name__}: {first_line(error)}; check its name and revision, the connection "
+            f"(HF_ENDPOINT, HF_HUB_OFFLINE) and, if it is private, the token{other}"
         ) from error

@@ -77,8 +77,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint of plain tensors, written by torch.save or joblib, found a file "
-            f"that is damaged or that needs code to be run to read it, which is refused ({first_line(error)}); save "
-            "only state_dict and config with torch.save, or fetch the file again"
+            "that is damaged or that needs code to be run to read it, which is refused "
+            f"({first_line(error)}); save only state_dict and config with torch.save, or fetch the file again"
         ) from error
     return found
 
