@@ -19,6 +19,7 @@ from ghn_init.cli._output import Steps, check_output, save, say, summary
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._writing.plan import Plan
+    from ghn_init.cli._report import Page
     from ghn_init.cli._spec import FoundModel
 
 DEFAULT_WEIGHTS = "ghn2-cifar10"
@@ -41,10 +42,11 @@ def predict(
     seed: opt.Seed = 0,
     strict: opt.Strict = False,
     input_shape: opt.InputShape = None,
+    report: opt.Report = None,
     as_json: opt.Json = False,
 ) -> None:
     """Predict a model's weights and write them to NAME.safetensors (the default command)."""
-    with Steps(total=6) as steps:
+    with Steps(total=6 + (report is not None)) as steps:
         with steps("starting"):
             request = opt.make_request(
                 spec, settings, weights, input_shape,
@@ -52,7 +54,12 @@ def predict(
                 scale=scale, frozen=frozen,
             )  # fmt: skip
             target = _target(output, request, max_shard_size)
+            if report is not None:
+                check_output(report, [Path(request.spec.source)], hint="--report")
+                if report.resolve() == target.resolve():
+                    raise typer.BadParameter(f"{report} is where -o writes to", param_hint="--report")
         found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
+        page = None if report is None else _page(plan, found)
         if max_shard_size is None:
             with steps("writing the weights"):
                 plan.apply()
@@ -62,9 +69,11 @@ def predict(
             with steps(f"writing {target}"):
                 opened = plan.save(target, max_shard_size=max_shard_size)
                 size = sum(file.stat().st_size for file in target.iterdir())
+        if report is not None and page is not None:
+            with steps(f"reporting to {report}"):
+                page.write(report, in_place=max_shard_size is None)
     if as_json:
-        report = _report(found, plan, steps)
-        typer.echo(json.dumps({**report, "file": str(opened), "bytes": size}))
+        typer.echo(json.dumps({**_report(found, plan, steps), "file": str(opened), "bytes": size}))
     say(summary(found, plan, steps.milliseconds, opened, size))
 
 
@@ -106,6 +115,13 @@ def inspect(
     typer.echo(str(plan))
     if draw is not None:
         say(f"drew {draw}")
+
+
+def _page(plan: Plan, found: FoundModel) -> Page:
+    """The page of `--report`, which has to see the values before they are written."""
+    from ghn_init.cli._report import Page  # loads torch
+
+    return Page(plan, str(found.origin))
 
 
 def _target(output: Path | None, request: opt.Request, max_shard_size: str | None) -> Path:

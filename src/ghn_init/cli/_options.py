@@ -62,6 +62,14 @@ Drawing = Annotated[
     Path | None,
     option("--draw FILE", "Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz."),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write a page (HTML) to this file: what to expect, each layer's scale before and after, the "
+        "graph and the plan.",
+    ),
+]
 Weights = Annotated[
     str,
     option(
