@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ghn_init import GHN, GHNConfig, OutOfDistributionWarning, PredictError, plan, predict, predict_to
+from ghn_init._hypernetwork.tile import Tile
 from ghn_init._meta import scales as initial
 from ghn_init._network import scale as scaling
 from ghn_init._network.scale import Scale, scales_of
@@ -188,6 +189,23 @@ def test_coherent_values_before_make_the_prediction_as_coherent() -> None:
     ]
     assert scales[1] == pytest.approx(rms(alike[0].weight), rel=NEAR)
     assert scales[0] < 0.8 * scales[1]
+
+
+@pytest.mark.parametrize("sizes", [(4, 3, 3, 3), (5, 4, 3, 3), (8, 6, 3, 3), (4, 6), (3,)])
+def test_the_root_mean_square_of_a_tile_is_that_of_the_full_tensor(sizes: tuple[int, ...]) -> None:
+    shape = (8, 6, 3, 3)[: len(sizes)]
+    tile = Tile(torch.randn(sizes), shape, shape)
+    assert float(writing._rms(tile)) == pytest.approx(float(tile.expand().double().square().mean().sqrt()))
+
+
+def test_ends_of_rows_that_are_all_one_number_are_those_of_the_tensor() -> None:
+    tensors = [
+        torch.tensor([[2.0, 2.0], [1.0, 5.0]]),
+        torch.zeros(3, 2),
+        torch.ones(4).double(),
+        torch.tensor(3.0),
+    ]
+    assert [scale.constant for scale in scales_of(tensors)] == [None, 0.0, 1.0, 3.0]
 
 
 def test_the_largest_eigenvalue_is_that_of_torch() -> None:

@@ -10,7 +10,8 @@ import torchvision
 from torch import nn
 
 from ghn_init._network.walk import modules_of, params_of, tensors_of
-from ghn_init._tracing.trace import traced
+from ghn_init._tracing.inputs import ExampleInput
+from ghn_init._tracing.recorded import Subject, recorded
 
 
 class Shared(nn.Module):
@@ -49,7 +50,10 @@ def test_walks_find_what_torch_finds_in_its_order(name: str) -> None:
 
 def test_the_recorded_graph_is_a_valid_graph_of_fx() -> None:
     model = torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=3)
-    graph = traced(model).recording.graph
+    names = params_of(modules_of(model))
+    example = ExampleInput((torch.empty(1, 3, 32, 32, device="meta"),))
+    recording, _ = recorded(Subject(model, {}, names, {}, None), example, "as it is")
+    graph = recording.graph
     graph.lint()
     nodes = list(graph.nodes)
     assert len(graph.nodes) == len(nodes) == len({node.name for node in nodes})

@@ -150,6 +150,8 @@ def _beginnings(graph: Graph) -> dict[int, int]:
 def with_prior(values: Tensor, key: ParamKey, config: GHNConfig, whitening: Tensor | None) -> Tensor:
     """Blocks (n, *block) of parameters with this key, and the prior added that they have; differentiable.
 
+    Without gradients it is added in place.
+
     Args:
         values: What was decoded, arranged as the parameter's dimensions are.
         key: The parameters' key.
@@ -172,6 +174,9 @@ def with_prior(values: Tensor, key: ParamKey, config: GHNConfig, whitening: Tens
     if len(key.shape) > 4:  # the frames of a three-dimensional kernel share a prior
         prior = prior.unsqueeze(2) / math.prod(key.shape[2:-2])
     prior = prior.to(values.device, values.dtype)
+    if not torch.is_grad_enabled():
+        values[(..., *places)].add_(prior)
+        return values
     return _Added.apply(values, (..., *places), prior)  # pyright: ignore[reportReturnType]
 
 

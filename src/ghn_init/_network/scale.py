@@ -60,14 +60,7 @@ def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
     Each is read once, and no copy of it is made. Of a DTensor it is that of the whole: its ranks add up a few
     numbers for each of theirs, so that all have to call this.
     """
-    facts = [_facts(tensor.to_local() if is_sharded(tensor) else tensor) for tensor in tensors]
-    by_device: dict[torch.device, list[int]] = {}
-    for index, fact in enumerate(facts):
-        by_device.setdefault(fact.device, []).append(index)
-    found: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(tensors)
-    for indices in by_device.values():  # one transfer from every device
-        for index, row in zip(indices, torch.stack([facts[i] for i in indices]).tolist(), strict=True):
-            found[index] = (row[0], row[1], row[2])
+    found = _facts([tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors])
     sharded = {index: tensor for index, tensor in enumerate(tensors) if is_sharded(tensor)}
     for index, row in _over_ranks(sharded, found).items():
         found[index] = row
@@ -76,21 +69,54 @@ def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
     ]
 
 
-def _facts(tensor: Tensor) -> Tensor:
-    """(sum of squares, least value, largest value), float64, on the tensor's device.
+def _facts(tensors: Sequence[Tensor]) -> list[tuple[float, float, float]]:
+    """(sum of squares, least value, largest value) of every tensor.
 
     Where the first row already has different values its ends stand for those of the tensor.
     """
-    if tensor.numel() == 0:  # a rank's empty share
-        return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    rows = max(1, _CHUNK * len(tensor) // tensor.numel()) if tensor.ndim else 1
-    parts = tensor.split(rows) if tensor.ndim and tensor.numel() > _CHUNK else (tensor,)
-    norms = torch.stack([torch.linalg.vector_norm(part, dtype=dtype) for part in parts])
-    low, high = torch.aminmax(tensor[0] if tensor.ndim > 1 else tensor)
-    if tensor.ndim > 1 and bool(low == high):
-        low, high = torch.aminmax(tensor)
-    return torch.stack([norms.double().square().sum(), low.double(), high.double()])
+    found = [(0.0, math.inf, -math.inf)] * len(tensors)  # what a rank's empty share has
+    there = [index for index, tensor in enumerate(tensors) if tensor.numel()]
+    parts = {index: _parts(tensors[index]) for index in there}
+    norms = iter(_numbers([_norm(part) for index in there for part in parts[index]]))
+    ends = _ends([tensors[index][0] if tensors[index].ndim > 1 else tensors[index] for index in there])
+    alike = [n for n, (low, high) in enumerate(ends) if low == high and tensors[there[n]].ndim > 1]
+    for n, whole in zip(alike, _ends([tensors[there[n]] for n in alike]), strict=True):
+        ends[n] = whole
+    for index, (low, high) in zip(there, ends, strict=True):
+        found[index] = (sum(next(norms) ** 2 for _ in parts[index]), low, high)
+    return found
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of a tensor, with few enough elements to be summed in float32."""
+    if tensor.numel() <= _CHUNK or not tensor.ndim:
+        return (tensor,)
+    return tensor.split(max(1, _CHUNK * len(tensor) // tensor.numel()))
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(
+        values, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32
+    )
+
+
+def _ends(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """The least and the largest value of every tensor."""
+    numbers = iter(_numbers([end for tensor in tensors for end in torch.aminmax(tensor)]))
+    return list(zip(numbers, numbers, strict=True))
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of tensors without dimensions: one transfer for every device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        groups.setdefault((scalar.device, scalar.dtype), []).append(index)
+    found = [0.0] * len(scalars)
+    for indices in groups.values():
+        values = torch.stack([scalars[index] for index in indices]).tolist()
+        for index, value in zip(indices, values, strict=True):
+            found[index] = value
+    return found
 
 
 def _over_ranks(

@@ -49,8 +49,8 @@ def record(model: nn.Module, example_input: object = None) -> fx.GraphModule:
         TraceError: As `trace`.
     """
     found = traced(model, example_input, whole=True)
-    network = unwrapped(model)
-    return _module(found.recording, network)
+    assert found.recording is not None  # it was asked for
+    return _module(found.recording, unwrapped(model))
 
 
 def _module(recording: Recording, model: nn.Module) -> fx.GraphModule:

@@ -75,13 +75,13 @@ class Traced:
         graph: The graph.
         example: What the network was called with.
         mode: Whether the network was traced as if it were evaluating.
-        recording: The forward pass that the graph was drawn from.
+        recording: The forward pass that the graph was drawn from, if it is wanted.
     """
 
     graph: Graph
     example: ExampleInput
     mode: Mode
-    recording: Recording
+    recording: Recording | None
 
 
 def traced(
@@ -194,7 +194,9 @@ def _recordings(model: nn.Module, computed: Mapping[str, Computed], *, whole: bo
             finally:
                 put_back()
             graph = _drawn(recording, stopped, type(model).__name__)
-            return Traced(graph, example, mode, recording)
+            # What nobody holds when Python looks for garbage again is gone at once. Thousands of nodes that
+            # refer to each other would else be looked through twice more.
+            return Traced(graph, example, mode, recording if whole else None)
 
         yield record
 

@@ -201,10 +201,13 @@ def _largest_eigenvalues(grams: Sequence[Tensor]) -> list[float]:
         power = torch.stack([grams[index] for index in indices])
         logarithm = torch.zeros(len(indices), device=power.device)
         for step in range(_SQUARINGS + 1):
-            trace = power.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(power.dtype).tiny)
+            last = step == _SQUARINGS  # the trace of a symmetric matrix's square takes no product
+            trace = power.square().sum((1, 2)) if last else power.diagonal(dim1=1, dim2=2).sum(1)
+            trace = trace.clamp_min(torch.finfo(power.dtype).tiny)
             logarithm += trace.log() / 2**step
-            power = power / trace[:, None, None]
-            if step < _SQUARINGS:
+            if not last:
+                power = power / trace[:, None, None]
+            if step < _SQUARINGS - 1:
                 power = power @ power
         for index, value in zip(indices, logarithm.exp().tolist(), strict=True):
             found[index] = value
@@ -230,24 +233,34 @@ def _filters(tile: Tile) -> Tensor:
     rows = rows.float()
     for axis, times in _repeats(tile):
         if axis:
-            rows = rows * times.to(rows).sqrt().view(-1, *(1,) * (rows.ndim - axis - 1))
+            rows = rows * (
+                times**0.5 if isinstance(times, int) else _along(axis, times.to(rows).sqrt(), rows)
+            )
     return rows.flatten(1)
 
 
 def _rms(tile: Tile) -> Tensor:
     """Root mean square of the full tensor, float64: of the block, each element as often as it repeats."""
+    unequal = [(axis, times) for axis, times in _repeats(tile) if not isinstance(times, int)]
+    if not unequal:
+        return torch.linalg.vector_norm(tile.values, dtype=torch.float64) / tile.values.numel() ** 0.5
     squares = tile.values.double().square()
-    for axis, times in _repeats(tile):
-        squares = squares * (times / times.mean()).view(-1, *(1,) * (squares.ndim - axis - 1))
+    for axis, times in unequal:
+        squares = squares * _along(axis, times / times.mean(), squares)
     return squares.mean().sqrt()
 
 
-def _repeats(tile: Tile) -> list[tuple[int, Tensor]]:
-    """The axes along which the block repeats, and how often each place of it does."""
-    found = []
+def _repeats(tile: Tile) -> list[tuple[int, int | Tensor]]:
+    """The axes along which the block repeats, and how often: of each place where not all do equally often."""
+    found: list[tuple[int, int | Tensor]] = []
     for axis, (size, want) in enumerate(zip(tile.values.shape, tile.shape, strict=True)):
         if want != size:
             times = torch.full((size,), want // size, dtype=torch.float64, device=tile.values.device)
             times[: want % size] += 1
-            found.append((axis, times))
+            found.append((axis, times if want % size else want // size))
     return found
+
+
+def _along(axis: int, numbers: Tensor, values: Tensor) -> Tensor:
+    """A vector as factors along an axis of `values`."""
+    return numbers.view(-1, *(1,) * (values.ndim - axis - 1))
