@@ -1,0 +1,106 @@
+"""Prints how much memory predicting takes beyond each model of `test_memory`, in bytes, as JSON.
+
+A process of its own, in which nothing but predicting has happened: in one that has run other tests, memory
+that they left and pages of libraries that were dropped and come back count as that of whoever is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import ghn_init
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SIDE, LAYERS = 4096, 4
+"""Four tensors of 67 million bytes."""
+
+
+def resident(key: str) -> int:
+    """VmRSS, VmHWM (the peak of it) or RssFile (files that are mapped, libraries above all), in bytes."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_beyond(action: Callable[[], object]) -> int:
+    """How much the process grows at most while `action` runs, without pages of libraries, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory that stays resident would be used unseen
+    CLEAR.write_text("5")  # the peak starts anew
+    before, files = resident("VmRSS"), resident("RssFile")
+    action()
+    # The kernel drops pages of libraries when memory is short, and reads them again when they are called.
+    return resident("VmHWM") - before - max(0, resident("RssFile") - files)
+
+
+def large(side: int = SIDE) -> nn.Module:
+    return filled(*[(side, side)] * LAYERS)
+
+
+def filled(*layers: tuple[int, int]) -> nn.Module:
+    """Linear layers of these inputs and outputs."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in layers))
+    model.to_empty(device="cpu")
+    for param in model.parameters():
+        param.detach().fill_(1.0)  # memory that was never written does not count yet
+    return model
+
+
+def normalised(side: int = SIDE) -> nn.Module:
+    model = large(side)
+    for layer in model.children():
+        weight_norm(layer)
+    return model
+
+
+def wide(side: int = SIDE) -> nn.Module:
+    """A tensor of 268 million bytes: its orthogonal factor takes a second."""
+    return filled((256 * side, side // 64 or 1))
+
+
+def tall(side: int = SIDE) -> nn.Module:
+    """Another, with more outputs than inputs."""
+    return filled((side // 16 or 1, 64 * side))
+
+
+CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "plain": (large, {}),
+    "half precision": (lambda side=SIDE: large(side).bfloat16(), {}),
+    "diversified with noise": (large, {"diversify": "noise"}),
+    "made orthogonal": (wide, {"diversify": "orthogonal"}),
+    "made orthogonal, more outputs than inputs": (tall, {"diversify": "orthogonal"}),
+    "weight norm": (normalised, {}),
+}
+
+
+def measured(name: str) -> dict[str, Any]:
+    """What predicting takes, the size of the largest tensor in float32, and whether all values are finite."""
+    make, options = CASES[name]
+    ghn = ghn_init.load()
+    # What torch loads once does not count: the first meta kernel that is written in Python brings 100 MB.
+    ghn_init.predict(make(8), ghn, head="predict", **options)
+    model = make()
+    extra = peak_beyond(lambda: ghn_init.predict(model, ghn, head="predict", **options))
+    return {
+        "extra": extra,
+        "largest": max(param.numel() * 4 for param in model.parameters()),
+        "finite": all(bool(param.isfinite().all()) for param in model.parameters()),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)
+    print(json.dumps({name: measured(name) for name in CASES}))
