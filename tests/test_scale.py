@@ -78,7 +78,7 @@ def assert_parallel(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_directions_are_predicted_and_scales_and_norms_kept(ghn: GHN) -> None:
     model, whole = network(), predict(network(), ghn, scale="predicted")
     before = copy.deepcopy(model.state_dict())
-    predict(model, ghn)
+    predict(model, ghn, scale="own")
     for name in ("stem.weight", "stem.bias", "grow.weight", "mix.weight", "fc.weight", "fc.bias"):
         found = rms(model.get_parameter(name)) / rms(before[name])
         # A matrix gets less where the prediction is the more coherent one.
@@ -90,7 +90,7 @@ def test_directions_are_predicted_and_scales_and_norms_kept(ghn: GHN) -> None:
 
 
 def test_the_plan_says_what_becomes_of_every_scale(ghn: GHN) -> None:
-    planned = plan(network(), ghn)
+    planned = plan(network(), ghn, scale="own")
     rows = {row.name: row for row in planned.rows}
     assert 0.3 < rows["mix.weight"].rms < 3.1
     assert rows["mix.weight"].action == "tiled"
@@ -123,9 +123,9 @@ def test_strict_does_not_mind_what_keeps_its_own_values(ghn: GHN) -> None:
 
 def test_predicting_again_gives_the_same_bits(ghn: GHN) -> None:
     for how in (None, "noise", "orthogonal"):
-        model = predict(network(), ghn, diversify=how)
+        model = predict(network(), ghn, diversify=how, scale="own")
         first = copy.deepcopy(model.state_dict())
-        predict(model, ghn, diversify=how)
+        predict(model, ghn, diversify=how, scale="own")
         assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
     assert rms(model.mix.weight) == pytest.approx(rms(network().mix.weight), rel=NEAR)  # no more coherent
 
@@ -136,17 +136,19 @@ def test_values_that_are_not_finite_or_whose_squares_vanish_have_no_scale(
 ) -> None:
     model = network()
     model.stem.weight.data.mul_(factor).view(-1)[0] = first
-    rows = {row.name: row for row in plan(model, ghn).rows}
+    rows = {row.name: row for row in plan(model, ghn, scale="own").rows}
     assert rows["stem.weight"].rms is None
-    predict(model, ghn)
+    predict(model, ghn, scale="own")
     assert torch.equal(model.stem.weight, predict(network(), ghn, scale="predicted").stem.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_keep_their_scale(ghn: GHN, dtype: torch.dtype) -> None:
-    model = predict(network().to(dtype), ghn)
+    model = predict(network().to(dtype), ghn, scale="own")
     assert model.mix.weight.dtype == dtype
-    assert rms(model.mix.weight) == pytest.approx(rms(predict(network(), ghn).mix.weight), rel=2 * NEAR)
+    assert rms(model.mix.weight) == pytest.approx(
+        rms(predict(network(), ghn, scale="own").mix.weight), rel=2 * NEAR
+    )
 
 
 @pytest.mark.parametrize("width", [16, 130])
@@ -167,7 +169,7 @@ def test_the_spectral_norm_of_a_coherent_prediction_is_kept() -> None:
     layers = [nn.Conv2d(3, 32, 3), nn.Conv2d(32, 48, 3), nn.Conv2d(48, 256, 1)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
     before = copy.deepcopy(model.state_dict())
-    predict(model, example_input=(1, 3, 16, 16))
+    predict(model, example_input=(1, 3, 16, 16), scale="own")
     for name in ("0.weight", "1.weight", "2.weight", "5.weight"):
         old, new = (
             torch.linalg.matrix_norm(values[name].flatten(1), 2) for values in (before, model.state_dict())
@@ -184,7 +186,9 @@ def test_coherent_values_before_make_the_prediction_as_coherent() -> None:
         alike[0].weight.copy_(torch.randn(1, 40).expand(40, 40) + 0.01 * torch.randn(40, 40))
         independent[0].weight.mul_(rms(alike[0].weight) / rms(independent[0].weight))
     scales = [
-        next(row.rms for row in plan(model, example_input=(1, 40)).rows if row.name == "0.weight")
+        next(
+            row.rms for row in plan(model, example_input=(1, 40), scale="own").rows if row.name == "0.weight"
+        )
         for model in (independent, alike)
     ]
     assert scales[1] == pytest.approx(rms(alike[0].weight), rel=NEAR)
@@ -251,20 +255,22 @@ def test_a_weight_under_weight_norm_keeps_its_scale(ghn: GHN) -> None:
     model = network()
     parametrizations.weight_norm(model.mix)
     random_state = torch.get_rng_state()
-    predict(model, ghn)
+    predict(model, ghn, scale="own")
     assert torch.equal(torch.get_rng_state(), random_state)
-    torch.testing.assert_close(model.mix.weight, predict(network(), ghn).mix.weight, rtol=NEAR, atol=1e-5)
+    torch.testing.assert_close(
+        model.mix.weight, predict(network(), ghn, scale="own").mix.weight, rtol=NEAR, atol=1e-5
+    )
 
 
 def test_what_a_spectral_norm_divides_keeps_its_scale(ghn: GHN) -> None:
     model = network()
     parametrizations.spectral_norm(model.mix)
     before = copy.deepcopy(model.state_dict())
-    plan(model, ghn)
+    plan(model, ghn, scale="own")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    predict(model, ghn)
+    predict(model, ghn, scale="own")
     (name,) = (name for name in before if name.endswith("original"))
-    plain = predict(network(), ghn).mix.weight
+    plain = predict(network(), ghn, scale="own").mix.weight
     torch.testing.assert_close(model.state_dict()[name], plain, rtol=NEAR, atol=1e-5)
 
 
@@ -274,7 +280,7 @@ def test_a_tied_weight_keeps_its_scale(ghn: GHN) -> None:
     second.weight = first.weight
     model = nn.Sequential(first, nn.ReLU(), second, nn.Linear(12, 10))
     before = rms(first.weight)
-    predict(model, ghn, example_input=(1, 12))
+    predict(model, ghn, example_input=(1, 12), scale="own")
     assert second.weight is first.weight
     assert rms(first.weight) == pytest.approx(before, rel=NEAR)
 
@@ -297,8 +303,8 @@ def test_a_meta_model_gets_the_scale_of_its_own_initialisation(ghn: GHN, tmp_pat
     random_state = torch.get_rng_state()
     real = build()
     torch.set_rng_state(random_state)
-    predict_to(model, tmp_path / "out", ghn)
-    predict(model, ghn)
+    predict_to(model, tmp_path / "out", ghn, scale="own")
+    predict(model, ghn, scale="own")
     assert torch.equal(torch.get_rng_state(), random_state)
     on_disk = load_file(tmp_path / "out" / "model.safetensors")
     for name, param in model.named_parameters():
@@ -307,7 +313,7 @@ def test_a_meta_model_gets_the_scale_of_its_own_initialisation(ghn: GHN, tmp_pat
     assert_parallel(model[0].weight, predict(real, ghn, scale="predicted")[0].weight)
     assert not model[4].bias.any()
     parametrizations.weight_norm(weight_norm[4])
-    predict(weight_norm, ghn)
+    predict(weight_norm, ghn, scale="own")
     assert rms(weight_norm[4].weight) == pytest.approx(1 / math.sqrt(3 * 70), rel=NEAR)
 
 
@@ -356,7 +362,7 @@ def test_a_scale_ignores_the_order_of_its_sum() -> None:
 def test_a_tile_is_measured_as_often_as_it_repeats(ghn: GHN) -> None:
     """100 rows of a block of 64: the first 36 count twice."""
     model = network()
-    row = next(row for row in plan(model, ghn).rows if row.name == "mix.weight")
+    row = next(row for row in plan(model, ghn, scale="own").rows if row.name == "mix.weight")
     assert row.tile is not None
     assert rms(row.tile.expand()) == pytest.approx(row.rms, rel=1e-5)
     assert rms(row.tile.values) != pytest.approx(row.rms, rel=1e-5)

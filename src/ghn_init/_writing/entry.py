@@ -66,6 +66,7 @@ class Entry:
         computed: The weight that is computed from it, which is what is predicted; or None.
         decision: What is to be done with it.
         rms: The root mean square that its values have and keep; None where the prediction's own counts.
+        own: The root mean square of its values before the call, where that was looked at.
         tile: What is predicted, once it is.
     """
 
@@ -76,6 +77,7 @@ class Entry:
     computed: Computed | None = field(default=None, compare=False, repr=False)
     decision: Decision = PREDICT
     rms: float | None = field(default=None, compare=False)
+    own: float | None = field(default=None, compare=False)
     tile: Tile | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -1,8 +1,8 @@
 """Whether a network is like those that a GHN is trained on; untrained, others are near random.
 
 The bounds are those of the networks of DeepNets-1M (arXiv 2110.13100, section 4) and of measured accuracy:
-see docs/familiarity.md. At the layers' own scale predictions do such networks little harm as the start of
-training, so that there is nothing to warn of. What was measured and makes no difference is not looked at: how
+see docs/familiarity.md. By default predictions are made ready to be trained, and do such networks little
+harm, so that there is nothing to warn of. What was measured and makes no difference is not looked at: how
 much of a network is tiled, depth, width.
 """
 
@@ -29,7 +29,7 @@ DeepNets-1M; 12 % and more where there are token embeddings or recurrent layers.
 _MOST_NODES: Final = 1000
 """DeepNets-1M's deepest and densest test networks have up to 863, torchvision's classifiers up to 877."""
 
-_UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
+UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
 """Roles of parameters that do not matter for what the network computes."""
 
 
@@ -72,7 +72,7 @@ def described(model: str, reasons: Sequence[str]) -> str:
 
 
 def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterator[str]:
-    if not any(_is_image_layer(node) for node in _first_weights(graph)):
+    if not reads_images(graph):
         yield "no 2-d convolution reads its input, so it is no image network"
     if not any(node.type == "bn" for node in graph.nodes):
         yield "no batch norm"
@@ -86,8 +86,9 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterat
         yield _FROZEN_BACKBONE
 
 
-def _is_image_layer(node: Node) -> bool:
-    return node.shape is not None and len(node.shape) == 4
+def reads_images(graph: Graph) -> bool:
+    """Whether a 2-d convolution is the first weight that the input meets, or one of them."""
+    return any(node.shape is not None and len(node.shape) == 4 for node in _first_weights(graph))
 
 
 def _first_weights(graph: Graph) -> Iterator[Node]:
@@ -104,7 +105,7 @@ def _first_weights(graph: Graph) -> Iterator[Node]:
 
 def _kept_share(entries: Sequence[Entry]) -> float:
     """Share of the elements that are used and that no node stands for."""
-    used = [entry for entry in entries if not entry.reason.endswith(_UNUSED)]
+    used = [entry for entry in entries if not entry.reason.endswith(UNUSED)]
     lost = sum(e.numel for e in used if e.key is None and not (e.decision.predict or e.decision.asked))
     return lost / max(sum(entry.numel for entry in used), 1)
 

@@ -80,6 +80,13 @@ def write(network: nn.Module, entries: Sequence[Entry], options: Options) -> Non
     mark_initialised(network, [entry.param for entry, way in todo if way != "solved"])
 
 
+def write_buffers(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into buffers, by their qualified names."""
+    buffers = dict(network.named_buffers(remove_duplicate=False)) if values else {}
+    for name, value in values.items():
+        buffers[name].copy_(value)
+
+
 def _way(entry: Entry, options: Options) -> Way:
     """How a prediction is written.
 

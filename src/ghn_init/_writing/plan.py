@@ -7,7 +7,7 @@ plan and write it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -21,17 +21,18 @@ from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import traced
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
-from ghn_init._writing.in_place import check_unchanged, write
+from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
-from ghn_init._writing.scale import at_own_scale
 from ghn_init._writing.select import check_model, forbid_kept, select
+from ghn_init._writing.statistics import running_statistics
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
+from ghn_init._writing.training import ready_to_train
 from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from os import PathLike
     from pathlib import Path
 
@@ -54,6 +55,7 @@ class Plan(Generic[ModelT]):
         weights: The GHN's weights as the caller named them.
         options: The caller's choices.
         unfamiliar: In which ways the network is unlike those that GHNs are trained on (docs/familiarity.md).
+        statistics: Running means and variances that batch norms without data get, by the buffers' names.
     """
 
     model: ModelT
@@ -62,6 +64,7 @@ class Plan(Generic[ModelT]):
     weights: str
     options: Options
     unfamiliar: tuple[str, ...]
+    statistics: Mapping[str, Tensor] = field(repr=False)
 
     def apply(self) -> ModelT:
         """Write the predicted values into the model's parameters, in place, and return the model.
@@ -87,6 +90,7 @@ class Plan(Generic[ModelT]):
         names = [name for entry in entries for name in entry.written]
         with plain_torch(), uninterrupted(), materialised(network, names, self.options.seed):
             write(network, entries, self.options)
+            write_buffers(network, self.statistics)
         return self.model
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
@@ -96,7 +100,7 @@ class Plan(Generic[ModelT]):
         """
         entries, network = to_write(self.rows), self._network()
         with plain_torch():
-            return save(network, entries, self.options, folder, max_shard_size)
+            return save(network, entries, self.options, folder, max_shard_size, self.statistics)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the tensors that are written, one full tensor at a time, on the CPU.
@@ -108,6 +112,7 @@ class Plan(Generic[ModelT]):
             with plain_torch():
                 values = values_of(entry, self.options)
             yield from ((name, value.cpu()) for name, value in values.items())
+        yield from self.statistics.items()
 
     @property
     def warned(self) -> tuple[str, ...]:
@@ -145,11 +150,12 @@ class Plan(Generic[ModelT]):
             "model": type(self.model).__name__,
             "weights": self.weights,
             "head": self.options.head,
-            "scale": "own" if self.options.own_scale else "predicted",
+            "scale": self.options.scale if self.options.own_scale else "predicted",
             "frozen": self.options.frozen,
             "diversify": self.options.diversify,
             "seed": self.options.seed,
             "unfamiliar": list(self.unfamiliar),
+            "statistics": list(self.statistics),
             "summary": summary,
             "rows": rows,
         }
@@ -159,6 +165,8 @@ class Plan(Generic[ModelT]):
         text = (
             f"{name}, weights {self.weights}\n{table_of(self.rows)}\n\n{summary_of(self.rows, self.counts())}"
         )
+        if self.statistics:
+            text += f"\nrunning statistics of {len(self.statistics) // 2} batch norms: from the weights"
         return f"{text}\n{described(name, self.unfamiliar)}" if self.unfamiliar else text
 
     def __repr__(self) -> str:
@@ -206,9 +214,11 @@ def plan(
         diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ.
         seed: Seed of `diversify`, and of what a meta model's modules initialise themselves.
         strict: No parameter may be kept because it cannot be predicted.
-        scale: "own", to train the network: weights get the scale that the layer had, and norm layers and
-            values that are all one number (zeros above all) stay. "predicted", to use it untrained:
-            everything as predicted. "auto" is "own", but "predicted" with `head="predict"`.
+        scale: "own": weights get the scale that the layer had, and norm layers and values that are all one
+            number (zeros above all) stay. "predicted", to use the network untrained: everything as
+            predicted. "auto", to train it: as "own", with two exceptions that the graph tells, weights at
+            their predicted scale in networks of the kind that the GHN knows, and layers kept that
+            predictions harm (see `_writing/training.py`); but "predicted" with `head="predict"`.
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:
@@ -243,13 +253,14 @@ def _planned(
         entries = select(network, graph, computed, options, ghn.config.num_classes)
         entries = with_predictions(ghn, graph, entries)
         if options.own_scale:
-            entries = at_own_scale(network, entries, options)
+            entries = ready_to_train(network, graph, entries, options)
         entries = without_unsolvable(entries, options)
+        statistics = running_statistics(graph, entries) if options.diversify != "orthogonal" else {}
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)
     label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
-    return Plan(model, graph, tuple(entries), label, options, far)
+    return Plan(model, graph, tuple(entries), label, options, far, statistics)
 
 
 def predict(

@@ -134,7 +134,7 @@ def _settled(entry: Entry, scale: Scale, written: tuple[float, Tile] | None) -> 
     """The entry with the prediction at its scale, or kept; as it was if its values have no scale (NaN)."""
     if reason := _kept(entry, scale):
         return replace(entry, decision=spare(reason), tile=None)
-    return entry if written is None else replace(entry, rms=written[0], tile=written[1])
+    return entry if written is None else replace(entry, own=scale.rms, rms=written[0], tile=written[1])
 
 
 def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float, Tile]]:

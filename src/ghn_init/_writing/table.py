@@ -30,9 +30,15 @@ def summary_of(entries: Sequence[Entry], counts: Mapping[Action, tuple[int, int]
 def _cells(entry: Entry) -> tuple[str, ...]:
     tied = f"tied to {', '.join(entry.also)}" if entry.also else ""
     through = f"through {entry.through}" if entry.through and entry.action != "kept" else ""
-    scale = f"own scale {entry.rms:.3g}" if entry.rms is not None and entry.action != "kept" else ""
-    note = ", ".join(filter(None, (entry.reason, scale, through, tied)))
+    note = ", ".join(filter(None, (entry.reason, _scale(entry), through, tied)))
     return entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.node or "-", entry.action, note
+
+
+def _scale(entry: Entry) -> str:
+    """Which scale the prediction has, where one of two was chosen."""
+    if entry.action == "kept" or (entry.rms is None and entry.own is None):
+        return ""
+    return "predicted scale" if entry.rms is None else f"own scale {entry.rms:.3g}"
 
 
 def _aligned(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

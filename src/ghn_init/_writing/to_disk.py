@@ -37,6 +37,7 @@ def save(
     options: Options,
     folder: str | PathLike[str],
     max_shard_size: int | str,
+    statistics: Mapping[str, Tensor],
 ) -> Path:
     """Write the checkpoint of `network` with predicted weights; `network` itself is left as it is.
 
@@ -46,6 +47,7 @@ def save(
         options: The caller's choices.
         folder: Where to; it must not exist, or be empty.
         max_shard_size: Size of a file at most.
+        statistics: Values of buffers, by their names.
 
     Returns:
         What to open in `folder`.
@@ -59,6 +61,11 @@ def save(
     others += [place for place in lost if id(place.get()) not in ids]  # buffers outside the state dict
     lost = [place for place in lost if id(place.get()) in ids]
     sources = _sources(network, stored, entries, lost)
+    sources |= {
+        key: _Source(source.name, statistics[source.name], None, None)
+        for key, source in sources.items()
+        if source.name in statistics
+    }
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
     with fresh_folder(folder) as partial, initialising(network, lost, others, options.seed) as initialiser:
@@ -153,7 +160,7 @@ class _Values:
         self._options = options
         self._initialiser = initialiser
         self._sources = sources
-        self._wanted = {source.name for source in sources.values()}
+        self._made_together = {s.name for s in sources.values() if s.entry is not None or s.owner is not None}
         self._waiting: dict[str, Tensor] = {}
 
     def take(self, key: str) -> Tensor:
@@ -161,7 +168,11 @@ class _Values:
         source = self._sources[key]
         if source.name not in self._waiting:
             made = self._made(source)
-            self._waiting |= {name: value for name, value in made.items() if name in self._wanted}
+            self._waiting |= {
+                name: value
+                for name, value in made.items()
+                if name == source.name or name in self._made_together
+            }
         return self._waiting.pop(source.name).to(source.tensor.dtype)
 
     def _made(self, source: _Source) -> dict[str, Tensor]:

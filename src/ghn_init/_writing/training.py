@@ -1,0 +1,150 @@
+"""What `scale="auto"` means: as much of the predictions as is good for training the network.
+
+`scale.py` takes the directions alone, at the layers' own scale, which is the least harm to networks of
+every kind. A GHN also knows the scales of what it has learned from, and there they are worth as much again:
+in the networks of plain convolutions, batch norms, poolings and a classifier of DeepNets-1M. In layers that
+it has not learned from the directions are noise that repeats, and worse than the independent values of an
+initialisation. The graph tells the one and the other; docs/familiarity.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._writing.entry import spare
+from ghn_init._writing.familiarity import UNUSED, reads_images
+from ghn_init._writing.scale import at_own_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from ghn_init._graph.graph import Graph
+    from ghn_init._writing.entry import Entry
+    from ghn_init._writing.options import Options
+
+_PLAIN: Final = frozenset(
+    {"input", "conv", "bias", "bn", "sum", "concat", "max_pool", "avg_pool", "glob_avg"}
+)
+"""Types of node of the networks whose scales are predicted. Depthwise convolutions, gates and attention are
+in DeepNets-1M, too, but at their predicted scale MobileNet-V3 and transformers train worse."""
+
+_PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
+"""Types of node behind which a batch norm still normalises what a weight gives."""
+
+_MOST_BARE: Final = 8
+"""Weights without batch norm in a network whose scales are predicted: errors of scale multiply."""
+
+_MOST_COPIES: Final = 64
+"""How often the prediction of a weight without batch norm repeats at most, in such a network: copies add up
+to one another."""
+
+_BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
+_BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
+
+
+def ready_to_train(
+    network: nn.Module, graph: Graph, entries: Sequence[Entry], options: Options
+) -> list[Entry]:
+    """The same entries: predictions at the scale that is good for training, or parameters kept.
+
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this.
+
+    Args:
+        network: The network, with the values whose scale counts.
+        graph: Its graph.
+        entries: From `with_predictions`.
+        options: The caller's choices.
+    """
+    if options.scale == "own":
+        return at_own_scale(network, entries, options)
+    strange = _strange(graph)
+    entries = [
+        replace(entry, decision=spare(strange[entry.key]), tile=None)
+        if entry.tile is not None and entry.key in strange
+        else entry
+        for entry in entries
+    ]
+    settled = at_own_scale(network, entries, options)
+    if not scales_are_known(graph, entries) or options.diversify == "orthogonal":
+        return settled
+    predicted = {entry.source: entry.tile for entry in entries}
+    return [
+        replace(entry, rms=None, tile=predicted[entry.source]) if entry.rms is not None else entry
+        for entry in settled
+    ]
+
+
+def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
+
+    Those are image classifiers of plain convolutions, with batch norm or shallow.
+
+    Args:
+        graph: The network's graph.
+        entries: With what is predicted.
+    """
+    plain = all(node.type in _PLAIN and not node.transposed for node in graph.nodes)
+    if not plain or not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
+        return False
+    ends = {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}
+    normalised = _normalised(graph)
+    bare = {
+        node.param
+        for index, node in enumerate(graph.nodes)
+        if node.type == "conv" and not normalised[index] and node.param not in ends
+    }
+    copies = (
+        math.prod(entry.tile.shape) / entry.tile.values.numel()
+        for entry in entries
+        if entry.tile is not None and entry.key in bare
+    )
+    return len(bare) <= _MOST_BARE and max(copies, default=1) <= _MOST_COPIES
+
+
+def _strange(graph: Graph) -> Mapping[str | None, str]:
+    """Parameters that are left alone, by name, with the reason."""
+    normalised = _normalised(graph)
+    found: dict[str | None, str] = {}
+    for index, node in enumerate(graph.nodes):
+        if node.type not in WEIGHT_TYPES or node.param is None:
+            continue
+        if any(graph.nodes[source].type == "ln" for source in graph.predecessors[index]):
+            found[node.param] = _BEHIND_LAYER_NORM
+        elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
+            found[node.param] = _BARE_TRANSPOSED
+    return found
+
+
+def _normalised(graph: Graph) -> list[bool]:
+    """For every node whether all that it gives goes through a batch norm before another weight reads it."""
+    followers: list[list[int]] = [[] for _ in graph.nodes]
+    for source, target in graph.edges:
+        followers[source].append(target)
+    found = [False] * len(graph)
+    for index in range(len(graph) - 1, -1, -1):
+        after = [(graph.nodes[target].type, found[target]) for target in followers[index]]
+        found[index] = bool(after) and all(
+            follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
+        )
+    return found
+
+
+def _classifies(graph: Graph) -> bool:
+    """Whether the network ends in linear layers, or pools what its last convolution gives."""
+    last = {graph.nodes[indices[0]].param for indices in graph.heads}
+    pooled = graph.nodes[-1].type == "glob_avg"
+    return bool(last) and all(
+        pooled or (node.shape is not None and len(node.shape) == 2)
+        for node in graph.nodes
+        if node.param in last and node.type == "conv"
+    )
+
+
+def _has_strangers(graph: Graph) -> bool:
+    """Whether there are parameters that no node stands for and that count."""
+    return any(not stranger.role.endswith(UNUSED) for stranger in graph.unmatched)

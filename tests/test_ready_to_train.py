@@ -1,0 +1,276 @@
+"""`scale="auto"`: how much of a prediction is good for training, and running statistics that go with it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def ghn() -> GHN:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)
+        return GHN(GHNConfig.ghn2()).requires_grad_(False)
+
+
+def block(inputs: int, outputs: int, kernel: int = 3, *, groups: int = 1, norm: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups)]
+    return nn.Sequential(*layers, *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU())
+
+
+def classifier(width: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(block(3, 16), block(16, 100, 1), block(100, 24), *classifier(24))
+
+
+def shallow() -> nn.Module:
+    return nn.Sequential(block(3, 16, norm=False), block(16, 24, norm=False), *classifier(24))
+
+
+def deep_without_norm() -> nn.Module:
+    return nn.Sequential(
+        block(3, 16, norm=False), *(block(16, 16, norm=False) for _ in range(9)), *classifier(16)
+    )
+
+
+def wide_without_norm() -> nn.Module:
+    return nn.Sequential(block(3, 600, 1, norm=False), block(600, 600, 1, norm=False), *classifier(600))
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(block(3, 16), block(16, 16, groups=16), *classifier(16))
+
+
+def pixelwise() -> nn.Module:
+    return nn.Sequential(block(3, 16), nn.Conv2d(16, 10, 1))
+
+
+def signals() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+
+
+class Decoder(nn.Module):
+    """A transposed convolution that a batch norm follows, and one that none follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = block(3, 16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.norm = nn.BatchNorm2d(8)
+        self.bare = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.last = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bare(self.norm(self.up(self.down(x))).relu()).relu())
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build()
+
+
+def with_predicted_scale(model: nn.Module, ghn: GHN, **options: object) -> set[str]:
+    rows = plan(model, ghn, **options).rows  # type: ignore[arg-type]
+    return {row.name for row in rows if row.tile is not None and row.rms is None}
+
+
+def output(model: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(model.eval()(x).square().mean().sqrt())
+
+
+def images(count: int = 64) -> torch.Tensor:
+    """Smooth, as images are."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(coarse, (16, 16), mode="bilinear")
+
+
+# How much is predicted
+
+
+@pytest.mark.parametrize("build", [plain, shallow])
+def test_networks_of_plain_convolutions_get_the_predicted_scales_and_keep_their_norms(
+    build: Callable[[], nn.Module], ghn: GHN
+) -> None:
+    model, whole = built(build), predict(built(build), ghn, scale="predicted")
+    planned = plan(model, ghn)
+    assert "predicted scale" in str(planned)
+    assert planned.to_dict()["scale"] == "auto"
+    before = copy.deepcopy(model.state_dict())
+    planned.apply()
+    for row in planned.rows:
+        expected = before[row.name] if row.node == "bn" else whole.get_parameter(row.name)
+        assert torch.equal(model.get_parameter(row.name), expected), row.name
+
+
+@pytest.mark.parametrize("build", [deep_without_norm, wide_without_norm, depthwise, pixelwise, signals])
+def test_other_networks_keep_their_own_scale(build: Callable[[], nn.Module], ghn: GHN) -> None:
+    example = (2, 8) if build is signals else (1, 3, 16, 16)
+    model, own = (built(build) for _ in range(2))
+    assert with_predicted_scale(model, ghn, example_input=example) == set()
+    predict(model, ghn, example_input=example)
+    predict(own, ghn, example_input=example, scale="own")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.parameters(), strict=True))
+
+
+def test_a_parameter_that_no_node_stands_for_makes_a_network_unknown(ghn: GHN) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = built(plain)
+            self.gain = nn.Parameter(torch.full((3, 1, 1), 0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(self.gain * x)
+
+    assert with_predicted_scale(built(plain), ghn)
+    assert not with_predicted_scale(Scaled(), ghn)
+
+
+def test_orthogonal_weights_have_no_use_for_the_predicted_scale(ghn: GHN) -> None:
+    assert with_predicted_scale(built(plain), ghn, diversify="noise")
+    planned = plan(built(plain), ghn, diversify="orthogonal")
+    assert all(row.rms is not None for row in planned.rows if row.tile is not None)
+    assert not planned.statistics
+
+
+def test_a_bare_transposed_convolution_is_kept_and_says_why(ghn: GHN) -> None:
+    reasons = {row.name: row.reason for row in plan(built(Decoder), ghn).rows}
+    assert reasons["bare.weight"] == "a transposed convolution without batch norm (scale='auto')"
+    assert reasons["up.weight"] == ""
+    assert {row.name: row.reason for row in plan(built(Decoder), ghn, scale="own").rows}["bare.weight"] == ""
+
+
+def test_what_reads_a_layer_norm_is_kept_and_says_why(ghn: GHN) -> None:
+    layers = [nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 10)]
+    rows = {
+        row.name: row for row in plan(nn.Sequential(*layers), ghn, example_input=(2, 12), strict=True).rows
+    }
+    assert rows["2.weight"].reason == "it reads a layer norm (scale='auto')"
+    assert (rows["0.weight"].action, rows["4.weight"].action) == ("predicted", "predicted")
+
+
+# Running statistics
+
+
+def test_evaluation_mode_gives_outputs_of_the_usual_size_at_once() -> None:
+    """With the bundled weights, whose filters are alike."""
+
+    def deep() -> nn.Module:
+        return nn.Sequential(
+            block(3, 32), *(block(32, 32) for _ in range(6)), block(32, 150), *classifier(150)
+        )
+
+    x = images()
+    usual = output(built(deep), x)
+    model = built(deep)
+    planned = plan(model)
+    assert "running statistics of 8 batch norms: from the weights" in str(planned)
+    assert planned.to_dict()["statistics"] == list(planned.statistics)
+    assert usual / 10 < output(planned.apply(), x) < usual * 10
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    assert output(model, x) > 30 * usual
+
+
+def test_copies_of_a_channel_have_the_same_statistics(ghn: GHN) -> None:
+    model = predict(built(plain), ghn)
+    mean, variance = (model.get_buffer(f"1.1.running_{name}") for name in ("mean", "var"))
+    assert mean.shape == (100,)
+    period = plan(built(plain), ghn).rows[4].tile.values.shape[0]  # type: ignore[union-attr]
+    assert 36 <= period < 100
+    assert torch.equal(variance[period:], variance[: 100 - period])
+
+
+def test_batch_norms_that_have_seen_data_keep_their_statistics(ghn: GHN) -> None:
+    model = calibrate_batchnorm(built(plain), [images()])
+    before = copy.deepcopy(dict(model.named_buffers()))
+    assert plan(model, ghn).statistics == {}
+    predict(model, ghn)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_only_what_predicted_weights_reach_gets_statistics(ghn: GHN) -> None:
+    assert plan(built(plain), ghn, exclude="0.*").statistics.keys() == {
+        f"{path}.running_{name}" for path in ("1.1", "2.1") for name in ("mean", "var")
+    }
+    assert len(plan(built(plain), ghn, scale="own").statistics) == 2 * 3
+    assert plan(built(plain), ghn, scale="predicted").statistics == {}
+
+
+def test_statistics_are_planned_then_written_everywhere(ghn: GHN, tmp_path: Path) -> None:
+    model = built(plain)
+    planned = plan(model, ghn)
+    assert torch.equal(model.get_buffer("0.1.running_var"), torch.ones(16))
+    tensors = dict(planned.tensors())
+    planned.save(tmp_path / "planned")
+    planned.apply()
+    with torch.device("meta"):
+        meta = built(plain)
+    predict_to(meta, tmp_path / "meta", ghn)
+    predict(meta, ghn)
+    on_disk = load_file(tmp_path / "planned" / "model.safetensors")
+    from_meta = load_file(tmp_path / "meta" / "model.safetensors")
+    for name, value in planned.statistics.items():
+        for found in (model.get_buffer(name), tensors[name], on_disk[name]):
+            assert torch.equal(found, value), name
+        assert torch.equal(from_meta[name], meta.get_buffer(name))
+        assert value.isfinite().all()
+        assert not torch.equal(value, value.new_full(value.shape, float(name.endswith("var"))))
+    assert int(model.get_buffer("0.1.num_batches_tracked")) == 0
+
+
+def test_statistics_fit_the_dtype_of_their_buffers(ghn: GHN) -> None:
+    planned = plan(built(plain).half(), ghn)
+    assert {value.dtype for value in planned.statistics.values()} == {torch.float16}
+    assert all(value.isfinite().all() for value in planned.statistics.values())
+
+
+class Branched(nn.Module):
+    """Joins, gates, groups, more channels than a block has, and an image that becomes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = block(3, 24), block(3, 40)
+        self.squeeze, self.excite = nn.Conv2d(64, 8, 1), nn.Conv2d(8, 64, 1)
+        self.grouped = block(64, 96, groups=4)
+        self.depthwise = block(96, 96, groups=96)
+        self.short = nn.Conv2d(64, 96, 1)
+        self.norm = nn.BatchNorm2d(96)
+        self.fc = nn.Linear(96 * 4, 130)
+        self.last = nn.Sequential(nn.BatchNorm1d(130), nn.ReLU(), nn.Linear(130, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.left(x), self.right(x)], 1)
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        x = self.norm(self.depthwise(self.grouped(x)) + self.short(x)).relu()
+        return self.last(self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)))
+
+
+def test_every_kind_of_join_gives_statistics_of_the_right_shape() -> None:
+    model = built(Branched)
+    planned = plan(model)
+    assert len(planned.statistics) == 2 * 6
+    for name, value in planned.statistics.items():
+        assert value.shape == model.get_buffer(name).shape
+        assert value.isfinite().all()
+    x = images()
+    usual = output(built(Branched), x)
+    assert 0.1 < output(planned.apply(), x) / usual < 10
+    assert math.isfinite(usual)
