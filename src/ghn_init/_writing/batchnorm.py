@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, which predicted weights do not bring."""
+"""Running statistics of batch norms from data; `statistics.py` has those from the weights alone."""
 
 from __future__ import annotations
 

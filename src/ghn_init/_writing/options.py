@@ -51,7 +51,7 @@ class Options:
 
     @property
     def own_scale(self) -> bool:
-        """Whether parameters keep their own scale: what "auto" means depends on `head`."""
+        """Whether the prediction is to be trained, not used as it is: what "auto" means depends on `head`."""
         return self.scale == "own" or (self.scale == "auto" and self.head != "predict")
 
     def check_patterns(self, names: Sequence[str]) -> None:

@@ -288,7 +288,7 @@ def predict(
     Random numbers are drawn from torch's global generator while it is seeded, and it is put back at the end:
     what another thread draws from it meanwhile may come again.
 
-    Running statistics of batch norms are not predicted: train, or call `calibrate_batchnorm`.
+    With `scale="predicted"` running statistics of batch norms are not set: call `calibrate_batchnorm`.
 
     Returns:
         The same module.

@@ -1,10 +1,10 @@
-"""The scale of what is written: that of the layer's values before the call, or the prediction's own.
+"""Predictions at the scale of the layer's values before the call.
 
-As the start of training, predicted weights owe their good to their direction, and nearly all of the harm that
-they can do to their scale and to predicted norm layers (docs/familiarity.md). So by default a prediction is
-multiplied to have the scale that the network's author gave the parameter, norm layers stay as they were, and
-so does a parameter whose values are all one number: a residual branch or gate that starts at zero was meant
-to. The whole prediction, scales and norms included, is what has accuracy without training.
+As the start of training of a network that the GHN does not know, predicted weights owe their good to their
+direction, and nearly all of the harm that they can do to their scale and to predicted norm layers
+(docs/familiarity.md). So a prediction is multiplied to have the scale that the network's author gave the
+parameter, norm layers stay as they were, and so does a parameter whose values are all one number: a residual
+branch or gate that starts at zero was meant to. `training.py` says where more than that is good.
 
 Of a vector, the scale is the root mean square. Of a matrix (output channels x the rest) it is that, too,
 unless the prediction is the more coherent one. The spectral norm of m x n independent values is close to

@@ -86,9 +86,10 @@ Scale = Annotated[
     Literal["auto", "own", "predicted"],
     option(
         "",
-        "Write weights at the layers' own scale and leave norms as they were, to train (own), or "
-        "write everything as predicted, to use it untrained (predicted). By default (auto) it is own, but "
-        "predicted with --head predict.",
+        "To train it (auto, the default): weights as predicted in classifiers of the kind that the "
+        "hypernetwork knows, at the layers' own scale in other networks, norms as they were. Own scale "
+        "everywhere (own), or everything as predicted, to use it untrained (predicted, and auto with "
+        "--head predict).",
     ),
 ]
 Frozen = Annotated[
