@@ -76,10 +76,10 @@ svg .bars-after { fill: none; stroke: var(--after); stroke-width: 1.6; }
 """
 
 _OWN: Final = (
-    "This is the start of a training. Weights have predicted directions; their scale is that which each "
-    "layer had, or less where predicted filters are more alike than the layer's own were, so that outputs "
-    "keep their size and learning rates that suited the network still do. Norm layers and values that are "
-    "all one number stayed as they were."
+    "This is the start of a training. In classifiers of the kind that the hypernetwork knows, weights are as "
+    "predicted. In others they have predicted directions, at the scale which each layer had, or less where "
+    "predicted filters are more alike than the layer's own were. Norm layers and values that are all one "
+    "number stayed as they were, so that learning rates that suited the network still do."
 )
 _PREDICTED: Final = (
     "This is for using the network untrained: everything is as predicted, norm layers and scales included. "
@@ -90,7 +90,7 @@ _FAMILIAR: Final = (
     "in the networks that the hypernetwork was trained on."
 )
 _STATISTICS: Final = (
-    "The running statistics of batch norms are not predicted: train the network, or call "
+    "No running statistics of batch norms were set: train the network, or call "
     "ghn_init.calibrate_batchnorm, before it is used in evaluation mode."
 )
 
@@ -193,7 +193,7 @@ def _expectations(plan: Plan) -> list[str]:
         )
     else:
         lines.append(f"<p>{_FAMILIAR}</p>")
-    if any(node.type == "bn" for node in plan.graph.nodes):
+    if not plan.statistics and any(node.type == "bn" for node in plan.graph.nodes):
         lines.append(f"<p>{_STATISTICS}</p>")
     kept = Counter(row.reason for row in plan.rows if row.action == "kept")
     if kept:
