@@ -69,7 +69,7 @@ class Measurement:
     """What was found of one architecture; accuracies are top-1 on held-out images, in percent.
 
     Attributes:
-        index: Its place in the split.
+        index: Its place in the split; -1 where it was given without one.
         architecture: The architecture, at the width that was measured.
         params: Its parameters at the size of images that was measured.
         nodes: Nodes of its graph.
