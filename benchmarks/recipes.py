@@ -51,6 +51,7 @@ class Run:
         settings: Its configuration, the GHN's fields as `ghn.NAME`.
         steps: Optimizer steps.
         pairs: (network, batch) pairs.
+        minutes: Its training time.
         loss: Median of the training loss in the last tenth.
         accuracy: Mean accuracy on the training batches there, in percent.
         validation: Accuracy of every validation network, in percent.
@@ -61,6 +62,7 @@ class Run:
     settings: Mapping[str, Any]
     steps: int
     pairs: int
+    minutes: float
     loss: float
     accuracy: float
     validation: tuple[float, ...]
@@ -87,6 +89,7 @@ class Run:
             settings=settings,
             steps=figures["steps"],
             pairs=figures["networks"],
+            minutes=figures["seconds"] / 60,
             loss=statistics.median(line["loss"] for line in last),
             accuracy=100 * statistics.mean(line["accuracy"] for line in last),
             validation=tuple([line for line in log if "validation" in line][-1]["accuracies"]),

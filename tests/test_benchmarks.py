@@ -121,7 +121,7 @@ def finished_run(folder: Path, accuracies: list[float], **settings: object) -> P
     ]
     (folder / "ghn").mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures = {"config": config, "steps": 1200, "networks": 2400}
+    figures = {"config": config, "steps": 1200, "networks": 2400, "seconds": 600.0}
     (folder / "ghn" / "training.json").write_text(json.dumps(figures))
     return folder
 

@@ -1,0 +1,192 @@
+"""The ablations of GHN-2 at a small scale: one table of variants that were trained on equally many networks.
+
+    python benchmarks/ablations.py DATA RUNS [--pairs 8000] [--only NAME ...] [--networks 20] [--images 1000]
+
+Each of `VARIANTS` is trained in a folder of its own under RUNS by `ghn-init train`, one process, from
+scratch and with the same seed, for `--pairs` (network, batch) pairs of small networks on images of 16 x 16;
+then the first `--networks` networks of every split are measured on `--images` test images of that size. The
+same command goes on where an interrupted one was, within a training or an evaluation, and only prints the
+table when all is done. Two commands with different `--only` can share RUNS, each on a core of its own.
+
+The rank of a variant is its place by accuracy among those of the table, a mean over the splits. The last
+column has the same among GHN-2, GHN-1 and MLP only, and in brackets as it follows from the published
+accuracies (arXiv 2110.13100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final
+
+from campaign import CONFIG, FIRST_SEED, GHN, RECIPE, start
+from recipes import Run
+
+from ghn_init import GHNConfig, load
+from ghn_init.training import TrainConfig, load_images
+from ghn_init.training._engine import prepare_process
+from ghn_init.training._pool import Job, cores, measure_all
+from ghn_init.training._results import TARGETS, Results
+from ghn_init.training.data import Normalisation
+from ghn_init.training.evaluate import SPLITS, Measure, Network, Score
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+SIZE: Final = 16
+"""Side of the images, in pixels."""
+
+META_BATCH: Final = 8
+"""Networks of a step, as published for GHN-2."""
+
+NODES: Final = 150
+"""Nodes of the largest network that is trained on."""
+
+SHARED: Final[dict[str, Any]] = {
+    "seed": FIRST_SEED, "image_size": SIZE, "max_params": 1, "lr": 1e-3, "schedule": "linear", "warmup": 100,
+    "crop_padding": 1, "precision": "float32", "meta_batch": META_BATCH,
+    # `max_nodes` limits the sum over a meta-batch, a curriculum without end each of its networks, so that
+    # variants with and without meta-batches draw the same networks.
+    "max_nodes": NODES * META_BATCH, "curriculum": 10**9, "curriculum_nodes": NODES,
+}  # fmt: skip
+"""What all variants have in common unless they say otherwise."""
+
+VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "GHN-2": {"ghn": GHNConfig.ghn2()},
+    "GHN-1": {"ghn": GHNConfig.ghn1(), "meta_batch": 1},
+    "MLP": {"ghn": GHNConfig.mlp()},
+    "no-virtual-edges": {"ghn": GHNConfig.ghn2(ve=False)},
+    "no-normalisation": {"ghn": GHNConfig.ghn2(weight_norm=False)},
+    "no-meta-batch": {"ghn": GHNConfig.ghn2(), "meta_batch": 1},
+    "extensions": {"ghn": GHNConfig.ghn2(**GHN), "optimizer": RECIPE["optimizer"]},
+    "GHN-3": {"ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape)},
+}
+"""In what each differs from `SHARED`; GHN-1 was published without meta-batches, GHN-3 is the tiny one."""
+
+PUBLISHED: Final[dict[str, dict[str, float]]] = {
+    "GHN-2": {split: TARGETS[split, False] for split in SPLITS},
+    "GHN-1": dict(zip(SPLITS, (51.4, 43.1, 48.3, 51.8, 13.7, 19.2, 18.2), strict=True)),
+    "MLP": dict(zip(SPLITS, (42.2, 22.3, 37.9, 44.8, 23.9, 17.7, 10.0), strict=True)),
+}
+"""Published top-1 of the networks of a split on CIFAR-10 in percent (arXiv 2110.13100)."""
+
+VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "2")
+"""Hardly any while training: what counts is the evaluation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant that was trained and measured, with one score for each of `SPLITS`."""
+
+    name: str
+    run: Run
+    scores: tuple[Score, ...]
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Mean accuracy of every split, in percent."""
+        return {score.split: score.mean for score in self.scores}
+
+
+def config_of(name: str, pairs: int) -> TrainConfig:
+    """The configuration of a variant's training."""
+    values = {**SHARED, **VARIANTS[name]}
+    return TrainConfig.from_dict({**values, "steps": pairs // values["meta_batch"]})
+
+
+def train(name: str, data: Path, runs: Path, pairs: int) -> Path:
+    """The folder of a variant's training, which is completed if it is not.
+
+    Raises:
+        SystemExit: It was stopped before its end, or the folder has another training.
+    """
+    folder, config = runs / name, config_of(name, pairs)
+    finished = folder / "ghn" / "training.json"
+    if not finished.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        options = ["-o", str(folder), "--config", str(folder / CONFIG), *VALIDATION]
+        start([sys.executable, "-m", "ghn_init", "train", str(data), *options])
+        if not finished.exists():
+            raise SystemExit(f"{folder}: stopped; the same command goes on from there")
+    if TrainConfig.from_dict(json.loads(finished.read_text())["config"]) != config:
+        raise SystemExit(
+            f"{folder}: was trained with another configuration than this command's (--pairs {pairs}); "
+            "give the same number of pairs or another folder"
+        )
+    return folder
+
+
+def measured(folder: Path, data: Path, networks: int, images: int) -> tuple[Score, ...]:
+    """The scores of a finished training on all splits; those missing from its file are measured."""
+    measure = Measure(
+        load(folder / "ghn"), load_images(data, "test"), images=images, image_size=SIZE,
+        normalise=Normalisation.of(load_images(data, "train")),
+    )  # fmt: skip
+    results = Results(measure, folder / f"scores-{networks}-{images}.json", folder.name)
+    jobs = [Job(network, 0.0) for split in SPLITS for network in Network.of(split, networks)]
+    for job, accuracy in measure_all(measure, [job for job in jobs if job not in results], cores()):
+        results.add(job, accuracy)
+    return tuple(results.scores())
+
+
+def ranks(accuracies: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The place of every name by accuracy, from 1 for the best, a mean over the splits; equals share one."""
+
+    def place(name: str, split: str) -> int:
+        return 1 + sum(other[split] > accuracies[name][split] for other in accuracies.values())
+
+    return {name: fmean(place(name, split) for split in SPLITS) for name in accuracies}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The variants, as a Markdown table."""
+    header = ("variant", "pairs", "minutes", "training accuracy in the last tenth, %", *SPLITS, "rank")
+    found = {row.name: row.accuracies for row in rows}
+    among_all, paper = ranks(found), ranks(PUBLISHED)
+    common = {name: found[name] for name in PUBLISHED if name in found}
+    among_three = ranks(common) if len(common) == len(PUBLISHED) else {}
+
+    def cells(row: Row) -> Iterable[str]:
+        yield from (row.name, f"{row.run.pairs:,}", f"{row.run.minutes:.0f}", f"{row.run.accuracy:.1f}")
+        for score in row.scores:
+            yield f"{score.mean:.1f}" + (f" ± {score.standard_error:.1f}" if score.n > 1 else "")
+        yield f"{among_all[row.name]:.1f}"
+        here = f"{among_three[row.name]:.1f}" if row.name in among_three else "-"
+        yield f"{here} ({paper[row.name]:.1f})" if row.name in paper else ""
+
+    lines = [(*header, f"rank among {', '.join(PUBLISHED)} (published)"), *map(cells, rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|---" * (len(header) + 1) + "|", *text[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="images, as for `ghn-init train`")
+    parser.add_argument("runs", type=Path, help="folder of the trainings")
+    parser.add_argument("--pairs", type=int, default=8000, help="(network, batch) pairs of a training")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--networks", type=int, default=20, help="of every split")
+    parser.add_argument("--images", type=int, default=1000, help="test images")
+    given = parser.parse_args(arguments)
+    if given.pairs < META_BATCH or given.pairs % META_BATCH:
+        parser.error(f"--pairs {given.pairs}; expected a multiple of {META_BATCH}, the largest meta-batch")
+    prepare_process()
+    rows: list[Row] = []
+    for name in given.only:
+        folder = train(name, given.data, given.runs, given.pairs)
+        scores = measured(folder, given.data, given.networks, given.images)
+        rows.append(Row(name, Run.read(folder), scores))
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
