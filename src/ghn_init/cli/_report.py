@@ -90,6 +90,11 @@ _FAMILIAR: Final = (
     "in the networks that the hypernetwork was trained on."
 )
 _STATISTICS: Final = (
+    "Batch norms that had seen no data got running statistics that belong to the weights, so that evaluation "
+    "mode works at once; those of your data are better: train the network, or call "
+    "ghn_init.calibrate_batchnorm."
+)
+_NO_STATISTICS: Final = (
     "No running statistics of batch norms were set: train the network, or call "
     "ghn_init.calibrate_batchnorm, before it is used in evaluation mode."
 )
@@ -193,8 +198,8 @@ def _expectations(plan: Plan) -> list[str]:
         )
     else:
         lines.append(f"<p>{_FAMILIAR}</p>")
-    if not plan.statistics and any(node.type == "bn" for node in plan.graph.nodes):
-        lines.append(f"<p>{_STATISTICS}</p>")
+    if any(node.type == "bn" for node in plan.graph.nodes):
+        lines.append(f"<p>{_STATISTICS if plan.statistics else _NO_STATISTICS}</p>")
     kept = Counter(row.reason for row in plan.rows if row.action == "kept")
     if kept:
         reasons = "".join(f"<li>{count}: {escape(in_options(why))}</li>" for why, count in kept.most_common())
