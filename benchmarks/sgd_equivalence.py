@@ -4,7 +4,7 @@
 
 For 20 test networks of DeepNets-1M and ResNet-50 (arXiv 2110.13100, section 5.2: about 2,500 steps on
 CIFAR-10): the accuracy of the whole prediction, never trained; then training from the network's own
-initialisation and from predicted weights (at the layers' own scale, `predict`'s default) over 3 epochs, with
+initialisation and from predicted weights (as `predict` writes them by default) over 3 epochs, with
 SGD (momentum 0.9) and Adam at a constant rate, which is chosen on the first network by the training loss of
 its first steps from its own initialisation. Accuracy is that on test images after every few steps, batch norm
 on the statistics of batches of 64, as `ghn-init evaluate` measures it. Both starts of a seed see the same
@@ -38,13 +38,14 @@ from ghn_init.training._records import add_record, read_records
 from ghn_init.training._results import digest
 from ghn_init.training.data import augment, batch_indices, generator, halve
 from ghn_init.training.evaluate import Measure
+from ghn_init.training.teacher import SmallResNet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import nn
 
-RATES: Final = {"sgd": (0.01, 0.03, 0.1), "adam": (3e-4, 1e-3, 3e-3)}
+RATES: Final = {"sgd": (0.001, 0.003, 0.01, 0.03), "adam": (1e-4, 3e-4, 1e-3, 3e-3)}
 """Learning rates to choose from, by optimizer."""
 
 EPOCHS: Final = 3
@@ -55,7 +56,8 @@ class Setting:
     """Everything that the outcome of a training depends on, beside the code.
 
     Attributes:
-        network: "test 0" and so on, "resnet50" of DeepNets-1M, or torchvision's name of a classifier.
+        network: "test 0" and so on, "resnet50" of DeepNets-1M, "small-resnet" (three blocks, 16 to 64
+            channels), or torchvision's name of a classifier.
         start: "untrained" (the whole prediction, no training), "default" or "predicted".
         optimizer: Key of `RATES`; "" without training, as `rate` and `steps` are 0.
         rate: Learning rate.
@@ -230,6 +232,8 @@ class Bench:
 
     def _network(self, name: str) -> nn.Module:
         classes = self.ghn.config.num_classes
+        if name == "small-resnet":
+            return SmallResNet(classes, 16)
         if name != "resnet50" and not name.startswith("test "):
             import torchvision
 
@@ -265,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--networks", type=int, default=20, help="so many test networks of DeepNets-1M")
     parser.add_argument(
         "--also", nargs="*", default=["resnet50"], metavar="NAME",
-        help="resnet50 of DeepNets-1M, or classifiers of torchvision's",
+        help="resnet50 of DeepNets-1M, small-resnet, or classifiers of torchvision's",
     )  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")

@@ -50,11 +50,11 @@ def test_predictions_are_compared_with_training_and_the_comparison_goes_on(tmp_p
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(r["setting"]["start"], r["setting"]["steps"]) for r in records] == [
-        ("default", 1), ("default", 1), ("default", 1), ("untrained", 0), ("default", 4), ("predicted", 4),
+        *[("default", 1)] * 4, ("untrained", 0), ("default", 4), ("predicted", 4),
     ]  # fmt: skip
-    assert [len(record["accuracies"]) for record in records[3:]] == [1, 3, 3]
-    rates = {r["setting"]["rate"]: r["losses"][0] for r in records[:3]}
-    assert records[4]["setting"]["rate"] in rates
+    assert [len(record["accuracies"]) for record in records[4:]] == [1, 3, 3]
+    rates = {r["setting"]["rate"]: r["losses"][0] for r in records[:4]}
+    assert records[5]["setting"]["rate"] in rates
     assert done.stdout.count("| test 4 |") == 1
 
     with file.open("a") as cut:
@@ -64,7 +64,7 @@ def test_predictions_are_compared_with_training_and_the_comparison_goes_on(tmp_p
     again = [json.loads(line) for line in file.read_text().splitlines()]
     assert again[: len(records)] == records
     assert [r["setting"]["network"] for r in again[len(records) :]] == ["resnet18"] * 3
-    assert {r["setting"]["rate"] for r in again[7:]} == {records[4]["setting"]["rate"]}
+    assert {r["setting"]["rate"] for r in again[8:]} == {records[5]["setting"]["rate"]}
     drawn = picture.read_text()
     assert ET.fromstring(drawn).tag.endswith("svg")
     assert "resnet18" in drawn
