@@ -196,8 +196,11 @@ def test_predictions_are_complete_finite_and_repeatable(recipe: Recipe, options:
             assert torch.equal(param, before["values"][row.name]), row
         else:
             assert torch.equal(param, others[row.name]), row
+    buffers = dict(twin.named_buffers())
     for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before["values"][name])
+        expected = planned.statistics.get(name, before["values"][name])
+        assert torch.equal(buffer, expected), name
+        assert torch.equal(buffer, buffers[name]), name
 
 
 @given(recipe=recipes)

@@ -180,14 +180,15 @@ def test_the_spectral_norm_of_a_coherent_prediction_is_kept() -> None:
 
 
 def test_coherent_values_before_make_the_prediction_as_coherent() -> None:
+    """A layer wider than the tiles: their copies are coherent whatever the weights of the GHN are."""
     torch.manual_seed(0)
-    independent, alike = (nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10)) for _ in range(2))
+    independent, alike = (nn.Sequential(nn.Linear(160, 160), nn.ReLU(), nn.Linear(160, 10)) for _ in range(2))
     with torch.no_grad():
-        alike[0].weight.copy_(torch.randn(1, 40).expand(40, 40) + 0.01 * torch.randn(40, 40))
+        alike[0].weight.copy_(torch.randn(1, 160).expand(160, 160) + 0.01 * torch.randn(160, 160))
         independent[0].weight.mul_(rms(alike[0].weight) / rms(independent[0].weight))
     scales = [
         next(
-            row.rms for row in plan(model, example_input=(1, 40), scale="own").rows if row.name == "0.weight"
+            row.rms for row in plan(model, example_input=(1, 160), scale="own").rows if row.name == "0.weight"
         )
         for model in (independent, alike)
     ]
