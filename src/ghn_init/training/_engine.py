@@ -51,7 +51,7 @@ def prepare_process(threads: int = 1) -> None:
 def fast_precision(device: torch.device) -> torch.dtype:
     """The type in which networks run fastest on a device: bfloat16 if it computes in it, else float32.
 
-    A processor without bfloat16 arithmetic converts at every call and takes three to five times as long.
+    A processor without bfloat16 arithmetic converts at every call and takes three to six times as long.
     """
     if device.type != "cpu":
         return torch.bfloat16
