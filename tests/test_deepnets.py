@@ -149,9 +149,9 @@ def assert_same_graph(arch: Architecture, image_size: int = 32) -> None:
     """What the specification says is what tracing finds, node by node."""
     traced = trace(on_meta(arch, num_classes=7, image_size=image_size), (1, 3, image_size, image_size))
     written = arch.graph(7, image_size)
-    nodes = [[(node.type, node.shape) for node in graph.nodes] for graph in (written, traced)]
-    assert nodes[0] == nodes[1]
-    assert written.edges == traced.edges
+    assert (written.nodes, written.edges, written.name) == (traced.nodes, traced.edges, traced.name)
+    assert not written.unmatched
+    assert {parameter.role for parameter in traced.unmatched} <= {"unused"}
     assert arch.num_nodes() == len(traced)
 
 

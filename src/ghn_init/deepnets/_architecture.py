@@ -113,10 +113,10 @@ class Architecture:
         return num_nodes(self)
 
     def graph(self, num_classes: int = 10, image_size: int = 32) -> Graph:
-        """The graph that `ghn_init.trace` finds of `build(num_classes, image_size)`, some 50 times faster.
+        """The graph that `ghn_init.trace` finds of `build(num_classes, image_size)`, some 100 times faster.
 
-        Written from the specification, without a network, and therefore without names of parameters: it has
-        nodes, shapes and edges, all that an embedding depends on, but nothing can be predicted for it.
+        Written from the specification, without a network: the same nodes, with the same parameters, and the
+        same edges. Only the layers that the output does not depend on are missing in `unmatched`.
 
         Raises:
             ArchitectureError: `image_size` does not fit (see `supports`).

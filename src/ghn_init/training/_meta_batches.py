@@ -1,4 +1,4 @@
-"""The sequence of meta-batches: networks drawn, built, traced and batched, ahead of the compute.
+"""The sequence of meta-batches: networks drawn, their graphs written and batched, ahead of the compute.
 
 Network i of the sequence is a function of the seed and i. A meta-batch is made of the next
 networks that pass the filters; where it ends in the sequence is all that a checkpoint has to keep.
@@ -20,7 +20,6 @@ import torch
 
 from ghn_init._errors import TrainingError
 from ghn_init._hypernetwork.batch import GraphBatch
-from ghn_init._tracing.trace import trace
 from ghn_init.deepnets import Architecture, DeepNets1M, Stream, training_width
 from ghn_init.training._ranks import Ranks
 
@@ -145,8 +144,7 @@ class MetaBatches:
         return MetaBatch(tuple(tasks), batch, self.position)
 
     def _graph(self, task: Task) -> Graph:
-        network = task.build(self.config.ghn.num_classes, self.image_size)
-        return trace(network, (1, 3, self.image_size, self.image_size))
+        return task.architecture.graph(self.config.ghn.num_classes, self.image_size)
 
     def _task(self, index: int) -> Task | None:
         """Network `index` of the sequence, or None if a filter leaves it out."""
