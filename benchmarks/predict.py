@@ -183,7 +183,10 @@ def _median_ms(action: Callable[[], object], repeats: int) -> float:
 
 
 def _peak_extra_mb(action: Callable[[], object]) -> float | None:
-    """Growth of the resident set at its peak while `action` runs, None where Linux's /proc is missing."""
+    """Growth of the resident set at its peak while `action` runs, None where Linux's /proc is missing.
+
+    Pages of libraries, which the kernel drops when memory is short and reads again, do not count.
+    """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
         return None
@@ -191,9 +194,10 @@ def _peak_extra_mb(action: Callable[[], object]) -> float | None:
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # else freed memory that stays resident would be used unseen
     clear.write_text("5")  # the peak starts anew
-    before = _status_mb(status, "VmRSS")
+    before, files = _status_mb(status, "VmRSS"), _status_mb(status, "RssFile")
     action()
-    return max(_status_mb(status, "VmHWM") - before, 0.0)
+    growth = _status_mb(status, "VmHWM") - before
+    return max(growth - max(_status_mb(status, "RssFile") - files, 0.0), 0.0)
 
 
 def _status_mb(status: Path, key: str) -> float:

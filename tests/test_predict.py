@@ -342,9 +342,9 @@ def test_a_gpu_gets_the_same_bits(ghn: GHN, how: Any) -> None:
 
 
 def _with_nan(tile: Tile) -> Tile:
-    values = tile.values.clone()
-    values.view(-1)[3] = float("nan")
-    return replace(tile, values=values)
+    block = tile.block.clone()
+    block.view(-1)[3] = float("nan")
+    return replace(tile, block=block)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def _with_nan(tile: Tile) -> Tile:
         (None, "Net: the GHN failed: RuntimeError: out of luck"),
         (_with_nan, "fc.weight: not finite"),
         (
-            lambda tile: replace(tile, values=tile.values.fill_(1e5)),
+            lambda tile: replace(tile, block=tile.block.fill_(1e5)),
             "fc.weight: not finite, or past the largest",
         ),
         (lambda tile: replace(tile, stored=(10, 81)), r"fc.weight: shape \(10, 81\), expected \(10, 80\)"),

@@ -142,9 +142,9 @@ class Failing(GHN):
         elif self.how == "shape":
             tiles[name] = replace(tile, stored=(*tile.stored, 2))
         else:
-            values = tile.values.clone()
-            values.view(-1)[-1] = float(self.how)
-            tiles[name] = replace(tile, values=values)
+            block = tile.block.clone()
+            block.view(-1)[-1] = float(self.how)
+            tiles[name] = replace(tile, block=block)
         return tiles
 
 

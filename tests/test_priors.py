@@ -306,6 +306,40 @@ def test_tiles_are_small_blocks_and_give_the_full_tensors() -> None:
     assert blocks["stem"] == (8, 3, 7, 7)
 
 
+def test_a_prior_that_is_larger_than_the_block_takes_no_memory_for_every_layer() -> None:
+    """RegNet-Y-128GF has groups of 264: blocks as long as the layer would take 6.7 MB for each of 17."""
+    layers = [Node("sep_conv", f"layer {i}", (2904, 264, 3, 3)) for i in range(5)]
+    ghn = GHN(GHNConfig(hid=8, identity=True)).requires_grad_(False)
+    tiles = ghn.predict_tiles(chain(Node("bn", "n", (2904,)), *layers))
+    stored = {}
+    for tile in tiles.values():
+        parts = [tile.block] if tile.prior is None else [tile.block, tile.prior.values]
+        stored |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    blocks, identity = 5 * 64 * 64 * 9 * 4, 2904 * 64 * 4
+    assert sum(stored.values()) < blocks + identity + 200_000
+    assert tiles["layer 0"].sizes == (2904, 64, 3, 3) == tiles["layer 0"].values.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_what_stands_apart_in_a_tile_is_added_before_it_is_rounded(
+    dtype: torch.dtype, factor: float | None
+) -> None:
+    graph = chain(Node("bn", "n", (24,)), Node("sep_conv", "odd", (24, 6, 3, 3)))
+    torch.manual_seed(0)
+    ghn = GHN(GHNConfig(**SMALL, identity=True)).requires_grad_(False)
+    (full,), tile = ghn(graph), ghn.predict_tiles(graph)["odd"]
+    assert tile.block.shape == (8, 6, 3, 3)
+    assert torch.equal(tile.first(9), full["odd"][:9])
+    assert tile.block.shape == (8, 6, 3, 3)
+    if factor is not None:
+        tile = tile.scaled(factor).scaled(2 * factor)
+    written = torch.empty_like(full["odd"], dtype=dtype)
+    tile.copy_into(written)
+    expected = full["odd"] * (1 if factor is None else 2 * factor**2)
+    torch.testing.assert_close(written, expected.to(dtype), atol=1e-7, rtol=1e-6 if dtype.itemsize > 2 else 0)
+
+
 def test_predicted_networks_begin_with_the_same_features() -> None:
     """A narrow and a wide network carry the stem's features to their ends."""
     config = GHNConfig(identity=True, whitening=3.0, hid=8)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ghn_init import GHN, GHNConfig, OutOfDistributionWarning, PredictError, plan, predict, predict_to
-from ghn_init._hypernetwork.tile import Tile
+from ghn_init._hypernetwork.tile import Prior, Tile, tile_to
 from ghn_init._meta import scales as initial
 from ghn_init._network import scale as scaling
 from ghn_init._network.scale import Scale, scales_of
@@ -201,6 +201,27 @@ def test_the_root_mean_square_of_a_tile_is_that_of_the_full_tensor(sizes: tuple[
     shape = (8, 6, 3, 3)[: len(sizes)]
     tile = Tile(torch.randn(sizes), shape, shape)
     assert float(writing._rms(tile)) == pytest.approx(float(tile.expand().double().square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (2, 3, 3)])
+def test_what_stands_apart_in_a_tile_counts_in_its_scale(kernel: tuple[int, ...]) -> None:
+    block = torch.randn(8, 5, *((1,) if len(kernel) == 3 else ()), *kernel[-2:])
+    place = (1,) * len(kernel[-2:])
+    sizes = (24, *block.shape[1:])
+    prior = Prior(sizes, place, torch.randn(24, *block.shape[1 : block.ndim - len(place)]))
+    shape = (60, 12, *kernel)
+    tile = Tile(block, shape, shape, prior=prior).scaled(2.0)
+    full = tile.expand()
+    expected = torch.zeros(sizes) + 2 * tile_to(block.unsqueeze(0), sizes)[0]
+    expected[(..., *place)] += 2 * prior.values
+    torch.testing.assert_close(full, tile_to(expected.unsqueeze(0), shape)[0])
+    written = torch.empty_like(full)
+    tile.copy_into(written)
+    torch.testing.assert_close(written, full)
+    assert float(writing._rms(tile)) == pytest.approx(float(full.double().square().mean().sqrt()))
+    gram = writing._filters(tile)
+    rows = full[:60].flatten(1)
+    torch.testing.assert_close((gram @ gram.T).diagonal()[:24], (rows @ rows.T).diagonal()[:24])
 
 
 def test_ends_of_rows_that_are_all_one_number_are_those_of_the_tensor() -> None:

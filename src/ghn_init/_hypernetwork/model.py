@@ -14,12 +14,14 @@ from ghn_init._hypernetwork.config import GHNConfig, channel_sizes, spatial_size
 from ghn_init._hypernetwork.decoder import ConvDecoder, Decoders
 from ghn_init._hypernetwork.gated import MLP, GatedGNN, NodeMLP
 from ghn_init._hypernetwork.gates import without_gate_poolings
-from ghn_init._hypernetwork.priors import empty_filters, whitening_filters, with_prior
+from ghn_init._hypernetwork.priors import empty_filters, prior_of, whitening_filters
 from ghn_init._hypernetwork.tile import Tile, full_size
 from ghn_init._hypernetwork.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from ghn_init._hypernetwork.tile import Prior
 
 
 def _embedding(rows: int, width: int, std: float = 1.0) -> nn.Embedding:
@@ -165,24 +167,20 @@ class Hypernetwork(Decoders):
         """
         # In full precision, whatever the caller's autocast: these are small matrices with long chains.
         with torch.autocast(self.device.type, enabled=False):
-            return list(self._blocks(batch, raw=raw))
+            return [
+                values if prior is None else prior.added_to(values)
+                for values, prior in self._decoded(batch, raw=raw)
+            ]
 
-    def _blocks(self, batch: GraphBatch, *, raw: bool = False) -> Iterator[Tensor]:
-        """The blocks of all groups, each made when it is wanted."""
-        scales = batch.scales if self.config.weight_norm and not raw else None
-        blocks = self.decode(self.encode(batch).index_select(0, batch.rows), scales, batch.groups)
-        return blocks if raw else self._with_priors(blocks, batch)
-
-    def _with_priors(self, blocks: Iterator[Tensor], batch: GraphBatch) -> Iterator[Tensor]:
-        """The blocks of all groups with the priors that their parameters have."""
+    def _decoded(self, batch: GraphBatch, *, raw: bool = False) -> Iterator[tuple[Tensor, Prior | None]]:
+        """What is decoded for every group, made when it is wanted, and the prior to be added to it."""
         config = self.config
-        if not (config.identity or config.whitening):
-            return blocks
+        scales = batch.scales if config.weight_norm and not raw else None
         filters = self.get_buffer("whitening") if config.whitening else None
-        return (
-            with_prior(values, group.key, config, filters)
-            for values, group in zip(blocks, batch.groups, strict=True)
-        )
+        blocks = self.decode(self.encode(batch).index_select(0, batch.rows), scales, batch.groups)
+        for values, group in zip(blocks, batch.groups, strict=True):
+            sizes = tuple(values.shape[1:])
+            yield values, None if raw else prior_of(sizes, group.key, config, filters)
 
     def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
         """Predict all parameters of every graph, differentiably.
@@ -207,8 +205,10 @@ class Hypernetwork(Decoders):
         batch = self.batch(graph, names=names)
         tiles: dict[str, Tile] = {}
         with torch.autocast(self.device.type, enabled=False):
-            for values, group in zip(self._blocks(batch), batch.groups, strict=True):
+            for (values, prior), group in zip(self._decoded(batch), batch.groups, strict=True):
                 key = group.key
+                if prior is not None and not prior.stays_apart(values):
+                    values, prior = prior.added_to(values), None
                 for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
-                    tiles[name] = Tile(block, key.shape, key.stored, key.transposed)
+                    tiles[name] = Tile(block, key.shape, key.stored, key.transposed, prior)
         return tiles

@@ -5,21 +5,21 @@ that nothing it learns on one network helps the next. With these priors, which a
 all networks begin as nearly the same function: a stem of fixed filters whose features are carried through.
 
 Which layer gets which is told by the graph alone. Both are periodic in the channels, as the decoded block is,
-so that a predicted tensor stays a small repeating block. It grows where a prior has no such period: to the
-kernel where that is larger than the decoded one, and to all outputs of grouped convolutions whose groups do
-not divide the block.
+so that a predicted tensor stays a small repeating block. Their sum is larger where a prior has no such
+period: as the kernel where that is larger than the decoded one, and as all outputs of grouped convolutions
+whose groups do not divide the block. There the two stay apart in a `Tile`, and only training adds them up.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from ghn_init._graph.graph import WEIGHT_TYPES
-from ghn_init._hypernetwork.tile import tile_to
+from ghn_init._hypernetwork.tile import Prior
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -147,51 +147,31 @@ def _beginnings(graph: Graph) -> dict[int, int]:
 # Added to blocks
 
 
-def with_prior(values: Tensor, key: ParamKey, config: GHNConfig, whitening: Tensor | None) -> Tensor:
-    """Blocks (n, *block) of parameters with this key, and the prior added that they have; differentiable.
-
-    Without gradients it is added in place.
+def prior_of(
+    sizes: tuple[int, ...], key: ParamKey, config: GHNConfig, whitening: Tensor | None
+) -> Prior | None:
+    """What is added to decoded blocks of these sizes of parameters with this key, if anything is.
 
     Args:
-        values: What was decoded, arranged as the parameter's dimensions are.
+        sizes: Those of a block, arranged as the parameter's dimensions are.
         key: The parameters' key.
         config: The GHN's.
         whitening: Its whitening filters, (27, 3, 3, 3).
     """
     kind, _ = key.prior
     if not kind:
-        return values
-    sizes = _grown(tuple(values.shape[1:]), key)
-    if sizes != tuple(values.shape[1:]):
-        values = tile_to(values, sizes)
+        return None
+    sizes = _grown(sizes, key)
     kernel = sizes[2:][-2:]
     if kind == "stem":
         assert whitening is not None
-        places, prior = _middle(kernel), stem_filters(whitening, sizes[0], kernel) * config.whitening
+        places, values = _middle(kernel), stem_filters(whitening, sizes[0], kernel) * config.whitening
     else:
         places = tuple((size - 1) // 2 for size in kernel)
-        prior = _carrying(sizes[:2], key)
+        values = _carrying(sizes[:2], key)
     if len(key.shape) > 4:  # the frames of a three-dimensional kernel share a prior
-        prior = prior.unsqueeze(2) / math.prod(key.shape[2:-2])
-    prior = prior.to(values.device, values.dtype)
-    if not torch.is_grad_enabled():
-        values[(..., *places)].add_(prior)
-        return values
-    return _Added.apply(values, (..., *places), prior)  # pyright: ignore[reportReturnType]
-
-
-class _Added(torch.autograd.Function):
-    """A constant added to a part of a tensor, in one copy of it; its gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, place: tuple[Any, ...], constant: Tensor) -> Tensor:  # noqa: ARG004
-        full = values.clone(memory_format=torch.contiguous_format)
-        full[place] += constant
-        return full
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        return grads[0], None, None
+        values = values.unsqueeze(2) / math.prod(key.shape[2:-2])
+    return Prior(sizes, places, values)
 
 
 def _grown(sizes: tuple[int, ...], key: ParamKey) -> tuple[int, ...]:
@@ -231,7 +211,7 @@ def _groups(rows: int, columns: int, out: int, inputs: int, transposed: bool) ->
     """(rows, columns) of a block of a grouped convolution: every group carries its own inputs."""
     if transposed:
         return _groups(columns, rows, inputs, out, False).T
-    return _carried([row % inputs for row in range(rows)], columns, inputs)
+    return _carried(range(inputs), columns, inputs)[torch.arange(rows) % inputs]
 
 
 def _carried(channels: Sequence[int], columns: int, inputs: int) -> Tensor:

@@ -7,7 +7,7 @@ decoder arranges its blocks so (arXiv 2110.13100, section 4.2 repeats channels i
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,26 +18,103 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prior:
+    """What is added to decoded blocks, and how large they have to be for the sum to be periodic.
+
+    Attributes:
+        sizes: Sizes that a block is repeated to before this is added.
+        place: Where in the kernel it is added, an index for each of the last dimensions.
+        values: What is added there, for all channels.
+        factor: It is added so many times.
+    """
+
+    sizes: tuple[int, ...]
+    place: tuple[slice | int, ...]
+    values: Tensor
+    factor: float = 1.0
+
+    def stays_apart(self, blocks: Tensor) -> bool:
+        """Whether the sum with blocks (n, *block) is larger than they are, in channels alone."""
+        return self.sizes[:2] != blocks.shape[1:3] and self.sizes[2:] == blocks.shape[3:]
+
+    def added_to(self, blocks: Tensor) -> Tensor:
+        """Blocks (n, *block) repeated to (n, *sizes) and this added; differentiable.
+
+        Without gradients it is added in place to blocks that have these sizes.
+        """
+        full = blocks if tuple(blocks.shape[1:]) == self.sizes else tile_to(blocks, self.sizes)
+        values = self.values.to(full.device, full.dtype)
+        if torch.is_grad_enabled():
+            return _Added.apply(full, (..., *self.place), values * self.factor)  # pyright: ignore[reportReturnType]
+        full[(..., *self.place)].add_(values, alpha=self.factor)
+        return full
+
+    def where_added(self, block: Tensor) -> Tensor:
+        """What stands at `place` once this is added to a block that it stays apart from."""
+        part = tile_to(block[(..., *self.place)].unsqueeze(0), self.values.shape)[0]
+        return part.add(self.values.to(part.device, part.dtype), alpha=self.factor)
+
+
+class _Added(torch.autograd.Function):
+    """A constant added to a part of a tensor, in one copy of it; its gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, place: tuple[Any, ...], constant: Tensor) -> Tensor:  # noqa: ARG004
+        full = values.clone(memory_format=torch.contiguous_format)
+        full[place] += constant
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return grads[0], None, None
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A predicted parameter as its smallest repeating block.
 
     Attributes:
-        values: The block, already normalised; as many dimensions as `shape`.
+        block: The block, already normalised; as many dimensions as `shape`.
         shape: The parameter's shape with the output channels first.
         stored: The parameter's own shape.
         transposed: The parameter is stored as (in, out, ...).
+        prior: What is still to be added, where the sum has more channels than the block.
     """
 
-    values: Tensor
+    block: Tensor
     shape: tuple[int, ...]
     stored: tuple[int, ...]
     transposed: bool = False
+    prior: Prior | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """What repeats: the block and its prior. Where there is one it is as long as the parameter."""
+        return self.block if self.prior is None else self.prior.added_to(self.block.unsqueeze(0))[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of what repeats."""
+        return tuple(self.block.shape) if self.prior is None else self.prior.sizes
 
     @property
     def tiled(self) -> bool:
-        """The parameter is larger than the block, which therefore repeats."""
-        return tuple(self.values.shape) != self.shape
+        """The parameter is larger than what therefore repeats."""
+        return self.sizes != self.shape
+
+    def scaled(self, factor: float) -> Tile:
+        """The same, multiplied."""
+        prior = self.prior and replace(self.prior, factor=factor * self.prior.factor)
+        return replace(self, block=self.block * factor, prior=prior)
+
+    def first(self, rows: int) -> Tensor:
+        """At most so many rows of what repeats."""
+        if self.prior is None:
+            return self.block[:rows]
+        values = self.prior.values[:rows]
+        few = replace(self.prior, sizes=(len(values), *self.prior.sizes[1:]), values=values)
+        return few.added_to(self.block[:rows].unsqueeze(0).clone())[0]
 
     def expand(self) -> Tensor:
         """The full parameter in its own shape."""
@@ -48,8 +125,8 @@ class Tile:
     def copy_into(self, param: Tensor) -> None:
         """Write the full parameter into `param`, whatever its dtype, device and strides.
 
-        The block is written once; the rest is copied from there, or from the block, through broadcasting
-        views, so that no second full-size tensor is made.
+        The block is written as often as it fits, through broadcasting views, so that no second full-size
+        tensor is made, and then over it what the prior changes.
         """
         target = param.transpose(0, 1) if self.transposed else param
         if target.shape != self.shape:
@@ -58,7 +135,10 @@ class Tile:
                 return
             target = (param.view(self.shape[1], self.shape[0], *self.shape[2:]).transpose(0, 1)
                       if self.transposed else param.view(self.shape))  # fmt: skip
-        copy_tiled(target, self.values.to(target.device, target.dtype))
+        copy_tiled(target, self.block.to(target.device, target.dtype))
+        if self.prior is not None:
+            part = self.prior.where_added(self.block)
+            copy_tiled(target[(..., *self.prior.place)], part.to(target.device, target.dtype))
 
 
 def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:

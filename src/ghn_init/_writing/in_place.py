@@ -104,10 +104,11 @@ def _way(entry: Entry, options: Options) -> Way:
 
 def _prepared(entry: Entry, way: Way) -> Entry:
     """The same with the block on the parameter's device and in its dtype, if it is written as it is."""
-    if way != "repeated" or (tile := entry.tile) is None:
+    tile = entry.tile
+    if way != "repeated" or tile is None or tile.prior is not None:  # a sum is only made to be read
         return entry
-    values = tile.values.to(entry.param.device, entry.param.dtype)
-    return entry if values is tile.values else replace(entry, tile=replace(tile, values=values))
+    block = tile.block.to(entry.param.device, entry.param.dtype)
+    return entry if block is tile.block else replace(entry, tile=replace(tile, block=block))
 
 
 def _write_one(entry: Entry, way: Way, tensors: Mapping[str, Tensor], options: Options) -> None:

@@ -111,7 +111,8 @@ def _faults(wanted: dict[str, Entry], tiles: dict[str, Tile]) -> dict[str, str]:
     sound = [key for key in wanted if key not in faults]
     if not sound:
         return faults
-    largest = _largest([tiles[key].values for key in sound])
+    # A prior, of 1 at most, takes no number past the largest of its dtype: the sum is rounded down.
+    largest = _largest([tiles[key].block for key in sound])
     dtypes = [wanted[key].param.dtype for key in sound]
     limits = torch.tensor([torch.finfo(dtype).max for dtype in dtypes], dtype=torch.float64)
     good = (largest <= limits).tolist()  # False for NaN and infinity

@@ -149,7 +149,7 @@ def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float
     ]
     grams, squares = [], []
     for index in matrices:
-        grams += [_filters(pairs[index].tile), pairs[index].filters]
+        grams += [_gram(_filters(pairs[index].tile)), _gram(pairs[index].filters)]
         squares += [found[index] ** 2, pairs[index].scale.rms ** 2]
     norms = _relative_norms(grams, squares, [pairs[index].tile.shape for index in matrices for _ in range(2)])
     ratios = {index: norms[2 * i + 1] / norms[2 * i] for i, index in enumerate(matrices)}
@@ -157,13 +157,12 @@ def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float
     for index, (pair, rms) in enumerate(zip(pairs, found, strict=True)):
         ratio = ratios.get(index, 1.0)
         own = rounded(pair.scale.rms * (ratio if ratio < COHERENT else 1.0))
-        values = pair.tile.values * (own / rms if rms else 1.0)
-        written[pair.entry.source] = own, replace(pair.tile, values=values)
+        written[pair.entry.source] = own, pair.tile.scaled(own / rms if rms else 1.0)
     return written
 
 
 def _relative_norms(
-    filters: Sequence[Tensor | None], squares: Sequence[float], shapes: Sequence[tuple[int, ...]]
+    grams: Sequence[Tensor | None], squares: Sequence[float], shapes: Sequence[tuple[int, ...]]
 ) -> list[float]:
     """Estimated spectral norms of matrices of root mean square 1, see the module's docstring.
 
@@ -171,23 +170,25 @@ def _relative_norms(
     does where they repeat.
 
     Args:
-        filters: (at most 64, n) first rows of each matrix; None: as those of independent values.
+        grams: Of the first filters of each matrix, see `_gram`; None: as those of independent values.
         squares: Mean square of each matrix.
         shapes: Of the whole parameters, output channels first.
     """
-    largest = iter(_largest_eigenvalues([_gram(rows) for rows in filters if rows is not None]))
+    largest = iter(_largest_eigenvalues([gram for gram in grams if gram is not None]))
     norms = []
-    for rows, square, (m, *rest) in zip(filters, squares, shapes, strict=True):
+    for gram, square, (m, *rest) in zip(grams, squares, shapes, strict=True):
         n, few = math.prod(rest), min(m, ROWS)
         excess = 0.0
-        if rows is not None:
+        if gram is not None:
             excess = max(0.0, next(largest) / square - (math.sqrt(few) + math.sqrt(n)) ** 2)
         norms.append(math.sqrt((math.sqrt(m) + math.sqrt(n)) ** 2 + m / few * excess))
     return norms
 
 
-def _gram(rows: Tensor) -> Tensor:
+def _gram(rows: Tensor | None) -> Tensor | None:
     """The product of a matrix with its transpose, whichever is smaller."""
+    if rows is None:
+        return None
     return rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
 
 
@@ -227,35 +228,45 @@ def _filters_of(values: Tensor | None, tile: Tile) -> Tensor | None:
 
 def _filters(tile: Tile) -> Tensor:
     """The first filters of the full tensor; what repeats stands there once, times the root of its number."""
-    rows = tile.values[:ROWS]
+    rows = tile.first(ROWS)
     if len(rows) < (few := min(tile.shape[0], ROWS)):
         rows = rows[torch.arange(few, device=rows.device) % len(rows)]
     rows = rows.float()
-    for axis, times in _repeats(tile):
+    for axis, times in _repeats(tile.sizes, tile.shape):
         if axis:
-            rows = rows * (
-                times**0.5 if isinstance(times, int) else _along(axis, times.to(rows).sqrt(), rows)
-            )
+            times = times if isinstance(times, int) else _along(axis, times.to(rows), rows)
+            rows = rows * times**0.5
     return rows.flatten(1)
 
 
 def _rms(tile: Tile) -> Tensor:
-    """Root mean square of the full tensor, float64: of the block, each element as often as it repeats."""
-    unequal = [(axis, times) for axis, times in _repeats(tile) if not isinstance(times, int)]
+    """Root mean square of the full tensor, float64."""
+    square = _mean_square(tile.block, tile.shape)
+    if tile.prior is not None:
+        channels = tile.shape[: len(tile.shape) - len(tile.prior.place)]
+        before, after = tile.block[(..., *tile.prior.place)], tile.prior.where_added(tile.block)
+        change = _mean_square(after, channels) - _mean_square(before, channels)
+        square = square + change * math.prod(channels) / math.prod(tile.shape)
+    return square.clamp_min(0).sqrt()
+
+
+def _mean_square(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Mean square of values that repeat in a tensor of this shape, float64: each as often as it repeats."""
+    unequal = [(axis, n) for axis, n in _repeats(values.shape, shape) if not isinstance(n, int)]
     if not unequal:
-        return torch.linalg.vector_norm(tile.values, dtype=torch.float64) / tile.values.numel() ** 0.5
-    squares = tile.values.double().square()
+        return torch.linalg.vector_norm(values, dtype=torch.float64).square() / values.numel()
+    squares = values.double().square()
     for axis, times in unequal:
-        squares = squares * _along(axis, times / times.mean(), squares)
-    return squares.mean().sqrt()
+        squares = squares * _along(axis, times.to(squares) / times.mean(), squares)
+    return squares.mean()
 
 
-def _repeats(tile: Tile) -> list[tuple[int, int | Tensor]]:
-    """The axes along which the block repeats, and how often: of each place where not all do equally often."""
+def _repeats(sizes: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int | Tensor]]:
+    """The axes along which a block repeats, and how often: of each place where not all do equally often."""
     found: list[tuple[int, int | Tensor]] = []
-    for axis, (size, want) in enumerate(zip(tile.values.shape, tile.shape, strict=True)):
+    for axis, (size, want) in enumerate(zip(sizes, shape, strict=True)):
         if want != size:
-            times = torch.full((size,), want // size, dtype=torch.float64, device=tile.values.device)
+            times = torch.full((size,), want // size, dtype=torch.float64)
             times[: want % size] += 1
             found.append((axis, times if want % size else want // size))
     return found
