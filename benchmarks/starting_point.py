@@ -5,7 +5,10 @@
 trains every network of a panel (`starting_panel.py`) from its own initialisation and from predicted weights,
 with SGD (momentum 0.9) and AdamW, at learning rates that are a factor of 3 apart around the best one for its
 own initialisation, and prints how the areas under the training-loss curves compare. Both starts of a seed see
-the same batches. DATA is CIFAR-10 in a form that `ghn-init train` takes.
+the same batches. It also compares the outputs before training: those from predicted weights in evaluation
+mode, as they are, with those that the network's own initialisation gives when its batch norms know the
+images. Without that a network's own outputs say nothing: a MobileNet's are 1e-10. DATA is CIFAR-10 in a form
+that `ghn-init train` takes.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds seeds, rates, networks or other weights, and
@@ -15,6 +18,7 @@ interrupted run goes on where it was, a later one adds seeds, rates, networks or
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -28,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from starting_panel import PANEL, Member, Task
 from starting_report import draw, report
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import ghn_init
 from ghn_init.training.data import Normalisation, batch_indices, generator, load_images
@@ -98,7 +103,8 @@ class Training:
         setting: Which.
         losses: Training loss of every step; ends early where it is no longer finite.
         quality: Of the trained network on test images, in percent, see `Task.quality`.
-        output: Root mean square of the outputs on test images in evaluation mode before the first step.
+        output: Root mean square of the outputs on test images in evaluation mode before the first step; of
+            the default start with batch norms that know these images.
     """
 
     setting: Setting
@@ -193,7 +199,7 @@ class Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)
                 ghn_init.predict(network, self.ghn, example_input=x[:1], **arguments)
-        output = _outputs(network, x)
+        output = _outputs(_informed(network, x) if arguments is None else network, x)
         rms = float(output.double().square().mean().sqrt())
         losses = _losses(network, task, setting)
         quality = task.quality(_outputs(network, x), y)
@@ -219,6 +225,15 @@ def _losses(network: nn.Module, task: Task, setting: Setting) -> list[float]:
         loss.backward()
         optimizer.step()
     return losses
+
+
+def _informed(network: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose batch norms have the statistics of these inputs."""
+    network = copy.deepcopy(network)
+    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+        with torch.random.fork_rng(devices=()):  # dropout draws
+            ghn_init.calibrate_batchnorm(network, [x])
+    return network
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ class Comparison:
         spread: Lowest and highest ratio of a seed, at that rate.
         seeds: Their number there.
         quality: Of the default start and of this one, each at its best rate, in percent.
-        output: Size of the outputs in evaluation mode before training, relative to the default start's.
+        output: Size of the outputs in evaluation mode before training, relative to the default start's with
+            batch norms that know the images.
     """
 
     member: Member

@@ -481,3 +481,21 @@ def test_graphs_with_shapes_are_drawn_as_they_are() -> None:
     for node, shape in ((tape.x, (2, 4, 8, 8)), (y, (2, 4, 8, 8)), (mean, (2, 4))):
         node.meta["val"] = torch.empty(shape, device="meta")
     check(trace(fx.GraphModule(tape.root, tape)), "conv(w) glob_avg")
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "rectifies"),
+    [
+        (F.relu, {}, True),
+        (F.hardswish, {}, True),
+        (F.hardtanh, {"min_val": 0.0, "max_val": 6.0}, True),
+        (F.hardtanh, {}, False),
+        (torch.sigmoid, {}, False),
+        (F.dropout, {}, False),
+    ],
+)
+def test_a_graph_tells_what_goes_through_a_rectifier(
+    activation: Callable[..., Any], options: dict[str, float], *, rectifies: bool
+) -> None:
+    graph = drawn(lambda t: t.conv("c", t.call(activation, t.conv("b", t.conv("a")), **options)))
+    assert graph.rectified == ({2} if rectifies else set())

@@ -7,7 +7,7 @@ GHN and the writer read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -88,6 +88,8 @@ class Graph:
         edges: Pairs (u, v), u < v, sorted, without repetition.
         unmatched: Parameters of the model that no node stands for.
         name: What was traced, for messages: the model's class.
+        rectified: Indices of the nodes whose output goes through an activation such as ReLU or SiLU. A GHN
+            does not see them: activations have no nodes (arXiv 2110.13100, section 3).
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -97,6 +99,7 @@ class Graph:
     edges: tuple[tuple[int, int], ...]
     unmatched: tuple[UnmatchedParameter, ...] = ()
     name: str = "graph"
+    rectified: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

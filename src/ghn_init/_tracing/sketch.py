@@ -87,12 +87,14 @@ class Sketch:
         nodes: The nodes so far; node 0 is the input.
         predecessors: For each of them where its edges come from.
         roles: What parameters without a node were found to be.
+        rectified: The nodes whose output goes through an activation, see `Graph`.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.nodes: list[Node] = [Node("input")]
         self.predecessors: list[tuple[int, ...]] = [()]
         self.roles: dict[str, str] = {}
+        self.rectified: set[int] = set()
         self.shapes = shapes
         self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
         self._ends: set[int] | None = None
@@ -179,7 +181,8 @@ class Sketch:
             for param, shape in self.shapes.items()
             if param not in covered
         )
-        return Graph(nodes, edges, unmatched, name)
+        rectified = frozenset(number[old] for old in live & self.rectified)
+        return Graph(nodes, edges, unmatched, name, rectified)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

@@ -255,7 +255,8 @@ def _planned(
         if options.own_scale:
             entries = ready_to_train(network, graph, entries, options)
         entries = without_unsolvable(entries, options)
-        statistics = running_statistics(graph, entries) if options.diversify != "orthogonal" else {}
+        known = options.own_scale and options.diversify != "orthogonal"  # what the batch norms will read
+        statistics = running_statistics(graph, entries) if known else {}
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)

@@ -1,19 +1,16 @@
 """Running statistics of batch norms for weights that no data has passed through.
 
-A batch norm that has seen no data says of its input: mean 0, variance 1. For independent weights of the
-usual scale that is near enough, and evaluation mode works at once. Predicted filters are alike, and copies
-of each other where they are tiled: what they agree on grows from layer to layer, up to 1e9 at the end of
-ResNet-50. So the statistics that belong to them are computed from the weights alone, by a mean-field
-argument (compare Poole et al. 2016, arXiv 1606.05340) with a sample in the place of a formula, because
-channels that are copies vary together: some dozens of vectors of activations, without the image's extent,
-go through the graph, and through the blocks of predicted weights as they are, before they are repeated.
+A batch norm that has seen no data says of its input: mean 0, variance 1. In evaluation mode it then
+normalises nothing, and what its weights do to the scale of activations goes on from layer to layer: predicted
+filters, which are alike, up to 1e9 at the end of ResNet-50, the initialisation of depthwise convolutions down
+to 1e-10 in a MobileNet. So the statistics that belong to the weights are computed from the weights alone, by
+a mean-field argument (compare Poole et al. 2016, arXiv 1606.05340) with a sample in the place of a formula,
+because channels that are copies vary together: some dozens of vectors of activations, without the image's
+extent, go through the graph, and through the blocks of predicted weights as they are, before they are
+repeated. Evaluation mode then gives what training mode gives, up to a factor that docs/familiarity.md has.
 
-What comes out is the variance relative to that which the layer's own values would have given, so that
-activations keep the size that the network's own initialisation gives them in evaluation mode, whatever it
-is.
-
-The graph tells of no activation functions. Every convolution is taken to read what a ReLU lets through,
-except of the input; that is so of both, the predicted and the own values, and errors cancel to first order.
+Activation functions are ReLUs here (`Graph.rectified` tells where), weights that are kept independent
+values of their scale.
 """
 
 from __future__ import annotations
@@ -27,10 +24,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._meta.scales import usual_scale
 from ghn_init._network.sharded import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -41,8 +39,9 @@ if TYPE_CHECKING:
 SAMPLES: Final = 64
 """Vectors of activations from which a variance is estimated: to a sixth, in one standard deviation."""
 
-SMOOTHNESS: Final = 0.9
-"""Correlation of an activation with its neighbour's in the image, which a filter of several pixels sees."""
+SMOOTHNESS: Final = 0.7
+"""Correlation of activations at the places of the image that a filter sees. With 0.9, as in images, variances
+behind depthwise filters come out too small, because many of those are differences; with 0.5 too large."""
 
 COLOURS: Final = 0.7
 """Correlation of the input's channels, as the colours of an image have."""
@@ -58,50 +57,88 @@ def running_statistics(graph: Graph, entries: Sequence[Entry]) -> dict[str, Tens
 
     Args:
         graph: The network's graph.
-        entries: What is written, at its final scale, with the scale of the values before (`Entry.own`).
+        entries: What is written, at its final scale.
     """
-    weights = {entry.key: entry for entry in entries if entry.tile is not None and entry.own is not None}
-    norms = _untouched(entries) if weights else {}
-    if not norms:
+    weights: dict[str | None, Entry] = {entry.key: entry for entry in entries if entry.key is not None}
+    norms = _norms(entries) if any(entry.tile is not None for entry in entries) else {}
+    if not any(norm.fresh for norm in norms.values()):
         return {}
     signals: list[_Signal] = []
     found: dict[str, Tensor] = {}
-    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+    for index, (node, sources) in enumerate(zip(graph.nodes, graph.predecessors, strict=True)):
         inputs = [signals[source] for source in sources]
         if node.type == "bn" and inputs:
-            signal, statistics = _normalised(inputs[0])
-            if statistics is not None and node.param in norms:
-                prefix, dtype = norms[node.param]
-                for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
-                    whole = _repeated(value, signal.channels or len(value))
-                    found[prefix + name] = whole.double().clamp(max=torch.finfo(dtype).max).to(dtype)
+            norm = norms.get(node.param)
+            signal, statistics = _normalised(inputs[0], norm)
+            if statistics is not None and norm is not None and norm.fresh:
+                found |= norm.buffers(statistics)
         else:
             signal = _through(node, inputs, weights)
-        signals.append(replace(signal, seed=len(signals)))
+        signal = replace(signal, seed=index)
+        signals.append(_rectified(signal) if index in graph.rectified else signal)
     return found
 
 
-def _untouched(entries: Sequence[Entry]) -> dict[str | None, tuple[str, torch.dtype]]:
-    """Batch norms without data so far, by the weight's name: the path of their buffers, and the dtype."""
-    norms: dict[str | None, tuple[str, _BatchNorm]] = {}
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """A batch norm.
+
+    Attributes:
+        prefix: Of its buffers' names.
+        channels: Their number.
+        dtype: Of its running statistics.
+        fresh: It has seen no data, so that its statistics are ours to set, once more too.
+        gain: Its weight, float32 on the CPU: one number, or one for each channel.
+        shift: Its bias, likewise.
+    """
+
+    prefix: str
+    channels: int
+    dtype: torch.dtype
+    fresh: bool
+    gain: Tensor
+    shift: Tensor
+
+    def buffers(self, statistics: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Mean and variance, (period,), by name and as the buffers have them."""
+        largest = torch.finfo(self.dtype).max
+        return {
+            self.prefix + name: _repeated(value, self.channels).double().clamp(max=largest).to(self.dtype)
+            for name, value in zip(("running_mean", "running_var"), statistics, strict=True)
+        }
+
+
+def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
+    """Batch norms that stand at one place and keep running statistics, by the weight's name."""
+    found: dict[str | None, _Norm] = {}
     for entry in entries:
         place = entry.locations[0]
+        norm = place.module
         alone = len({id(location.module) for location in entry.locations}) == 1
-        if entry.node == "bn" and alone and isinstance(place.module, _BatchNorm):
-            norms[entry.key] = f"{place.path}." if place.path else "", place.module
-    return {
-        key: (prefix, norm.running_var.dtype)
-        for key, (prefix, norm) in norms.items()
-        if norm.running_var is not None and not is_sharded(norm.running_var) and _is_fresh(norm)
-    }
+        if entry.node != "bn" or not alone or not isinstance(norm, _BatchNorm):
+            continue
+        variance, count = norm.running_var, norm.num_batches_tracked
+        if variance is None or is_sharded(variance):
+            continue
+        fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
+        prefix = f"{place.path}." if place.path else ""
+        affine = _vector(norm.weight, 1), _vector(norm.bias, 0)
+        found[entry.key] = _Norm(prefix, variance.numel(), variance.dtype, fresh, *affine)
+    return found
 
 
-def _is_fresh(norm: _BatchNorm) -> bool:
-    """Whether the statistics are those that a batch norm begins with; on the meta device they will be."""
+def _is_initial(norm: _BatchNorm) -> bool:
+    """Whether the statistics are those that a batch norm begins with, if it does not count its batches."""
     mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        return False
-    return variance.is_meta or (not mean.any() and bool((variance == 1).all()))
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
+
+
+def _vector(param: Tensor | None, initial: float) -> Tensor:
+    """A norm's weight or bias, (channels,), or (1,) where all are the same number or nobody knows yet."""
+    if param is None or param.is_meta or is_sharded(param):
+        return torch.tensor([initial], dtype=torch.float32)
+    values = param.detach().to("cpu", torch.float32)
+    return values[:1] if bool((values == values[0]).all()) else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +146,19 @@ class _Signal:
     """What a node gives.
 
     Attributes:
-        square: Mean square of the activations with the values that the network had.
-        values: (samples, period) with those that are written, repeated over the channels as blocks are;
-            None: they are as before, independent.
+        square: Mean square of the activations, where they are independent of each other.
+        values: (samples, period) where they are not, repeated over the channels as blocks are; or None.
         channels: Their number, where it is known.
-        raw: It is the network's input, perhaps pooled: no activation function comes after it.
-        seed: Of values that stand for others.
+        colours: It is the network's input, perhaps pooled.
+        positive: An activation function has been there.
+        seed: Of values that stand for independent ones.
     """
 
-    square: float
+    square: float = 1.0
     values: Tensor | None = None
     channels: int | None = None
-    raw: bool = False
+    colours: bool = False
+    positive: bool = False
     seed: int = 0
 
     def sampled(self, channels: int) -> Tensor:
@@ -129,10 +167,19 @@ class _Signal:
             return _flattened(_repeated(self.values, self.channels or channels), channels)
         generator = torch.Generator().manual_seed(self.seed)
         values = torch.randn(SAMPLES, channels, generator=generator)
-        if self.raw:
+        if self.colours:
             common = torch.randn(SAMPLES, 1, generator=generator)
             values = math.sqrt(COLOURS) * common + math.sqrt(1 - COLOURS) * values
+        if self.positive:  # half of the squares are gone
+            values = math.sqrt(2) * values.relu()
         return math.sqrt(self.square) * values
+
+
+def _rectified(x: _Signal) -> _Signal:
+    """What a ReLU gives."""
+    if x.values is None:
+        return replace(x, square=x.square / 2, positive=True)
+    return replace(x, values=x.values.relu())
 
 
 def _repeated(values: Tensor, channels: int) -> Tensor:
@@ -149,21 +196,27 @@ def _flattened(values: Tensor, channels: int) -> Tensor:
     return values.repeat_interleave(-(-channels // have), 1)[:, :channels]
 
 
-def _normalised(x: _Signal) -> tuple[_Signal, tuple[Tensor, Tensor] | None]:
-    """What a batch norm gives with the right statistics, and these; None where its own are right."""
-    if x.values is None or not x.square > 0:
-        return _Signal(x.square, None, x.channels, x.raw), None
-    mean, variance = x.values.mean(0), x.values.var(0) / x.square
+def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, tuple[Tensor, Tensor] | None]:
+    """What a batch norm gives, and the statistics that belong to its input; None where its own are right."""
+    gain, shift = (torch.ones(1), torch.zeros(1)) if norm is None else (norm.gain, norm.shift)
+    if x.values is None:
+        square = x.square if norm is None or norm.fresh else 1.0
+        square = square * float(gain.square().mean()) + float(shift.square().mean())
+        return _Signal(square, None, x.channels), None
+    mean, variance = x.values.mean(0), x.values.var(0)
     if not 0 < float(variance.mean()) < math.inf:
-        return _Signal(x.square, None, x.channels), None
+        return _Signal(0.0, None, x.channels), None
     variance = variance.clamp_min(_LEAST * float(variance.mean()))
-    return _Signal(x.square, (x.values - mean) / variance.sqrt(), x.channels), (mean, variance)
+    values = (x.values - mean) / variance.sqrt()
+    if (channels := max(len(gain), len(shift))) > 1:
+        values = _repeated(values, channels)
+    return _Signal(values=gain * values + shift, channels=x.channels), (mean, variance)
 
 
-def _through(node: Node, inputs: Sequence[_Signal], weights: dict[str | None, Entry]) -> _Signal:
+def _through(node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None, Entry]) -> _Signal:
     """What a node that is no batch norm gives."""
     if not inputs:
-        return _Signal(1.0, raw=True)
+        return _Signal(colours=True)
     x, entry = inputs[0], weights.get(node.param)
     if node.type in WEIGHT_TYPES - {"pos_enc"}:
         return _convolved(node, x, entry)
@@ -175,21 +228,29 @@ def _through(node: Node, inputs: Sequence[_Signal], weights: dict[str | None, En
         return _joined(inputs)
     if node.type == "cse" and len(inputs) > 1:
         return _gated(x, inputs[-1])
-    if node.type == "ln" and x.square > 0:
+    if node.type == "ln":
         values = None if x.values is None else torch.nn.functional.layer_norm(x.values, x.values.shape[1:])
         return _Signal(1.0, values, x.channels)
     return x
 
 
 def _convolved(node: Node, x: _Signal, entry: Entry | None) -> _Signal:
-    """A convolution or linear layer."""
+    """A convolution or linear layer; one that is kept has independent weights, whatever their scale."""
     if node.shape is None:
         return x
-    outputs, inputs, *kernel = (*node.shape, 1)[: max(2, len(node.shape))]
-    if entry is None or entry.tile is None or entry.own is None:
-        return _Signal(x.square, None, outputs)
-    square = math.prod((inputs, *kernel)) * entry.own**2 * x.square * (1 if x.raw else 0.5)
-    return _Signal(square, _product(entry.tile, x), outputs)
+    if entry is not None and entry.tile is not None:
+        return _Signal(values=_product(entry.tile, x), channels=node.shape[0])
+    square = x.square if x.values is None else float(x.values.square().mean())
+    return _Signal(square * math.prod(node.shape[1:]) * _mean_square(node.shape, entry), None, node.shape[0])
+
+
+def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:
+    """Of a weight that is kept; where it is not at hand, as layers usually have it."""
+    if entry is not None and entry.computed is None:
+        param = entry.param
+        if not (param.is_meta or is_sharded(param)):
+            return float(param.detach().float().square().mean())
+    return usual_scale(shape).rms ** 2
 
 
 def _product(tile: Tile, x: _Signal) -> Tensor:
@@ -228,11 +289,9 @@ def _groups(channels: int | None, outputs: int, inputs: int) -> int:
 def _folded(x: _Signal, groups: int, inputs: int, columns: int) -> Tensor:
     """(samples, groups, columns): what a layer reads, summed over the copies of a column."""
     if x.values is not None and groups == 1 and x.channels == inputs and x.values.shape[1] == columns:
-        values = x.values if x.raw else x.values.relu()
         times = inputs // columns + (torch.arange(columns) < inputs % columns)
-        return (values * times)[:, None]
+        return (x.values * times)[:, None]
     values = x.sampled(groups * inputs).view(SAMPLES, groups, inputs)
-    values = values if x.raw else values.relu()
     return torch.nn.functional.pad(values, (0, -inputs % columns)).unflatten(2, (-1, columns)).sum(2)
 
 
@@ -247,25 +306,24 @@ def _kernels(tile: Tile) -> Tensor:
 
 def _biased(x: _Signal, entry: Entry | None) -> _Signal:
     """A bias; one that is kept is taken to be zero."""
-    if entry is None or entry.tile is None or entry.own is None:
+    if entry is None or entry.tile is None:
         return x
     bias, outputs = entry.tile.values.to("cpu", torch.float32).flatten(), entry.numel
     values = x.values
     if values is None or values.shape[1] != len(bias) or x.channels != outputs:
         values, bias = x.sampled(outputs), _repeated(bias, outputs)
-    return _Signal(x.square + entry.own**2, values + bias, outputs)
+    return _Signal(values=values + bias, channels=outputs)
 
 
 def _added(inputs: Sequence[_Signal]) -> _Signal:
-    square = sum(x.square for x in inputs)
     channels = max((x.channels or 0 for x in inputs), default=0) or None
-    raw = all(x.raw for x in inputs)
     if channels is None or all(x.values is None for x in inputs):
-        return _Signal(square, None, channels, raw)
+        square = sum(x.square for x in inputs)
+        return _Signal(square, None, channels, all(x.colours for x in inputs))
     values = [x.values for x in inputs if x.channels == channels and x.values is not None]
     if len(values) < len(inputs) or len({value.shape for value in values}) > 1:
         values = [x.sampled(channels) for x in inputs]
-    return _Signal(square, torch.stack(values).sum(0), channels, raw)
+    return _Signal(values=torch.stack(values).sum(0), channels=channels)
 
 
 def _joined(inputs: Sequence[_Signal]) -> _Signal:
@@ -274,15 +332,15 @@ def _joined(inputs: Sequence[_Signal]) -> _Signal:
     if not parts:
         return inputs[0]
     channels = sum(count for _, count in parts)
-    square = sum(x.square * count for x, count in parts) / channels
     if all(x.values is None for x, _ in parts):
-        return _Signal(square, None, channels)
-    return _Signal(square, torch.cat(list(starmap(_Signal.sampled, parts)), 1), channels)
+        square = sum(x.square * count for x, count in parts) / channels
+        return _Signal(square, None, channels, positive=all(x.positive for x, _ in parts))
+    return _Signal(values=torch.cat(list(starmap(_Signal.sampled, parts)), 1), channels=channels)
 
 
 def _gated(x: _Signal, gate: _Signal) -> _Signal:
-    """Channels times the sigmoid of others; own gates are half open."""
-    if x.values is None:
-        return _Signal(x.square / 4, None, x.channels)
-    channels = x.channels or x.values.shape[1]
-    return _Signal(x.square / 4, x.sampled(channels) * gate.sampled(channels).sigmoid(), channels)
+    """Channels times the sigmoid of others."""
+    channels = x.channels or (len(x.values[0]) if x.values is not None else None)
+    if channels is None or x.values is None:
+        return replace(x, square=x.square / 4)
+    return _Signal(values=x.sampled(channels) * gate.sampled(channels).sigmoid(), channels=channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import fx
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from ghn_init._tracing.sketch import Operation
 
 
+_RECTIFIERS: Final = frozenset(
+    {"relu", "relu6", "hardswish", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "softplus"}
+)
+"""Activations that let positive values through, and negative ones hardly."""
+
+
 @rule("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
       "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
       "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
@@ -28,6 +34,11 @@ def elementwise(op: Operation) -> Carried:
     value = merged(op.inputs())
     if not isinstance(value, Flow):
         return op.passed_on()
+    name = op.name.rstrip("_")
+    if name in _RECTIFIERS or (
+        name == "hardtanh" and op.arg(1, "min_val", -1) == 0
+    ):  # the latter is nn.ReLU6
+        op.sketch.rectified.update(value.sources)
     if value.role not in ("", "scores", "attention") and not op.name.startswith("clamp"):
         return Flow(value.sources)
     return value
