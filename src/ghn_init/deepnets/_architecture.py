@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import ArchitectureError
-from ghn_init.deepnets._count import activations, num_nodes, num_params
-from ghn_init.deepnets._graph import graph_of
+from ghn_init.deepnets._count import activations, num_params
+from ghn_init.deepnets._graph import graph_of, num_nodes
 from ghn_init.deepnets._plan import NetworkPlan, plan_network
 from ghn_init.deepnets._space import HEADS, LARGE_INPUT, OPERATIONS, Genotype
 

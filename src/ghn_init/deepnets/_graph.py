@@ -5,36 +5,57 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ghn_init._graph.graph import Graph, Node
+from ghn_init.deepnets._shapes import cell_shapes, stem_width
 from ghn_init.deepnets._space import LARGE_INPUT
 
 if TYPE_CHECKING:
     from ghn_init.deepnets._architecture import Architecture
+    from ghn_init.deepnets._shapes import CellShape
 
 
 def graph_of(arch: Architecture, num_classes: int, image_size: int) -> Graph:
     """See `Architecture.graph`."""
-    return _GraphWriter(arch, image_size).write(num_classes)
+    found = _Walk(arch, num_classes, image_size)
+    return Graph(tuple(Node(*values) for values in found.nodes), tuple(sorted(found.edges)), name="Network")
 
 
-class _GraphWriter:
-    """Follows the used part of a network and writes a node for every operation, in the order of execution.
+def num_nodes(arch: Architecture) -> int:
+    """Nodes of the graph, of which there are as many for images of every size."""
+    return len(_Walk(arch, 10, 32).nodes)
+
+
+class _Walk:
+    """Follows the used part of a network and notes a node for every operation, in the order of execution.
 
     A state is represented by the number of the node that it comes from.
+
+    Attributes:
+        nodes: What each `Node` is made of: type, parameter, shape and bias.
+        edges: Numbers of the nodes at both ends.
     """
 
-    def __init__(self, arch: Architecture, image_size: int) -> None:
-        self.arch, self.large = arch, image_size >= LARGE_INPUT
+    def __init__(self, arch: Architecture, num_classes: int, image_size: int) -> None:
+        self.arch, self.image_size = arch, image_size
         self.sides = arch.sides(image_size)
-        self.nodes = [Node("input")]
+        self.nodes: list[tuple[str, str | None, tuple[int, ...] | None, str | None]] = []
         self.edges: list[tuple[int, int]] = []
+        self.add("input")
+        shapes, features = cell_shapes(arch, image_size)
+        older, newer = self.stem()
+        for index, (shape, used) in enumerate(zip(shapes, arch.plan.used, strict=True)):
+            older, newer = newer, self.cell(f"cells.{index}", shape, older, newer) if used else -1
+        self.head(newer, features, num_classes)
 
-    def add(self, kind: str, *sources: int, shape: tuple[int, ...] | None = None, param: str = "") -> int:
-        """Write a node, of the parameter `param` if it has one; returns its number."""
-        self.nodes.append(Node(kind, f"{param}.weight" if param else None, shape))
-        return self.reached(*sources)
-
-    def reached(self, *sources: int) -> int:
-        """The edges to the newest node; returns its number."""
+    def add(
+        self,
+        kind: str,
+        *sources: int,
+        shape: tuple[int, ...] | None = None,
+        param: str | None = None,
+        bias: str | None = None,
+    ) -> int:
+        """Note a node; returns its number."""
+        self.nodes.append((kind, param, shape, bias))
         self.edges += [(source, len(self.nodes) - 1) for source in sources]
         return len(self.nodes) - 1
 
@@ -44,8 +65,7 @@ class _GraphWriter:
 
     def norm(self, kind: str, name: str, at: int, width: int) -> int:
         """A norm."""
-        self.nodes.append(Node(kind, f"{name}.weight", (width,), f"{name}.bias"))
-        return self.reached(at)
+        return self.add(kind, at, shape=(width,), param=f"{name}.weight", bias=f"{name}.bias")
 
     def normed(self, name: str, at: int, width: int) -> int:
         """A batch norm, if the architecture has them."""
@@ -53,31 +73,30 @@ class _GraphWriter:
 
     def conv(self, name: str, at: int, c_in: int, c_out: int, kernel: int) -> int:
         """Convolution, norm."""
-        at = self.add("conv", at, shape=(c_out, c_in, kernel, kernel), param=f"{name}.0")
+        at = self.add("conv", at, shape=(c_out, c_in, kernel, kernel), param=f"{name}.0.weight")
         return self.normed(f"{name}.1", at, c_out)
 
     def depthwise(self, kind: str, name: str, at: int, width: int, kernel: int) -> int:
         """Depthwise convolution, 1x1 convolution, norm."""
-        at = self.add(kind, at, shape=(width, 1, kernel, kernel), param=f"{name}.0")
-        at = self.add("conv", at, shape=(width, width, 1, 1), param=f"{name}.1")
+        at = self.add(kind, at, shape=(width, 1, kernel, kernel), param=f"{name}.0.weight")
+        at = self.add("conv", at, shape=(width, width, 1, 1), param=f"{name}.1.weight")
         return self.normed(f"{name}.2", at, width)
 
     def linear(self, name: str, at: int, c_in: int, c_out: int) -> int:
         """A linear layer with a bias."""
-        at = self.add("conv", at, shape=(c_out, c_in), param=name)
-        self.nodes.append(Node("bias", f"{name}.bias", (c_out,)))
-        return self.reached(at)
+        at = self.add("conv", at, shape=(c_out, c_in), param=f"{name}.weight")
+        return self.add("bias", at, shape=(c_out,), param=f"{name}.bias")
 
     def halved(self, name: str, at: int, c_in: int, c_out: int) -> int:
         """A factorised reduction."""
-        even = self.add("conv", at, shape=(c_out // 2, c_in, 1, 1), param=f"{name}.even")
-        odd = self.add("conv", at, shape=(c_out - c_out // 2, c_in, 1, 1), param=f"{name}.odd")
+        even = self.add("conv", at, shape=(c_out // 2, c_in, 1, 1), param=f"{name}.even.weight")
+        odd = self.add("conv", at, shape=(c_out - c_out // 2, c_in, 1, 1), param=f"{name}.odd.weight")
         return self.normed(f"{name}.norm.0", self.add("concat", even, odd), c_out)
 
     def attention(self, name: str, at: int, width: int) -> int:
         """A transformer block."""
         normed = self.norm("ln", f"{name}.norm1", at, width)
-        qkv = self.add("conv", normed, shape=(3 * width, width), param=f"{name}.qkv")
+        qkv = self.add("conv", normed, shape=(3 * width, width), param=f"{name}.qkv.weight")
         at = self.add("sum", at, self.linear(f"{name}.out", self.add("msa", qkv), width, width))
         normed = self.norm("ln", f"{name}.norm2", at, width)
         hidden = self.linear(f"{name}.fc1", normed, width, width)
@@ -99,8 +118,8 @@ class _GraphWriter:
         if operation == "cse":
             return self.gate(name, at, width)
         if operation == "conv_7x1_1x7":
-            row = self.add("conv", at, shape=(width, width, 1, 7), param=f"{name}.0")
-            column = self.add("conv", row, shape=(width, width, 7, 1), param=f"{name}.1")
+            row = self.add("conv", at, shape=(width, width, 1, 7), param=f"{name}.0.weight")
+            column = self.add("conv", row, shape=(width, width, 7, 1), param=f"{name}.1.weight")
             return self.normed(f"{name}.2", column, width)
         if kind == "conv":
             return self.conv(name, at, width, width, kernel)
@@ -111,59 +130,38 @@ class _GraphWriter:
             return self.depthwise(kind, f"{name}.2", first, width, kernel)
         return self.add(kind, at, shape=(1, 1, kernel, kernel))
 
-    def write(self, num_classes: int) -> Graph:
-        """The whole graph."""
-        arch, plan = self.arch, self.arch.plan
-        stem_width, older, newer = self.stem()
-        widths, width = (stem_width, stem_width), arch.C
-        halved = arch.stem_type == 1 and not arch.transformer
-        for index in range(arch.n_cells):
-            reduction = index in plan.reductions
-            width *= arch.C_mult if reduction else 1
-            out = self.cell(index, (older, newer), widths, width, halved=halved) if plan.used[index] else -1
-            older, newer, halved = newer, out, reduction and not arch.transformer
-            widths = widths[1], width * len(plan.cells[index].concat)
-        self.head(newer, widths[1], num_classes)
-        return Graph(tuple(self.nodes), tuple(sorted(self.edges)), name="Network")
-
-    def stem(self) -> tuple[int, int, int]:
-        """Width of the stem's outputs, the older and the newer one."""
-        arch, c = self.arch, self.arch.C
+    def stem(self) -> tuple[int, int]:
+        """The older and the newer input of the first cell."""
+        arch, c, side = self.arch, stem_width(self.arch, self.image_size), self.sides[0]
         if arch.transformer:
-            kernel = 16 if self.large else 3
-            patches = self.add("conv", 0, shape=(c, 3, kernel, kernel), param="stem.conv")
-            self.nodes.append(Node("pos_enc", "stem.pos_enc", (1, c, self.sides[0], self.sides[0])))
-            both = self.add("sum", patches, self.reached())
-            return c, both, both
+            kernel = 16 if self.image_size >= LARGE_INPUT else 3
+            patches = self.add("conv", 0, shape=(c, 3, kernel, kernel), param="stem.conv.weight")
+            encoding = self.add("pos_enc", shape=(1, c, side, side), param="stem.pos_enc")
+            both = self.add("sum", patches, encoding)
+            return both, both
         if arch.stem_type == 0:
-            c *= 3 if arch.preproc and not self.large else 1
             both = self.conv("stem.conv", 0, 3, c, arch.ks)
             both = self.add("max_pool", both, shape=(1, 1, 3, 3)) if arch.stem_pool else both
-            return c, both, both
+            return both, both
         older = self.conv("stem.conv1", self.conv("stem.conv0", 0, 3, c // 2, arch.ks), c // 2, c, 3)
-        return c, older, self.conv("stem.conv2", older, c, c, 3) if arch.plan.uses_stem[1] else -1
+        return older, self.conv("stem.conv2", older, c, c, 3) if arch.plan.uses_stem[1] else -1
 
-    def cell(
-        self, index: int, inputs: tuple[int, int], widths: tuple[int, int], width: int, *, halved: bool
-    ) -> int:
-        """A cell on its older and newer input; -1 stands for what is missing."""
-        arch = self.arch
-        plan, reduction = arch.plan.cells[index], index in arch.plan.reductions
-        states = list(inputs)
-        for position in (0, 1) if arch.preproc else ():
-            if plan.uses[position]:
-                name, at, c_in = f"cells.{index}.preprocess.{position}", states[position], widths[position]
-                factorised = halved and position == 0
+    def cell(self, path: str, shape: CellShape, older: int, newer: int) -> int:
+        """A cell on its two inputs; -1 stands for what is missing."""
+        plan, width, states = shape.plan, shape.width, [older, newer]
+        for position, c_in in enumerate(shape.widths):
+            if self.arch.preproc and plan.uses[position]:
+                name, at = f"{path}.preprocess.{position}", states[position]
+                factorised = shape.halved and position == 0
                 states[position] = (
                     self.halved(name, at, c_in, width) if factorised else self.conv(name, at, c_in, width, 1)
                 )
-        edges = arch.genotype.edges(reduction=reduction)
         for terms in plan.terms:
             sources = set()
             for edge in terms:
-                operation, state = edges[edge]
-                stride = 2 if reduction and state < 2 and not arch.transformer else 1
-                name = f"cells.{index}.operations.{edge}"
+                operation, state = shape.edges[edge]
+                stride = shape.stride if state < 2 else 1
+                name = f"{path}.operations.{edge}"
                 sources.add(self.operation(operation, name, states[state], width, stride))
             states.append(self.join("sum", sources) if sources else -1)
         return self.join("concat", {states[state] for state in plan.concat if plan.terms[state - 2]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghn_init.deepnets._ops import RECTIFIED, FactorizedReduction, Layers, _Conv2d, _Linear, subsampled
+from ghn_init.deepnets._shapes import cell_shapes, stem_width
 from ghn_init.deepnets._space import LARGE_INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ghn_init.deepnets._architecture import Architecture
-    from ghn_init.deepnets._plan import CellPlan
+    from ghn_init.deepnets._shapes import CellShape
 
 
 class State:
@@ -36,25 +36,6 @@ class State:
         return self._rectified
 
 
-@dataclass(frozen=True)
-class CellShape:
-    """Where a cell stands in its network.
-
-    Attributes:
-        plan: Which parts of it are used.
-        widths: Channels of the older and the newer input.
-        width: Channels of the cell's states.
-        reduction: Whether it is a reduction cell.
-        halved: Whether the newer input is half as large as the older one, so that that is halved too.
-    """
-
-    plan: CellPlan
-    widths: tuple[int, int]
-    width: int
-    reduction: bool
-    halved: bool
-
-
 class Cell(nn.Module):
     """A cell: sum nodes of two operations each, on its two inputs and earlier sums."""
 
@@ -63,10 +44,9 @@ class Cell(nn.Module):
         self.plan = shape.plan
         self.halved = shape.halved
         self.preprocess = self._preprocessing(shape, layers) if arch.preproc else None
-        self.edges = arch.genotype.edges(reduction=shape.reduction)
-        stride = 2 if shape.reduction and not arch.transformer else 1
+        self.edges = shape.edges
         operations = {
-            str(index): layers.operation(name, shape.width, stride if state < 2 else 1)
+            str(index): layers.operation(name, shape.width, shape.stride if state < 2 else 1)
             for index, (name, state) in enumerate(self.edges)
         }
         self.operations = nn.ModuleDict({k: module for k, module in operations.items() if module is not None})
@@ -123,9 +103,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, arch: Architecture, image_size: int, layers: Layers) -> None:
         super().__init__()
-        large = image_size >= LARGE_INPUT
-        self.width = arch.C * (3 if arch.preproc and not large else 1)
-        self.conv = layers.conv(3, self.width, arch.ks, 4 if large else 1)
+        stride = 4 if image_size >= LARGE_INPUT else 1
+        self.conv = layers.conv(3, stem_width(arch, image_size), arch.ks, stride)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if arch.stem_pool else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[State, State]:
@@ -140,7 +119,6 @@ class DeepStem(nn.Module):
     def __init__(self, arch: Architecture, image_size: int, layers: Layers) -> None:
         super().__init__()
         stride = 2 if image_size >= LARGE_INPUT else 1
-        self.width = arch.C
         self.conv0 = layers.conv(3, arch.C // 2, arch.ks, stride)
         self.conv1 = layers.conv(arch.C // 2, arch.C, 3, stride)
         self.conv2 = layers.conv(arch.C, arch.C, 3, 2)
@@ -158,7 +136,6 @@ class TokenStem(nn.Module):
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()
         patch, padding = (16, 0) if image_size >= LARGE_INPUT else (3, 1)
-        self.width = arch.C
         self.conv = _Conv2d(3, arch.C, patch, stride=patch, padding=padding)
         side, _ = arch.sides(image_size)
         self.pos_enc = nn.Parameter(torch.empty(1, arch.C, side, side))
@@ -198,7 +175,7 @@ class Network(nn.Module):
         layers = Layers(arch.norm, running_stats=running_stats)
         _, side = arch.sides(image_size)
         self.stem = _stem(arch, image_size, layers)
-        shapes, features = cell_shapes(arch, self.stem.width)
+        shapes, features = cell_shapes(arch, image_size)
         self.cells = nn.ModuleList(Cell(arch, shape, layers) for shape in shapes)
         self.head = _head(arch, features if arch.glob_avg else features * side * side, num_classes)
 
@@ -212,17 +189,3 @@ class Network(nn.Module):
         assert newer is not None  # an `Architecture` is connected
         out = F.adaptive_avg_pool2d(newer.x, 1) if self.arch.glob_avg else newer.x
         return self.head(out.flatten(1))
-
-
-def cell_shapes(arch: Architecture, stem_width: int) -> tuple[list[CellShape], int]:
-    """The shape of every cell, and the channels of the last one's output."""
-    shapes: list[CellShape] = []
-    older = newer = stem_width
-    width, halved = arch.C, arch.stem_type == 1 and not arch.transformer
-    for index, plan in enumerate(arch.plan.cells):
-        reduction = index in arch.plan.reductions
-        width *= arch.C_mult if reduction else 1
-        shapes.append(CellShape(plan, (older, newer), width, reduction, halved))
-        older, newer = newer, width * len(plan.concat)
-        halved = reduction and not arch.transformer
-    return shapes, newer
