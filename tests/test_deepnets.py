@@ -475,7 +475,7 @@ def test_published_files_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "deepnets1m_eval_meta.json"
     nets = [sample("test", index) for index in range(3)]
     write_published(path, {"test": nets, "val": nets[:1]})
-    assert DeepNets1M.from_published(path, "test") == tuple(nets)
+    assert read_published(path, "test") == tuple(nets)
     assert read_published(path, "val") == tuple(nets[:1])
     entry = json.loads(path.read_text())["test"]["nets"][0]
     assert entry["num_nodes"] == nets[0].num_nodes()

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import ArchitectureError
 from ghn_init.deepnets._architecture import Architecture
-from ghn_init.deepnets._published import read_published
 from ghn_init.deepnets._sample import sample
 from ghn_init.deepnets._space import LARGE_INPUT, Genotype
 from ghn_init.deepnets._widths import evaluation_width
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from torch import nn
 
 SPLITS: Final = {
@@ -109,8 +106,3 @@ class DeepNets1M(Sequence["Architecture | ResNet50"]):
             factor = 2 if self.image_size >= LARGE_INPUT else 4
             return dataclasses.replace(arch, C=evaluation_width(arch) * factor)
         return dataclasses.replace(arch, C=evaluation_width(arch)) if self.split in _FIXED_WIDTH else arch
-
-    @staticmethod
-    def from_published(path: str | PathLike[str], split: str) -> tuple[Architecture, ...]:
-        """The architectures of a published meta file; see `read_published`."""
-        return read_published(path, split)
