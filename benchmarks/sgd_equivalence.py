@@ -36,7 +36,7 @@ from ghn_init.training._engine import prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._records import add_record, read_records
 from ghn_init.training._results import digest
-from ghn_init.training.data import augment, batch_indices, generator, halve
+from ghn_init.training.data import augment, batch_indices, generator, sized
 from ghn_init.training.evaluate import Measure
 from ghn_init.training.teacher import SmallResNet
 
@@ -253,8 +253,7 @@ class Bench:
         for step in range(setting.steps):
             batch = self.images.take(batch_indices(len(self.images), setting.batch, step, setting.seed))
             x = self.normalise(augment(batch.pixels, generator(setting.seed, "augmentation", step)))
-            x = x if setting.size == self.images.size else halve(x)
-            loss = F.cross_entropy(network.train()(x), batch.labels)
+            loss = F.cross_entropy(network.train()(sized(x, setting.size)), batch.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -21,7 +21,6 @@ from ghn_init.deepnets import Architecture, Genotype
 from ghn_init.search import (
     Candidate,
     Header,
-    Limits,
     Measurement,
     Measurer,
     Recipe,
@@ -30,7 +29,7 @@ from ghn_init.search import (
     measure,
     read_records,
 )
-from ghn_init.search._measure import _Training
+from ghn_init.search._measure import train
 from training_runs import TINY_GHN, random_images
 
 if TYPE_CHECKING:
@@ -69,11 +68,12 @@ def test_training_is_that_of_plain_torch(measurer: Measurer) -> None:
         optimizer.step()
         losses.append(loss.item())
     torch.manual_seed(RECIPE.seed)
-    run = _Training(measurer, SMALL.build(10, 16))
-    run()
-    assert run.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    network = SMALL.build(10, 16)
+    _, loss = train(network, measurer)
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    trained = dict(network.named_parameters())
     for name, values in plain.named_parameters():
-        torch.testing.assert_close(run._params[name], values, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(trained[name], values.detach(), rtol=1e-3, atol=1e-5)
 
 
 def test_a_measurement_says_everything_and_repeats(measurer: Measurer) -> None:
@@ -124,14 +124,14 @@ def test_training_that_diverges_ends_and_is_told(ghn: GHN) -> None:
 
 def test_candidates_keep_to_the_limits_in_the_order_of_the_split() -> None:
     recipe = Recipe(image_size=16)
-    limits = Limits(max_params=0.3, max_activations=0.4)
-    found = list(islice(candidates("search", recipe, limits), 5))
+    limits = {"max_params": 0.3, "max_activations": 0.4}
+    found = list(islice(candidates("search", recipe, **limits), 5))
     assert [candidate.index for candidate in found] == sorted({candidate.index for candidate in found})
     for candidate in found:
         assert candidate.architecture.supports(16)
         assert candidate.architecture.num_params(10, 16) <= 300_000
         assert candidate.architecture.activations() <= 400_000
-    later = next(candidates("search", recipe, limits, start=found[1].index + 1))
+    later = next(candidates("search", recipe, start=found[1].index + 1, **limits))
     assert later == found[2]
     narrow = next(candidates("search", dataclasses.replace(recipe, width=16)))
     assert narrow.architecture.C == 16
@@ -207,7 +207,7 @@ def test_the_command_goes_on_where_it_stopped(ghn_dir: Path, data: Path, tmp_pat
     assert done.exit_code == 0, done.output
     assert output.read_text().startswith(one)
     records = read_records(output)
-    expected = islice(candidates("search", records.header.recipe, Limits(max_activations=0.07)), 2)
+    expected = islice(candidates("search", records.header.recipe, max_activations=0.07), 2)
     assert sorted(records.measurements) == [candidate.index for candidate in expected]
     assert "2 architectures of search, on average" in done.stderr
     done = CliRunner().invoke(app, [*command, "--steps", "3"])

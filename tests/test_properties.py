@@ -21,7 +21,6 @@ from ghn_init.search import (
     PROPERTIES,
     Fitted,
     Header,
-    Limits,
     Measurement,
     Properties,
     Recipe,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECIPE = Recipe(steps=2, batch_size=4, images=8, image_size=16, width=8)
-LIMITS = Limits(max_activations=0.07)
+LIMITS = {"max_activations": 0.07}
 
 
 def made_up(split: str, count: int, ghn: GHN, start: int = 0) -> Records:
@@ -64,7 +63,7 @@ def made_up(split: str, count: int, ghn: GHN, start: int = 0) -> Records:
             loss=2.0,
             seconds=1.0,
         )
-        for candidate in islice(candidates(split, RECIPE, LIMITS, start=start), count)
+        for candidate in islice(candidates(split, RECIPE, start=start, **LIMITS), count)
     }
     return Records(Header.of(split, "mine", ghn, random_images(48), RECIPE), found)
 
@@ -233,7 +232,7 @@ def test_regressors_are_kept_as_numbers_and_read_back(fits: Fits, ghn: GHN, tmp_
 
 def test_ranking_is_by_what_the_regressor_says(records: Records, fits: Fits, ghn: GHN) -> None:
     kept, _ = fits
-    chosen = list(islice(candidates("search", RECIPE, LIMITS, start=max(records.measurements) + 1), 10))
+    chosen = list(islice(candidates("search", RECIPE, start=max(records.measurements) + 1, **LIMITS), 10))
     counts: list[int] = []
     ranked = rank(chosen, kept, ghn, "speed", on_part=counts.append)
     x = embed_architectures(ghn, [candidate.architecture for candidate in chosen], 16)
@@ -287,7 +286,7 @@ def test_the_commands_find_architectures_that_load_again(
 
 def test_the_table_of_a_ranking_has_predicted_beside_measured(records: Records, fits: Fits, ghn: GHN) -> None:
     kept, _ = fits
-    chosen = list(islice(candidates("search", RECIPE, LIMITS), 3))
+    chosen = list(islice(candidates("search", RECIPE, **LIMITS), 3))
     table = ranking_table(rank(chosen, kept, ghn, "accuracy"), records.measurements, kept, "accuracy")
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
     assert rows[0][2:4] == ["accuracy predicted, %", "measured"]

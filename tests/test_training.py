@@ -474,18 +474,18 @@ def test_a_run_starts_from_given_weights(tmp_path: Path) -> None:
 def test_filters_come_from_the_training_images_or_with_the_weights(tmp_path: Path) -> None:
     from ghn_init._hypernetwork.priors import whitening_filters
     from ghn_init.training import RunOptions, Trainer
-    from ghn_init.training.data import Normalisation, halve
+    from ghn_init.training.data import Normalisation, sized
 
     images, options = random_images(), RunOptions(output=tmp_path)
     ghn = {**training_runs.TINY_GHN, "whitening": 2.0, "identity": True}
     x = Normalisation.of(images)(images.pixels)
-    for size, seen in ((0, x), (8, halve(x))):
+    for size, seen in ((0, x), (8, sized(x, 8))):
         config = tiny_config(ghn=ghn, image_size=size, scaled_init=1)
         trainer = Trainer(config, images, images, options)
         assert torch.equal(trainer.ghn.get_buffer("whitening"), whitening_filters(seen))
     others = random_images(seed=5)
     again = Trainer(tiny_config(ghn=ghn), others, others, options, start=trainer.ghn)
-    assert torch.equal(again.ghn.get_buffer("whitening"), whitening_filters(halve(x)))
+    assert torch.equal(again.ghn.get_buffer("whitening"), whitening_filters(sized(x, 8)))
     assert again.averaged().get_buffer("whitening").abs().max() > 0
 
 

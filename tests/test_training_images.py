@@ -13,7 +13,7 @@ from PIL import Image
 
 from ghn_init._errors import TrainingError
 from ghn_init.training import Images, Normalisation, hold_out, load_images
-from ghn_init.training.data import augment, batch_indices, generator, halve
+from ghn_init.training.data import augment, batch_indices, generator, sized
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,4 +208,4 @@ def test_normalised_images_have_mean_0_and_deviation_1() -> None:
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
     assert x.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(halve(x)[:, :, 0, 0], x[:, :, :2, :2].mean((2, 3)))
+    torch.testing.assert_close(sized(x, 4)[:, :, 0, 0], x[:, :, :2, :2].mean((2, 3)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,7 +13,7 @@ from ghn_init.cli._output import check_output, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ghn_init.search import Candidate, Limits, Measurement, Measurer, Recorder
+    from ghn_init.search import Candidate, Measurement, Measurer, Recorder
 
 
 def measure(
@@ -52,22 +51,15 @@ def measure(
         image_size=image_size or train.size, precision="bfloat16" if bf16 else "float32",
     )  # fmt: skip
     recorder = Recorder(output, Header.of(split, weights, ghn, train, recipe))
-    found = candidates(split, recipe, _limits(max_params, max_activations), num_classes=len(train.classes))
+    found = candidates(
+        split, recipe, max_params=max_params, max_activations=max_activations, num_classes=len(train.classes)
+    )
     chosen = list(islice(found, sample))
     measurer = Measurer(ghn, train, validation, recipe)
     missing = [candidate for candidate in chosen if candidate.index not in recorder.measurements]
     _measure_all(measurer, missing, recorder, workers)
     done = [recorder.measurements[candidate.index] for candidate in chosen]
     say(f"{output}: {len(done)} architectures of {split}, {_means(done)}")
-
-
-def _limits(max_params: float | None, max_activations: float | None) -> Limits:
-    from ghn_init.search import Limits
-
-    return Limits(
-        math.inf if max_params is None else max_params,
-        math.inf if max_activations is None else max_activations,
-    )
 
 
 def _measure_all(
@@ -150,8 +142,9 @@ def search(
     recorder = Recorder(output, Header.of(split, weights, ghn, train, fitted.recipe))
     measurer = Measurer(ghn, train, validation, fitted.recipe)
     found = candidates(
-        split, fitted.recipe, _limits(max_params, max_activations), num_classes=len(train.classes)
-    )
+        split, fitted.recipe, max_params=max_params, max_activations=max_activations,
+        num_classes=len(train.classes),
+    )  # fmt: skip
     known = set(fitted.indices) if split == fitted.split else set()
     chosen = list(islice((candidate for candidate in found if candidate.index not in known), sample))
     with CountBar(len(chosen), "embedding") as bar:

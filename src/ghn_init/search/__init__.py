@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ghn_init.search._embeddings import embed_architectures
 from ghn_init.search._kendall import Correlation, correlation
-from ghn_init.search._measure import Candidate, Limits, Measurer, candidates, measure
+from ghn_init.search._measure import Candidate, Measurer, candidates, measure
 from ghn_init.search._picture import draw_properties
 from ghn_init.search._properties import PROPERTIES, Fitted, Properties, fit_properties
 from ghn_init.search._rank import Ranked, rank
@@ -21,7 +21,6 @@ __all__ = [
     "Correlation",
     "Fitted",
     "Header",
-    "Limits",
     "Measurement",
     "Measurer",
     "Properties",

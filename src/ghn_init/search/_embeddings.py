@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -23,37 +23,24 @@ many slots as its widest graph needs: 7 ms each in batches of 1 to 4, 11 in thos
 (128 networks of the search split, one thread of a busy Xeon)."""
 
 
-class Embedder:
-    """Embeds architectures as `ghn_init.embed` does their networks, but without making these.
-
-    Args:
-        ghn: The hypernetwork.
-        image_size: Side of the images that the networks would see, in pixels.
-    """
-
-    def __init__(self, ghn: GHN, image_size: int) -> None:
-        self.ghn, self.image_size = ghn, image_size
-
-    @torch.no_grad()
-    def __call__(self, architectures: Sequence[Architecture]) -> Tensor:
-        """(n, d) float32: for every architecture the mean of its nodes' features before the decoder."""
-        classes = self.ghn.config.num_classes
-        graphs = [architecture.graph(classes, self.image_size) for architecture in architectures]
-        batch = self.ghn.batch(graphs, names=())
-        features = self.ghn.encode(batch)
-        return torch.stack([features[list(rows)].mean(dim=0) for rows in batch.nodes]).cpu()
-
-
+@torch.no_grad()
 def embed_architectures(ghn: GHN, architectures: Iterable[Architecture], image_size: int = 32) -> Tensor:
-    """The embeddings of architectures, (n, d) float32, in their order; see `ghn_init.embed`.
+    """The embeddings of architectures, (n, d) float32, as `ghn_init.embed` of networks that are not made.
+
+    Each is the mean of its nodes' features before the decoder.
 
     Args:
         ghn: The hypernetwork.
         architectures: At least one.
         image_size: Side of the images that their networks would see, in pixels.
     """
-    embedder = Embedder(ghn, image_size)
-    return torch.cat([embedder(part) for part in batches(architectures)])
+    found: list[Tensor] = []
+    for part in batches(architectures):
+        graphs = [architecture.graph(ghn.config.num_classes, image_size) for architecture in part]
+        batch = ghn.batch(graphs, names=())
+        features = ghn.encode(batch)
+        found += [features[list(rows)].mean(dim=0).cpu() for rows in batch.nodes]
+    return torch.stack(found)
 
 
 def batches(items: Iterable[T]) -> Iterator[tuple[T, ...]]:

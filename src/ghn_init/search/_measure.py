@@ -18,7 +18,7 @@ from ghn_init.deepnets import Architecture, DeepNets1M
 from ghn_init.search._recipe import PRECISIONS, Measurement, Recipe
 from ghn_init.training._engine import Engine, inject
 from ghn_init.training._layers import prepare
-from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, halve
+from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, sized
 from ghn_init.training.evaluate import NOISE, Measure
 
 if TYPE_CHECKING:
@@ -48,35 +48,35 @@ class Candidate:
     architecture: Architecture
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Which architectures of a split are looked at.
-
-    Attributes:
-        max_params: Most parameters, in millions, at the width and size of images that are measured.
-        max_activations: Most elements of all feature maps, in millions, by `Architecture.activations`: what a
-            network's time goes by.
-    """
-
-    max_params: float = math.inf
-    max_activations: float = math.inf
-
-
 def candidates(
     split: str,
     recipe: Recipe,
-    limits: Limits | None = None,
     *,
+    max_params: float | None = None,
+    max_activations: float | None = None,
     num_classes: int = 10,
     seed: int = 0,
     start: int = 0,
 ) -> Iterator[Candidate]:
-    """The architectures of a split from `start` on that take such images and keep to the limits, in order.
+    """The architectures of a split that take such images and keep to the limits, in order.
+
+    Args:
+        split: The split of DeepNets-1M.
+        recipe: Gives their width and the size of images.
+        max_params: Most parameters, in millions, at that width and size.
+        max_activations: Most elements of all feature maps, in millions, by `Architecture.activations`: what a
+            network's time goes by.
+        num_classes: Outputs of the networks.
+        seed: Of the split.
+        start: Place of the first one in the split.
 
     Raises:
         ArchitectureError: There is no such split, or it has networks that are not drawn from the space.
     """
-    networks, limits = DeepNets1M(split, seed=seed, image_size=recipe.image_size), limits or Limits()
+    networks = DeepNets1M(split, seed=seed, image_size=recipe.image_size)
+    most_params, most_activations = (
+        math.inf if millions is None else 1e6 * millions for millions in (max_params, max_activations)
+    )
     for index in range(start, len(networks)):
         architecture = networks[index]
         if not isinstance(architecture, Architecture):
@@ -85,8 +85,8 @@ def candidates(
             architecture = dataclasses.replace(architecture, C=recipe.width)
         if (
             architecture.supports(recipe.image_size)
-            and architecture.activations() <= 1e6 * limits.max_activations
-            and architecture.num_params(num_classes, recipe.image_size) <= 1e6 * limits.max_params
+            and architecture.activations() <= most_activations
+            and architecture.num_params(num_classes, recipe.image_size) <= most_params
         ):
             yield Candidate(index, architecture)
 
@@ -127,8 +127,7 @@ class Measurer:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.recipe.seed)
             network = architecture.build(classes, size)
-        run = _Training(self, network)
-        run()
+        convergence, loss = train(network, self)
         network.eval()
         return Measurement(
             index=candidate.index,
@@ -139,9 +138,9 @@ class Measurer:
             predicted_noise=predicted_noise,
             trained=self.scorer.accuracy(network),
             trained_noise=self.scorer.accuracy(network, NOISE),
-            convergence=run.convergence,
+            convergence=convergence,
             speed=_speed(network, self.scorer.batches()[0][0]),
-            loss=run.loss,
+            loss=loss,
             seconds=round(time.process_time() - started, 2),
         )
 
@@ -151,62 +150,42 @@ class Measurer:
         batch = self.train.take(batch_indices(len(self.train), recipe.batch_size, step, seed))
         rng = generator(seed, "measuring", step)
         x = self.scorer.normalise(augment(batch.pixels, rng, _CROP_PADDING))
-        return x if recipe.image_size == self.train.size else halve(x), batch.labels
+        return sized(x, recipe.image_size), batch.labels
 
 
-class _Training:
-    """SGD from a network's own initialisation; afterwards the network has the trained parameters.
+def train(network: nn.Module, measurer: Measurer) -> tuple[int | None, float]:
+    """Train a network by SGD from its own initialisation; afterwards it has the trained parameters.
 
-    Attributes:
-        convergence: Steps until the mean accuracy of the last 20 batches reached the target, or None.
-        loss: Mean loss of the last 20 steps; infinite if it was not finite once, which ends the training.
+    Returns:
+        Steps until the mean accuracy of the last 20 batches reached the target, or None; and the mean loss of
+        the last 20 steps, infinite if it was not finite once, which ends the training.
     """
-
-    def __init__(self, measurer: Measurer, network: nn.Module) -> None:
-        self._measurer, self._network = measurer, network
-        self._params = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
-        self._engine = Engine(measurer.precision)
-        self._losses: deque[float] = deque(maxlen=_RUNNING)
-        self._accuracies: deque[float] = deque(maxlen=_RUNNING)
-        self.convergence: int | None = None
-
-    @property
-    def loss(self) -> float:
-        mean = fmean(self._losses)
-        return mean if math.isfinite(mean) else math.inf
-
-    def __call__(self) -> None:
-        recipe = self._measurer.recipe
-        prepare(self._network, seed=recipe.seed).train()
-        optimizer = torch.optim.SGD(
-            self._params.values(), lr=recipe.lr, momentum=_MOMENTUM, weight_decay=_DECAY
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-        for step in range(recipe.steps):
-            self._step(step)
-            if not math.isfinite(self._losses[-1]):
-                break
-            torch.nn.utils.clip_grad_norm_(self._params.values(), _CLIP)
-            optimizer.step()
-            schedule.step()
-            if self.convergence is None and self._running_accuracy() >= recipe.target:
-                self.convergence = step + 1
-        inject(self._network, self._params, self._measurer.precision)
-
-    def _step(self, step: int) -> None:
-        """The gradients of one batch, into the parameters."""
-        x, labels = self._measurer.batch(step)
-        leaves = inject(self._network, self._params, self._measurer.precision, gradients=True)
-        result = self._engine.backward(self._engine.forward(self._network, x), leaves, labels)
-        for name, param in self._params.items():
+    recipe, precision, engine = measurer.recipe, measurer.precision, Engine(measurer.precision)
+    params = {name: nn.Parameter(param.detach().clone()) for name, param in network.named_parameters()}
+    prepare(network, seed=recipe.seed).train()
+    optimizer = torch.optim.SGD(params.values(), lr=recipe.lr, momentum=_MOMENTUM, weight_decay=_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    losses, accuracies = deque[float](maxlen=_RUNNING), deque[float](maxlen=_RUNNING)
+    convergence = None
+    for step in range(1, recipe.steps + 1):
+        x, labels = measurer.batch(step - 1)
+        leaves = inject(network, params, precision, gradients=True)
+        result = engine.backward(engine.forward(network, x), leaves, labels)
+        losses.append(result.loss)
+        accuracies.append(100 * result.correct / len(labels))
+        if not math.isfinite(result.loss):
+            break
+        for name, param in params.items():
             gradient = result.gradients.get(name)  # unused layers have none
             param.grad = None if gradient is None else gradient.to(param.dtype)
-        self._losses.append(result.loss)
-        self._accuracies.append(100 * result.correct / len(labels))
-
-    def _running_accuracy(self) -> float:
-        """In percent; 0 before there are enough steps to average."""
-        return fmean(self._accuracies) if len(self._accuracies) == _RUNNING else 0.0
+        torch.nn.utils.clip_grad_norm_(params.values(), _CLIP)
+        optimizer.step()
+        schedule.step()
+        if convergence is None and len(accuracies) == _RUNNING and fmean(accuracies) >= recipe.target:
+            convergence = step
+    inject(network, params, precision)
+    loss = fmean(losses)
+    return convergence, loss if math.isfinite(loss) else math.inf
 
 
 @torch.no_grad()

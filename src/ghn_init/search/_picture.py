@@ -1,12 +1,10 @@
-"""A picture of predicted against measured properties; matplotlib, of the `train` extra, draws it."""
+"""A picture of predicted against measured properties."""
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from ghn_init._errors import TrainingError
-from ghn_init._files import reason, write_bytes
+from ghn_init.training._figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,24 +25,10 @@ def draw_properties(fitted: Sequence[Fitted], target: Path) -> None:
     Raises:
         TrainingError: matplotlib is missing or lacks the format; the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrainingError(
-            f"matplotlib, which draws properties, cannot be imported ({error}); pip install 'ghn-init[train]'"
-        ) from error
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = new_figure(9, 8)
     for panel, found in zip(figure.subplots(2, 2).flat, fitted, strict=True):
         _plot(panel, found)
-    drawn = io.BytesIO()
-    try:
-        figure.savefig(drawn, format=target.suffix[1:])
-    except ValueError as error:
-        raise TrainingError(f"{target}: cannot be drawn: {error}; give a name that ends in .svg") from error
-    try:
-        write_bytes(target, drawn.getvalue())
-    except OSError as error:
-        raise TrainingError(f"{target} cannot be written: {reason(error)}") from error
+    save_figure(figure, target)
 
 
 def _plot(panel: Axes, found: Fitted) -> None:

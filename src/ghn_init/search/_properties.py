@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +15,7 @@ from ghn_init._files import write_bytes
 from ghn_init.search._embeddings import embed_architectures
 from ghn_init.search._kendall import Correlation, correlation
 from ghn_init.search._recipe import Measurement, Recipe
-from ghn_init.search._regressors import KINDS, Kind, Regressor, fit, out_of_fold
+from ghn_init.search._regressors import KINDS, Regressor, fit, out_of_fold
 from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Fitted:
     measured: Array
     measured_held_out: Array
     predictions: tuple[Prediction, ...]
-    regressors: dict[Kind, Regressor]
+    regressors: dict[str, Regressor]
 
     @property
     def best(self) -> Prediction:
@@ -134,7 +134,7 @@ class Properties:
 
     def save(self, path: Path) -> None:
         """Write them as JSON, in one piece."""
-        values = {**vars(self), "recipe": self.recipe.to_dict(), "format": _FORMAT}
+        values = {**vars(self), "recipe": asdict(self.recipe), "format": _FORMAT}
         values["regressors"] = {name: found.to_dict() for name, found in self.regressors.items()}
         write_bytes(path, (json.dumps(values, allow_nan=False) + "\n").encode())
 
@@ -198,14 +198,10 @@ def fit_properties(
         split=records.header.split,
         indices=tuple(m.index for m in known),
         recipe=recipe,
-        regressors={f.prop.name: _named(f.regressors, f.best.name) for f in fitted},
+        regressors={f.prop.name: f.regressors[f.best.name] for f in fitted},
         medians={f.prop.name: median(f.measured.tolist()) for f in fitted},
     )
     return properties, fitted
-
-
-def _named(regressors: dict[Kind, Regressor], name: str) -> Regressor:
-    return next(found for kind, found in regressors.items() if kind == name)
 
 
 def _fit(
@@ -213,7 +209,7 @@ def _fit(
 ) -> Fitted:
     y, y_others = (np.array([prop.of(m, recipe) for m in part]) for part in parts)
     x, x_others = embeddings
-    regressors: dict[Kind, Regressor] = {kind: fit(kind, x, y) for kind in KINDS}
+    regressors = {str(kind): fit(kind, x, y) for kind in KINDS}
     values = [(str(kind), out_of_fold(kind, x, y), regressors[kind](x_others)) for kind in KINDS]
     for name, baseline in BASELINES.items():
         known, others = (np.array([baseline(m) for m in part], dtype=np.float64) for part in parts)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ghn_init._errors import TrainingError
-from ghn_init.search._embeddings import Embedder, batches
+from ghn_init.search._embeddings import batches, embed_architectures
 from ghn_init.search._properties import PROPERTIES
 from ghn_init.training._pool import run_all
 from ghn_init.training._results import digest
@@ -29,21 +30,8 @@ class Ranked:
     predicted: float
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Candidates that are embedded together."""
-
-    candidates: tuple[Candidate, ...]
-
-
-class _Embed:
-    """Embeds a part in whatever process it comes to."""
-
-    def __init__(self, embedder: Embedder) -> None:
-        self._embedder = embedder
-
-    def __call__(self, part: _Part) -> Tensor:
-        return self._embedder([candidate.architecture for candidate in part.candidates])
+def _embedded(ghn: GHN, image_size: int, part: Sequence[Candidate]) -> Tensor:
+    return embed_architectures(ghn, [candidate.architecture for candidate in part], image_size)
 
 
 def rank(
@@ -76,10 +64,10 @@ def rank(
             f"this hypernetwork ({found}); give its weights, or fit anew with `ghn-init properties`"
         )
     regressor = properties.regressors[by]
-    embed = _Embed(Embedder(ghn, properties.recipe.image_size))
+    embed = partial(_embedded, ghn, properties.recipe.image_size)
     ranked: list[Ranked] = []
-    for part, embeddings in run_all(embed, [_Part(part) for part in batches(candidates)], workers):
+    for part, embeddings in run_all(embed, list(batches(candidates)), workers):
         values = regressor(embeddings).tolist()
-        ranked += [Ranked(*pair) for pair in zip(part.candidates, values, strict=True)]
+        ranked += [Ranked(*pair) for pair in zip(part, values, strict=True)]
         on_part(len(values))
     return sorted(ranked, key=lambda entry: (-entry.predicted, entry.candidate.index))

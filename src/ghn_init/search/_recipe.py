@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -59,10 +59,6 @@ class Recipe:
         ]:
             raise TrainingError(f"cannot measure architectures: {'; '.join(wrong)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -99,9 +95,8 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values: the architecture as in the published files, an infinite loss as null."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         loss = self.loss if math.isfinite(self.loss) else None
-        return values | {"loss": loss, "architecture": self.architecture.to_net_args()}
+        return {**vars(self), "loss": loss, "architecture": self.architecture.to_net_args()}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Measurement:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import destination, write_bytes
 from ghn_init.search._recipe import Measurement, Recipe
-from ghn_init.training import teacher
+from ghn_init.training import _records, teacher
 from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
@@ -48,21 +46,16 @@ class Header:
         """The header of measurements with this hypernetwork and these images."""
         return cls(split, 0, weights, digest(ghn), teacher.digest(train), recipe)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {**vars(self), "recipe": self.recipe.to_dict()}
-
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Header:
-        """What `to_dict` wrote; raises KeyError, TypeError or TrainingError otherwise."""
+        """What `asdict` gives; raises KeyError, TypeError or TrainingError otherwise."""
         return Header(**{**values, "recipe": Recipe(**values["recipe"])})
 
     def differences(self, other: Header) -> list[str]:
         """Names of the fields in which measurements are not comparable."""
-        free = {"weights", "torch", "recipe"}
-        mine, theirs = vars(self), vars(other)
-        recipes = self.recipe.to_dict(), other.recipe.to_dict()
-        found = [name for name in mine if name not in free and mine[name] != theirs[name]]
+        mine, theirs = asdict(self), asdict(other)
+        recipes = mine.pop("recipe"), theirs.pop("recipe")
+        found = [name for name in mine if name not in ("weights", "torch") and mine[name] != theirs[name]]
         return found + [f"recipe.{name}" for name in recipes[0] if recipes[0][name] != recipes[1][name]]
 
 
@@ -81,19 +74,17 @@ def read_records(path: Path) -> Records:
         TrainingError: It is none, or damaged; the message names the line.
     """
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        header = Header.from_dict(json.loads(first))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        first, *others = _records.read_records(path) or [{}]
+        header = Header.from_dict(first)
+    except (KeyError, TypeError, TrainingError) as error:
         raise TrainingError(
             f"{path}: not a file of measurements ({error!r}); expected one of `ghn-init measure`"
         ) from error
     found: dict[int, Measurement] = {}
-    for number, line in enumerate(lines, 2):
-        if not line.endswith("\n"):
-            break
+    for number, values in enumerate(others, 2):
         try:
-            measurement = Measurement.from_dict(json.loads(line))
-        except (ValueError, AttributeError, TrainingError) as error:
+            measurement = Measurement.from_dict(values)
+        except TrainingError as error:
             raise TrainingError(f"{path}, line {number}: {error}; remove the line") from error
         found[measurement.index] = measurement
     return Records(header, found)
@@ -107,31 +98,24 @@ class Recorder:
         header: How is measured now.
 
     Raises:
-        TrainingError: The file is something else, or was measured in another way.
-        OSError: It cannot be written.
+        TrainingError: The file is something else, was measured in another way, or cannot be written.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self._path, self.split = destination(path), header.split
+        self._path, self.split = path, header.split
         self.measurements: dict[int, Measurement] = {}
-        lines = [header.to_dict()]
-        if path.exists():
-            records = read_records(path)
-            if different := records.header.differences(header):
-                raise TrainingError(
-                    f"{path}: was measured with other {', '.join(different)}; give another file, or the "
-                    "same options"
-                )
-            self.measurements = records.measurements
-            lines = [records.header.to_dict(), *(m.to_dict() for m in self.measurements.values())]
-        write_bytes(self._path, "".join(map(_line, lines)).encode())
+        if not path.exists():
+            _records.add_record(path, asdict(header))
+            return
+        records = read_records(path)
+        if different := records.header.differences(header):
+            raise TrainingError(
+                f"{path}: was measured with other {', '.join(different)}; give another file, or the "
+                "same options"
+            )
+        self.measurements = records.measurements
 
     def add(self, measurement: Measurement) -> None:
         """Take up and keep one more."""
         self.measurements[measurement.index] = measurement
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(measurement.to_dict()))
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, allow_nan=False) + "\n"
+        _records.add_record(self._path, measurement.to_dict())

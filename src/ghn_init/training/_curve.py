@@ -1,14 +1,13 @@
-"""The learning curve of a run as a picture, from its log; matplotlib, of the `train` extra, draws it."""
+"""The learning curve of a run as a picture, from its log."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import reason, write_bytes
+from ghn_init.training._figures import new_figure, save_figure
 from ghn_init.training._log import LOG
 
 if TYPE_CHECKING:
@@ -58,16 +57,7 @@ def draw_curve(folder: Path, target: Path | None = None) -> Path:
     if not any(curves.values()):
         raise TrainingError(f"{path}: has no steps yet; a run writes its first after ten of them")
     target = target or folder / PICTURE
-    drawn = io.BytesIO()
-    try:
-        picture(curves).savefig(drawn, format=target.suffix[1:], bbox_inches="tight")
-    except ValueError as error:
-        raise TrainingError(f"{target}: cannot be drawn: {error}; give a name that ends in .svg") from error
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, drawn.getvalue())
-    except OSError as error:
-        raise TrainingError(f"{target} cannot be written: {reason(error)}") from error
+    save_figure(picture(curves), target, bbox_inches="tight")
     return target
 
 
@@ -112,17 +102,10 @@ def picture(curves: Mapping[str, Sequence[Point]]) -> Figure:
     Raises:
         TrainingError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrainingError(
-            f"matplotlib, which draws learning curves, cannot be imported ({error}); "
-            "pip install 'ghn-init[train]'"
-        ) from error
     shown = {title: points for title, points in curves.items() if points}
     longest = max(point.seconds for points in shown.values() for point in points)
     unit, name = (3600.0, "hours") if longest >= _HOURS else (60.0, "minutes")
-    figure = Figure(figsize=(9, 2.8 * len(shown)), layout="constrained")
+    figure = new_figure(9, 2.8 * len(shown))
     panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for number, (panel, (title, points)) in enumerate(zip(panels, shown.items(), strict=True)):
         _plot(panel, points, unit, f"C{number}")

@@ -14,16 +14,13 @@ if TYPE_CHECKING:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects in the file; none if there is no file. A last line that was cut off is taken out of it.
+    """The objects in the file; none if there is no file. A last line that was cut off is passed over.
 
     Raises:
         TrainingError: The file cannot be read, or has another line that is no JSON object.
     """
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            path.write_text("".join(lines))
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         records = [json.loads(line) for line in lines]
     except OSError as error:
         raise TrainingError(f"{path} cannot be read: {reason(error)}") from error
@@ -35,13 +32,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def add_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to the file, which is made if there is none.
+    """Add one line to the file, which is made if there is none, in place of a last line that was cut off.
 
     Raises:
         TrainingError: It cannot be written.
     """
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(record).encode() + b"\n")
     except OSError as error:
         raise TrainingError(f"{path} cannot be written: {reason(error)}") from error

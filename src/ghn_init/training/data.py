@@ -152,9 +152,19 @@ def augment(pixels: Tensor, rng: torch.Generator, padding: int = 4) -> Tensor:
     return padded.index_select(0, places.flatten()).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def halve(x: Tensor) -> Tensor:
-    """Images of half the side by averages over 2 x 2 pixels."""
-    return F.avg_pool2d(x, 2).contiguous(memory_format=torch.channels_last)
+def sized(x: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) at the side that networks see: their own, or half of it by averages over 2 x 2."""
+    return x if x.shape[-1] == side else F.avg_pool2d(x, 2).contiguous(memory_format=torch.channels_last)
+
+
+def check_side(images: Images, side: int) -> None:
+    """See that networks can be shown these images at this side.
+
+    Raises:
+        TrainingError: It is neither their own nor half of it.
+    """
+    if side not in (images.size, images.size // 2):
+        raise TrainingError(f"image_size={side} and images of {images.size} pixels; expected that or half")
 
 
 # Reading

@@ -19,7 +19,7 @@ from ghn_init.deepnets import SPLITS as DEEPNETS_SPLITS
 from ghn_init.deepnets import DeepNets1M
 from ghn_init.training._engine import inject
 from ghn_init.training._layers import prepare
-from ghn_init.training.data import Images, Normalisation, halve
+from ghn_init.training.data import Images, Normalisation, check_side, sized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,10 +146,7 @@ class Measure:
         image_size: int | None = None,
     ) -> None:
         self.image_size = image_size or data.size
-        if self.image_size not in (data.size, data.size // 2):
-            raise TrainingError(
-                f"image_size={image_size} and images of {data.size} pixels; expected that or half"
-            )
+        check_side(data, self.image_size)
         if len(data.classes) != ghn.config.num_classes:
             raise TrainingError(f"{len(data.classes)} classes; the GHN predicts {ghn.config.num_classes}")
         if len(data) < 2 or (images is not None and images < 2):
@@ -173,8 +170,11 @@ class Measure:
                 x = self.normalise(self.data.pixels[index])
                 if noise:
                     x = x + noise / std * torch.randn(x.shape, generator=rng)
-                x = x if self.image_size == self.data.size else halve(x)
-                x = x.to(self.ghn.device, self.precision).contiguous(memory_format=torch.channels_last)
+                x = (
+                    sized(x, self.image_size)
+                    .to(self.ghn.device, self.precision)
+                    .contiguous(memory_format=torch.channels_last)
+                )
                 made.append((x, self.data.labels[index].to(self.ghn.device)))
             self._batches[noise] = made
         return self._batches[noise]

@@ -29,7 +29,7 @@ from ghn_init.training._run import RunOptions, State, Termination
 from ghn_init.training._scaled_init import init_for_training
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._validation import Validation
-from ghn_init.training.data import Images, Normalisation, augment, batch_indices, generator, halve
+from ghn_init.training.data import Images, Normalisation, augment, batch_indices, check_side, generator, sized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,10 +101,7 @@ class Trainer:
             raise TrainingError(
                 f"{len(classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
             )
-        if self.image_size not in (self.images.size, self.images.size // 2):
-            raise TrainingError(
-                f"image_size={self.image_size} and images of {self.images.size} pixels; expected that or half"
-            )
+        check_side(self.images, self.image_size)
         if config.soft_labels and self.images.soft is None:
             raise TrainingError(
                 f"soft_labels={config.soft_labels} and images without any; make them with `ghn-init teach` "
@@ -128,12 +125,8 @@ class Trainer:
             graphs = MetaBatches(config, self.image_size).graphs(config.scaled_init)
             init_for_training(ghn, graphs, seed=config.seed)
         few = self.images.pixels[:: max(len(self.images) // _WHITENED, 1)]
-        ghn.whiten(self._sized(self.normalise(few)))
+        ghn.whiten(sized(self.normalise(few), self.image_size))
         return ghn
-
-    def _sized(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) at the size that networks see."""
-        return x if self.image_size == self.images.size else halve(x)
 
     @property
     def image_size(self) -> int:
@@ -247,9 +240,9 @@ class Trainer:
         config, device = self.config, self.ranks.device
         batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
         rng = generator(config.seed, "augmentation", step)
-        x = self._sized(self.normalise(augment(batch.pixels, rng, config.crop_padding).to(device)))
+        x = self.normalise(augment(batch.pixels, rng, config.crop_padding).to(device))
         targets = batch.targets(config.soft_labels).to(device) if config.soft_labels else None
-        return x, batch.labels.to(device), targets
+        return sized(x, self.image_size), batch.labels.to(device), targets
 
     def _run_networks(
         self,
