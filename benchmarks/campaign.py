@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--fall", default="", help="of it, at a falling rate at the end; default: a third")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
-    from ghn_init.cli._training_options import seconds
+    from ghn_init.cli._values import seconds
 
     whole = seconds(given.time)
     campaign(given.data, given.run, whole, seconds(given.fall) if given.fall else whole / 3, given.processes)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from ghn_init.cli._training_options import training_config
+from ghn_init.cli._values import training_config
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer, hold_out, load_images
 from ghn_init.training._engine import Engine, prepare_process
 from ghn_init.training._meta_batches import MetaBatch, MetaBatches

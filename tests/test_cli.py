@@ -242,8 +242,11 @@ def test_wrong_usage_exits_2(run: Callable[..., Result], arguments: list[str], m
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["predict"], ["inspect"], ["convert"], ["train"], ["curve"], ["teach"], ["evaluate"], ["transfer"]],
-)
+    [
+        [], ["predict"], ["inspect"], ["convert"], ["train"], ["curve"], ["teach"], ["evaluate"],
+        ["transfer"], ["measure"], ["properties"], ["search"],
+    ],
+)  # fmt: skip
 def test_every_command_has_a_help_page(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -272,8 +275,8 @@ def test_help_is_in_whole_sentences(name: str, text: str) -> None:
 
 
 def test_flags_do_not_look_as_if_they_took_a_value() -> None:
-    for command in ("predict", "inspect", "train", "evaluate", "transfer"):
-        page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "160"}).stdout
+    for command in ([], ["predict"], ["inspect"], ["train"], ["evaluate"], ["transfer"], ["measure"]):
+        page = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "160"}).stdout
         assert "<int>" in page or "SPEC" in page or "DATA" in page
         assert "<bool>" not in page
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init.cli import app
-from ghn_init.cli._training_options import seconds
+from ghn_init.cli._values import seconds
 from ghn_init.training import Score, evaluate
 from ghn_init.training._pool import Job, measure_all
 from ghn_init.training._results import Results, table

@@ -1,8 +1,8 @@
 """The command `ghn-init`.
 
-`_group` dispatches and reports errors; `_options`, `_training_options` and `_search_options` declare what the
-commands take; `_commands`, `_convert`, `_training`, `_transfer` and `_search` are the commands; `_spec` finds
-the model, `_output` and `_bars` print and write. torch is loaded when a command runs, not for `--help`; so is
+`_group` dispatches and reports errors; `_commands`, `_convert`, `_training`, `_transfer` and `_search` are
+the commands, with what they share of options in `_options`, whose text `_values` reads; `_spec` finds the
+model, `_output` and `_bars` print and write. torch is loaded when a command runs, not for `--help`; so is
 `ghn_init.training`.
 """
 
@@ -42,7 +42,8 @@ def _print_version(wanted: bool) -> None:
 def _root(
     *,
     _version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
     _debug: Annotated[
         bool, typer.Option(DEBUG, help="Show the traceback of an error; this may stand anywhere.")

@@ -8,30 +8,43 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ghn_init._errors import ModelSpecError
-from ghn_init.cli import _options as opt
+from ghn_init.cli import _options as opt  # noqa: TC001 (typer reads the annotations)
+from ghn_init.cli._options import DEFAULT_WEIGHTS, option
 from ghn_init.cli._output import Steps, check_output, save, say, summary
+from ghn_init.cli._values import Request, check_size, make_request
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._writing.plan import Plan
-    from ghn_init.cli._report import Page
     from ghn_init.cli._spec import FoundModel
-
-DEFAULT_WEIGHTS = "ghn2-cifar10"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def predict(
     spec: opt.Spec,
     *,
     settings: opt.Settings = None,
-    output: opt.Output = None,
-    max_shard_size: opt.MaxShardSize = None,
+    output: Annotated[
+        Path | None,
+        option(
+            "-o --output FILE",
+            "Write the state dict to this file, which is replaced if it exists; by default NAME.safetensors "
+            "in the current folder. With --max-shard-size it is a folder, by default NAME, that is new or "
+            "empty.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        option(
+            "SIZE",
+            "Write a folder of files of at most this size, such as 5GB, tensor by tensor. A model that a "
+            "class or function builds then takes memory for its largest tensor only.",
+        ),
+    ] = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
     scale: opt.Scale = "auto",
@@ -42,13 +55,20 @@ def predict(
     seed: opt.Seed = 0,
     strict: opt.Strict = False,
     input_shape: opt.InputShape = None,
-    report: opt.Report = None,
+    report: Annotated[
+        Path | None,
+        option(
+            "FILE",
+            "Write a page (HTML) to this file: what to expect, each layer's scale before and after, the "
+            "graph and the plan.",
+        ),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Predict a model's weights and write them to NAME.safetensors (the default command)."""
     with Steps(total=6 + (report is not None)) as steps:
         with steps("starting"):
-            request = opt.make_request(
+            request = make_request(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
                 scale=scale, frozen=frozen,
@@ -59,7 +79,11 @@ def predict(
                 if report.resolve() == target.resolve():
                     raise typer.BadParameter(f"{report} is where -o writes to", param_hint="--report")
         found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
-        page = None if report is None else _page(plan, found)
+        page = None
+        if report is not None:
+            from ghn_init.cli._report import Page  # loads torch
+
+            page = Page(plan, str(found.origin))  # it has to see the values before they are written
         if max_shard_size is None:
             with steps("writing the weights"):
                 plan.apply()
@@ -81,7 +105,10 @@ def inspect(
     spec: opt.Spec,
     *,
     settings: opt.Settings = None,
-    draw: opt.Drawing = None,
+    draw: Annotated[
+        Path | None,
+        option("FILE", "Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz."),
+    ] = None,
     weights: opt.Weights = DEFAULT_WEIGHTS,
     head: opt.Head = "auto",
     scale: opt.Scale = "auto",
@@ -97,7 +124,7 @@ def inspect(
     """Show a model's graph and what would be predicted; write nothing but the drawing asked for."""
     with Steps(total=4 + (draw is not None)) as steps:
         with steps("starting"):
-            request = opt.make_request(
+            request = make_request(
                 spec, settings, weights, input_shape,
                 head=head, include=include, exclude=exclude, diversify=diversify, seed=seed, strict=strict,
                 scale=scale, frozen=frozen,
@@ -117,14 +144,7 @@ def inspect(
         say(f"drew {draw}")
 
 
-def _page(plan: Plan, found: FoundModel) -> Page:
-    """The page of `--report`, which has to see the values before they are written."""
-    from ghn_init.cli._report import Page  # loads torch
-
-    return Page(plan, str(found.origin))
-
-
-def _target(output: Path | None, request: opt.Request, max_shard_size: str | None) -> Path:
+def _target(output: Path | None, request: Request, max_shard_size: str | None) -> Path:
     """The file to write, or the folder if it is to be in shards.
 
     Raises:
@@ -132,7 +152,7 @@ def _target(output: Path | None, request: opt.Request, max_shard_size: str | Non
     """
     name = request.spec.name
     if max_shard_size is not None:
-        opt.check_size(max_shard_size)
+        check_size(max_shard_size)
         if str(output) == "-":
             raise typer.BadParameter("- is no folder", param_hint="-o")
         return output or Path(name)
@@ -140,12 +160,14 @@ def _target(output: Path | None, request: opt.Request, max_shard_size: str | Non
     if os.path.isdir(target):  # noqa: PTH112 (Path's own fails where a name is too long)
         hint = "give a file, or --max-shard-size to fill a folder"
         raise typer.BadParameter(f"{target} is a folder; {hint}", param_hint="-o")
+    from ghn_init._weights.directory import WEIGHTS_FILE
+
     weights = Path(request.weights)
     check_output(target, [Path(request.spec.source), weights, weights / WEIGHTS_FILE])
     return target
 
 
-def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tuple[FoundModel, Plan]:
+def _compile(request: Request, steps: Steps, *, on_meta: bool = False) -> tuple[FoundModel, Plan]:
     """Load the GHN, make the model, and compute everything that would be written."""
     with steps("loading"):
         import torch
@@ -166,7 +188,7 @@ def _compile(request: opt.Request, steps: Steps, *, on_meta: bool = False) -> tu
     return found, replace(plan, weights=request.weights)
 
 
-def _mostly_on_meta(request: opt.Request) -> FoundModel:
+def _mostly_on_meta(request: Request) -> FoundModel:
     """The model, its large tensors on the meta device; all of it in memory if it cannot be built so."""
     from ghn_init import large_on_meta
     from ghn_init.cli._spec import load_model

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from ghn_init.cli._options import PLACES, argument
 from ghn_init.cli._output import say
 
 if TYPE_CHECKING:
     from ghn_init._hypernetwork.config import GHNConfig
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="IN",
-        help="The hypernetwork: a published .pt file, a folder, a bundled name or "
-        "hf://ORG/REPO\\[/FILE.pt]\\[@REVISION].",
-    ),
-]
-Target = Annotated[
-    Path,
-    typer.Argument(
-        metavar="OUT",
-        file_okay=False,
-        help="The folder for model.safetensors and config.json, which is made if need be; these two files "
-        "are replaced.",
-    ),
-]
 
-
-def convert(source: Source, target: Target) -> None:
+def convert(
+    source: Annotated[str, argument("IN", f"The hypernetwork: a published .pt file, or {PLACES}.")],
+    target: Annotated[
+        Path,
+        argument(
+            "OUT",
+            "The folder for model.safetensors and config.json, which is made if need be; these two files are "
+            "replaced.",
+        ),
+    ],
+) -> None:
     """Write a hypernetwork, such as a published .pt file, as model.safetensors and config.json."""
     import ghn_init
     from ghn_init._weights.directory import save

@@ -19,20 +19,23 @@ DEFAULT_COMMAND = "predict"
 DEBUG = "--debug"
 
 
-class Command(TyperCommand):
-    """A command whose help does not say of a flag that it takes a value."""
+class _PlainFlags:
+    """Help that does not say of a flag that it takes a value: the `<bool>` that typer shows for them."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, flags without the `<bool>` that typer shows for them."""
-        return _plain_flags(super().get_params(ctx))
+        params = super().get_params(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
 
 
-class CommandGroup(TyperGroup):
+class Command(_PlainFlags, TyperCommand):
+    """A command."""
+
+
+class CommandGroup(_PlainFlags, TyperGroup):
     """A group in which `ghn-init SPEC` means `ghn-init predict SPEC`."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, flags without the `<bool>` that typer shows for them."""
-        return _plain_flags(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default command before the first argument that is neither command nor group option.
@@ -57,13 +60,6 @@ class CommandGroup(TyperGroup):
                 raise
             print(f"ghn-init: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
             sys.exit(1)
-
-
-def _plain_flags(params: list[Any]) -> list[Any]:
-    for param in params:
-        if getattr(param, "is_flag", False):
-            param.metavar = ""
-    return params
 
 
 def _one_line(error: GHNInitError | OSError) -> str:

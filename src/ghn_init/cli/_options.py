@@ -1,36 +1,39 @@
-"""Arguments and options that the commands share, and how their text becomes values."""
+"""How an argument or option is declared, and those that several commands share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from ghn_init._errors import ModelSpecError, PredictError
+DEFAULT_WEIGHTS: Final = "ghn2-cifar10"
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ghn_init.cli._spec import ModelSpec
+PLACES: Final = "a bundled name, a folder, a file or hf://ORG/REPO\\[/FILE.pt]\\[@REVISION]"
+"""Where a hypernetwork may be."""
 
 
 def option(usage: str, text: str, *, panel: str | None = None, least: int | None = None) -> Any:
     """An option of the command line, with names and metavar as in "-o --output FILE".
 
-    Without names they follow from the parameter's. `text` is its help, listed under the heading `panel`.
+    Without names they follow from the parameter's; names alone are those of a flag. `text` is its help,
+    listed under the heading `panel`. What only one command takes is declared there.
     """
     names = [word for word in usage.split() if word.startswith("-")]
     metavar = usage.split()[-1] if len(usage.split()) > len(names) else None
     return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, min=least)
 
 
+def argument(metavar: str, text: str) -> Any:
+    """An argument of the command line."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
 Spec = Annotated[
     str,
-    typer.Argument(
-        metavar="SPEC",
-        help="The model, as FILE.py, FILE.py:NAME or MODULE:NAME; NAME is an nn.Module instance, or a class "
+    argument(
+        "SPEC",
+        "The model, as FILE.py, FILE.py:NAME or MODULE:NAME; NAME is an nn.Module instance, or a class "
         "or function that makes one.",
     ),
 ]
@@ -42,42 +45,7 @@ Settings = Annotated[
         "Repeat the option for more.",
     ),
 ]
-Output = Annotated[
-    Path | None,
-    option(
-        "-o --output FILE",
-        "Write the state dict to this file, which is replaced if it exists; by default NAME.safetensors "
-        "in the current folder. With --max-shard-size it is a folder, by default NAME, that is new or empty.",
-    ),
-]
-MaxShardSize = Annotated[
-    str | None,
-    option(
-        "SIZE",
-        "Write a folder of files of at most this size, such as 5GB, tensor by tensor. A model that a "
-        "class or function builds then takes memory for its largest tensor only.",
-    ),
-]
-Drawing = Annotated[
-    Path | None,
-    option("--draw FILE", "Draw the graph as .dot, or as .svg, .pdf or .png, which need graphviz."),
-]
-Report = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Write a page (HTML) to this file: what to expect, each layer's scale before and after, the "
-        "graph and the plan.",
-    ),
-]
-Weights = Annotated[
-    str,
-    option(
-        "WEIGHTS",
-        "Predict with this hypernetwork: a bundled name, a file, a folder or "
-        "hf://ORG/REPO\\[/FILE.pt]\\[@REVISION].",
-    ),
-]
+Weights = Annotated[str, option("WEIGHTS", f"Use this hypernetwork: {PLACES}.")]
 Head = Annotated[
     Literal["auto", "predict", "keep"],
     option("", "Predict the classifier, keep it, or (auto) predict it if its width is known."),
@@ -86,10 +54,10 @@ Scale = Annotated[
     Literal["auto", "own", "predicted"],
     option(
         "",
-        "To train it (auto, the default): weights as predicted in classifiers of the kind that the "
-        "hypernetwork knows, at the layers' own scale in other networks, norms as they were. Own scale "
-        "everywhere (own), or everything as predicted, to use it untrained (predicted, and auto with "
-        "--head predict).",
+        "Prepare the network for training (auto): weights are as predicted in classifiers of the kind that "
+        "the hypernetwork knows, and at the layers' own scale in other networks; norms stay as they were. "
+        "Take own scale everywhere (own), or everything as predicted, for a network that is used untrained "
+        "(predicted, and auto with --head predict).",
     ),
 ]
 Frozen = Annotated[
@@ -119,66 +87,39 @@ InputShape = Annotated[
     ),
 ]
 Json = Annotated[bool, option("--json", "Print one JSON object on stdout.")]
+Data = Annotated[
+    Path,
+    argument(
+        "DATA",
+        "The images: a folder with one per class, an archive of that, torchvision's CIFAR, or an .npz.",
+    ),
+]
+BFloat16 = Annotated[
+    bool,
+    option(
+        "--bf16", "Run the networks in bfloat16: rounded, and faster only where the processor computes in it."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    option("N", "Measure in this many processes, one core each; the default is one per core.", least=1),
+]
 
+_CHOICE: Final = "Which architectures"
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What both commands hand on: the model, how to build it, the GHN, the other arguments of `plan`."""
-
-    spec: ModelSpec
-    settings: dict[str, Any]
-    weights: str
-    arguments: dict[str, Any]
-
-    @property
-    def seed(self) -> int:
-        """The seed, which also holds for the initialisation of what is kept."""
-        return self.arguments["seed"]
-
-
-def make_request(
-    spec: str, settings: Sequence[str] | None, weights: str, input_shape: str | None, **arguments: Any
-) -> Request:
-    """Parse the texts among the options.
-
-    Raises:
-        typer.BadParameter: Wrong usage (exit status 2).
-        ModelSpecError: The model's file is not there.
-    """
-    from ghn_init.cli._spec import check_file, parse_settings, parse_spec  # loads torch
-
-    try:
-        parsed, keywords = parse_spec(spec), parse_settings(settings or ())
-    except ModelSpecError as error:
-        raise typer.BadParameter(str(error)) from error
-    if parsed.is_file:
-        check_file(parsed.source)  # at once, not after all else has been loaded
-    return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
-
-
-def check_size(text: str) -> None:
-    """See that this is a size such as 5GB.
-
-    Raises:
-        typer.BadParameter: Anything else.
-    """
-    from ghn_init._writing.safetensors_writer import size_in_bytes  # loads torch
-
-    try:
-        size_in_bytes(text)
-    except PredictError as error:
-        raise typer.BadParameter(f"{text!r} is no size; write --max-shard-size 5GB") from error
-
-
-def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """`1,3,224,224` as a tuple of positive integers.
-
-    Raises:
-        typer.BadParameter: Anything else.
-    """
-    if text is None:
-        return None
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{text!r} is not a shape; write --input-shape 1,3,224,224")
-    return tuple(int(part) for part in parts)
+Split = Annotated[str, option("NAME", "Take architectures of this split of DeepNets-1M.", panel=_CHOICE)]
+Sample = Annotated[
+    int,
+    option("N", "Take the first N architectures of the split within the limits.", panel=_CHOICE, least=1),
+]
+MaxParams = Annotated[
+    float | None, option("MILLIONS", "Pass over architectures with more parameters.", panel=_CHOICE)
+]
+MaxActivations = Annotated[
+    float | None,
+    option(
+        "MILLIONS",
+        "Pass over architectures whose feature maps have more elements, roughly counted: slow ones.",
+        panel=_CHOICE,
+    ),
+]

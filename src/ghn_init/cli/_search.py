@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path  # noqa: TC003 (typer reads the annotations)
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from ghn_init.cli import _search_options as opt  # noqa: TC001 (typer reads the annotations)
-from ghn_init.cli import _training_options as training  # noqa: TC001
+from ghn_init.cli import _options as opt  # noqa: TC001
+from ghn_init.cli._options import DEFAULT_WEIGHTS, argument, option
 from ghn_init.cli._output import check_output, say
 
 if TYPE_CHECKING:
@@ -15,25 +16,75 @@ if TYPE_CHECKING:
 
     from ghn_init.search import Candidate, Measurement, Measurer, Recorder
 
+_TRAINING: Final = "How networks are trained and measured"
+
 
 def measure(
-    data: training.Data,
+    data: opt.Data,
     *,
-    output: opt.Measured,
+    output: Annotated[
+        Path,
+        option(
+            "--output -o MEASURED",
+            "Append a line for every architecture to this JSON-lines file; what it has is not measured "
+            "again.",
+        ),
+    ],
     split: opt.Split = "search",
     sample: opt.Sample = 100,
     max_params: opt.MaxParams = None,
     max_activations: opt.MaxActivations = None,
-    width: opt.Width = None,
-    weights: opt.Weights = "ghn2-cifar10",
-    steps: opt.Steps = 400,
-    batch_size: opt.BatchSize = 64,
-    lr: opt.LearningRate = 0.05,
-    target: opt.Target = 25.0,
-    images: opt.Count = 1000,
-    image_size: opt.ImageSize = None,
+    width: Annotated[
+        int | None,
+        option(
+            "C",
+            "Give the first cell this many channels; by default those of the split.",
+            panel="Which architectures",
+            least=8,
+        ),
+    ] = None,
+    weights: opt.Weights = DEFAULT_WEIGHTS,
+    steps: Annotated[
+        int, option("N", "Train every network for this many steps.", panel=_TRAINING, least=1)
+    ] = 400,
+    batch_size: Annotated[
+        int, option("N", "Train on this many images a step.", panel=_TRAINING, least=2)
+    ] = 64,
+    lr: Annotated[
+        float,
+        option(
+            "--lr RATE",
+            "Begin with this learning rate; it falls to zero along half a cosine.",
+            panel=_TRAINING,
+        ),
+    ] = 0.05,
+    target: Annotated[
+        float,
+        option(
+            "PERCENT",
+            "Count the steps until the training accuracy, as the mean over 20 steps, reaches this.",
+            panel=_TRAINING,
+        ),
+    ] = 25.0,
+    images: Annotated[
+        int,
+        option(
+            "--images N",
+            "Measure accuracies on N of the training images that are held out.",
+            panel=_TRAINING,
+            least=2,
+        ),
+    ] = 1000,
+    image_size: Annotated[
+        int | None,
+        option(
+            "PIXELS",
+            "Show networks images of this side: that of the data, which is the default, or half of it.",
+            panel=_TRAINING,
+        ),
+    ] = None,
     bf16: opt.BFloat16 = False,
-    workers: training.Workers = None,
+    workers: opt.Workers = None,
 ) -> None:
     """Measure architectures of a split: with predicted weights, trained for a while, and their speed."""
     check_output(output)
@@ -66,13 +117,13 @@ def _measure_all(
     measurer: Measurer, candidates: Sequence[Candidate], recorder: Recorder, workers: int | None
 ) -> None:
     """Measure these side by side and keep every one as it comes, with a progress bar."""
-    from ghn_init.cli._bars import EvaluationBar
+    from ghn_init.cli._bars import Bar
     from ghn_init.training._pool import cores, run_all
 
-    with EvaluationBar(len(candidates)) as bar:
+    with Bar(len(candidates)) as bar:
         for candidate, measurement in run_all(measurer, candidates, workers or cores()):
             recorder.add(measurement)
-            bar.network(f"{recorder.split} {candidate.index}", measurement.trained)
+            bar.advance(label=f"{recorder.split} {candidate.index}: {measurement.trained:.1f} %")
 
 
 def _means(measurements: Sequence[Measurement]) -> str:
@@ -84,12 +135,22 @@ def _means(measurements: Sequence[Measurement]) -> str:
 
 
 def properties(
-    measured: opt.MeasuredFile,
+    measured: Annotated[Path, argument("MEASURED", "The file of measurements that `measure` wrote.")],
     *,
-    output: opt.Regressors,
-    held_out: opt.HeldOut = None,
-    weights: opt.Weights = "ghn2-cifar10",
-    picture: opt.Picture = None,
+    output: Annotated[Path, option("--output -o FILE", "Write the regressors to this JSON file.")],
+    held_out: Annotated[
+        Path | None,
+        option(
+            "FILE",
+            "Test the regressors on these measurements of another split; by default on the last quarter of "
+            "MEASURED, to which they are then not fitted.",
+        ),
+    ] = None,
+    weights: opt.Weights = DEFAULT_WEIGHTS,
+    picture: Annotated[
+        Path | None,
+        option("FILE", "Draw predicted against measured properties to this .svg, .png or .pdf file."),
+    ] = None,
 ) -> None:
     """Fit regressors from embeddings to measured properties, and compare them with simple baselines."""
     inputs = [path for path in (measured, held_out) if path is not None]
@@ -111,25 +172,38 @@ def properties(
 
 
 def search(
-    data: training.Data,
-    regressors: opt.Properties,
+    data: opt.Data,
+    regressors: Annotated[Path, argument("PROPERTIES", "The file of regressors that `properties` wrote.")],
     *,
-    output: opt.Found,
-    by: opt.By = "accuracy",
+    output: Annotated[
+        Path,
+        option(
+            "--output -o FOUND",
+            "Append the measured architectures to this file, of the kind that `measure` writes.",
+        ),
+    ],
+    by: Annotated[
+        Literal["accuracy", "noise", "speed", "convergence"],
+        option(
+            "",
+            "Rank by this property: accuracy after training, the same under noise, images a second, or "
+            "steps to the target accuracy.",
+        ),
+    ] = "accuracy",
     split: opt.Split = "search",
     sample: opt.Sample = 10_000,
-    top: opt.Top = 10,
+    top: Annotated[int, option("N", "Measure and print the first N of the ranking.", least=1)] = 10,
     max_params: opt.MaxParams = None,
     max_activations: opt.MaxActivations = None,
-    weights: opt.Weights = "ghn2-cifar10",
-    workers: training.Workers = None,
+    weights: opt.Weights = DEFAULT_WEIGHTS,
+    workers: opt.Workers = None,
 ) -> None:
     """Rank many architectures by a predicted property, and measure the first of them."""
     check_output(output, [regressors])
     from itertools import islice
 
     from ghn_init import load
-    from ghn_init.cli._bars import CountBar
+    from ghn_init.cli._bars import Bar
     from ghn_init.search import Header, Measurer, Properties, Recorder, candidates, rank
     from ghn_init.search._tables import ranking_table
     from ghn_init.training import hold_out, load_images
@@ -147,7 +221,7 @@ def search(
     )  # fmt: skip
     known = set(fitted.indices) if split == fitted.split else set()
     chosen = list(islice((candidate for candidate in found if candidate.index not in known), sample))
-    with CountBar(len(chosen), "embedding") as bar:
+    with Bar(len(chosen), "embedding") as bar:
         ranked = rank(chosen, fitted, ghn, by, workers=workers or cores(), on_part=bar.advance)[:top]
     missing = [entry.candidate for entry in ranked if entry.candidate.index not in recorder.measurements]
     _measure_all(measurer, missing, recorder, workers)

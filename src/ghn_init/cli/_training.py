@@ -3,45 +3,98 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from ghn_init.cli import _training_options as opt
+from ghn_init.cli import _options as opt  # noqa: TC001 (typer reads the annotations)
+from ghn_init.cli._options import PLACES, argument, option
 from ghn_init.cli._output import check_output
+from ghn_init.cli._values import seconds, training_config
 
 if TYPE_CHECKING:
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._run import RunOptions
     from ghn_init.training.trainer import Trainer
 
+_RUN: Final = "Length of the run"
+_MODEL: Final = "What is trained, and how"
+_KEEPING: Final = "Keeping and watching the run"
+
 
 def train(
     data: opt.Data,
     *,
-    output: opt.Output = Path("runs/ghn2"),
-    config: opt.Config = None,
-    start: opt.Start = None,
-    steps: opt.Steps = None,
-    duration: opt.Duration = None,
-    settings: opt.Settings = None,
-    soft_labels: opt.SoftLabels = None,
-    time_limit: opt.TimeLimit = None,
-    save_every: opt.SaveEvery = "60s",
-    validate_every: opt.ValidateEvery = "5m",
-    validation_networks: opt.ValidationNetworks = 12,
-    validation_images: opt.ValidationImages = 320,
-    tensorboard: opt.TensorBoard = False,
+    output: Annotated[
+        Path, option("--output -o FOLDER", "Keep checkpoint, log and weights in this folder.")
+    ] = Path("runs/ghn2"),
+    config: Annotated[
+        Path | None,
+        option("FILE", "Read fields of TrainConfig from this JSON file; other options go before it."),
+    ] = None,
+    start: Annotated[
+        str | None, option("--from WEIGHTS", "Start from these weights: a bundled name, a folder or a file.")
+    ] = None,
+    steps: Annotated[int | None, option("N", "Train for this many steps.", panel=_RUN)] = None,
+    duration: Annotated[
+        str | None,
+        option("TIME", "Train for this long, all parts of the run together: 90s, 30m or 2h.", panel=_RUN),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        option(
+            "--set KEY=VALUE",
+            "Set a field of TrainConfig, such as lr=3e-4, or of GHNConfig, such as ghn.hid=64. "
+            "Repeat the option for more.",
+            panel=_MODEL,
+        ),
+    ] = None,
+    soft_labels: Annotated[
+        Path | None,
+        option(
+            "FILE",
+            "Read the soft labels that `teach` wrote; --set soft_labels=SHARE says how much they count.",
+            panel=_MODEL,
+        ),
+    ] = None,
+    time_limit: Annotated[
+        str | None, option("TIME", "Stop cleanly after this long; the same command goes on.", panel=_KEEPING)
+    ] = None,
+    save_every: Annotated[
+        str, option("TIME", "Write a checkpoint whenever this long has passed.", panel=_KEEPING)
+    ] = "60s",
+    validate_every: Annotated[
+        str,
+        option(
+            "TIME",
+            "Validate quickly whenever this long has passed; 0s leaves only the validation at the end.",
+            panel=_KEEPING,
+        ),
+    ] = "5m",
+    validation_networks: Annotated[
+        int, option("N", "Validate quickly on this many held-out architectures.", panel=_KEEPING, least=1)
+    ] = 12,
+    validation_images: Annotated[
+        int, option("N", "Validate quickly on this many held-out images.", panel=_KEEPING, least=2)
+    ] = 320,
+    tensorboard: Annotated[
+        bool,
+        option(
+            "--tensorboard",
+            "Write the log for TensorBoard, too, into the folder `tensorboard/`.",
+            panel=_KEEPING,
+        ),
+    ] = False,
 ) -> None:
     """Train a graph hypernetwork; run the same command again to take up where it stopped."""
     from ghn_init.training._run import RunOptions
 
-    wanted = opt.training_config(config, settings, steps, duration)
+    wanted = training_config(config, settings, steps, duration)
     options = RunOptions(
         output=output,
-        time_limit=None if time_limit is None else opt.seconds(time_limit),
-        save_every=opt.seconds(save_every),
-        validate_every=opt.seconds(validate_every),
+        time_limit=None if time_limit is None else seconds(time_limit),
+        save_every=seconds(save_every),
+        validate_every=seconds(validate_every),
         validation_networks=validation_networks,
         validation_images=validation_images,
         tensorboard=tensorboard,
@@ -70,10 +123,10 @@ def _trainer(
 
 def _run(trainer: Trainer) -> None:
     """Train with a progress bar, and say how it ended."""
-    from ghn_init.cli._bars import TrainingBar
+    from ghn_init.cli._bars import Bar
 
-    with TrainingBar(shown=trainer.ranks.first) as bar:
-        finished = trainer.run(bar.step)
+    with Bar(1.0, shown=trainer.ranks.first) as bar:
+        finished = trainer.run(bar.training_step)
     if trainer.ranks.first:
         output, state = trainer.options.output, trainer.state
         how, where = ("done", output / "ghn") if finished else ("stopped; run again to go on", output)
@@ -81,7 +134,17 @@ def _run(trainer: Trainer) -> None:
         typer.echo(f"{how}: {figures}, {where}", err=True)
 
 
-def curve(run: opt.Run, *, output: opt.Picture = None) -> None:
+def curve(
+    run: Annotated[Path, argument("RUN", "The output folder of `train`; the run may still be going on.")],
+    *,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output -o FILE",
+            "Draw to this .svg, .png or .pdf file; the default is curve.svg in the folder of the run.",
+        ),
+    ] = None,
+) -> None:
     """Draw the learning curve of a training run: loss and accuracies over time, from its log."""
     if output is not None:
         check_output(output, [run / "log.jsonl"])
@@ -93,20 +156,26 @@ def curve(run: opt.Run, *, output: opt.Picture = None) -> None:
 def teach(
     data: opt.Data,
     *,
-    output: opt.Labels,
-    epochs: opt.Epochs = 8.0,
-    seed: opt.TeacherSeed = 0,
-    width: opt.TeacherWidth = 32,
+    output: Annotated[Path, option("--output -o FILE", "Write the soft labels to this .npz file.")],
+    epochs: Annotated[float, option("N", "Train the classifier for this many passes over the images.")] = 8.0,
+    seed: Annotated[
+        int, option("N", "Seed the classifier's weights, and the images' order and augmentation.")
+    ] = 0,
+    width: Annotated[int, option("N", "Give the classifier's first stage this many channels.", least=1)] = 32,
 ) -> None:
     """Train a small classifier and write its soft labels of the training images."""
     check_output(output)
-    from ghn_init.cli._bars import TeacherBar
+    from ghn_init.cli._bars import Bar
     from ghn_init.training.data import Normalisation, hold_out, load_images
     from ghn_init.training.teacher import accuracy, save_soft_labels, soft_labels, train_teacher
 
     images, validation = hold_out(load_images(data, "train"))
-    with TeacherBar() as bar:
-        teacher = train_teacher(images, epochs=epochs, seed=seed, width=width, on_step=bar.step)
+    with Bar(1.0) as bar:
+
+        def on_step(done: float, loss: float) -> None:
+            bar.reach(done, {"loss": loss})
+
+        teacher = train_teacher(images, epochs=epochs, seed=seed, width=width, on_step=on_step)
     normalise = Normalisation.of(images)
     save_soft_labels(output, soft_labels(teacher, images, normalise), images)
     percent = accuracy(soft_labels(teacher, validation, normalise), validation)
@@ -114,14 +183,41 @@ def teach(
 
 
 def evaluate(
-    weights: opt.Weights,
+    weights: Annotated[
+        str,
+        argument("WEIGHTS", f"The hypernetwork: {PLACES}."),
+    ],
     *,
-    data: opt.TestData,
-    split: opt.Split = None,
-    sample: opt.Sample = None,
-    images: opt.Count = None,
-    noise: opt.Noise = False,
-    output: opt.Scores = None,
+    data: Annotated[
+        Path, option("--data DATA", "Measure on the test split of these images, given as for `train`.")
+    ],
+    split: Annotated[
+        list[str] | None,
+        option(
+            "--split NAME",
+            "Measure this split: test, wide, deep, dense, bnfree, resnet50 or vit. Repeat the option for "
+            "more; the default is all of them.",
+        ),
+    ] = None,
+    sample: Annotated[
+        int | None, option("N", "Measure only the first N architectures of a split.", least=1)
+    ] = None,
+    images: Annotated[
+        int | None, option("--images N", "Measure on N of the test images only.", least=2)
+    ] = None,
+    noise: Annotated[
+        bool,
+        option(
+            "--noise", "Measure a second time under Gaussian noise of deviation 0.08, pixels being 0 to 1."
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output -o FILE",
+            "Write the scores to this JSON file after every network; what it has is not measured again.",
+        ),
+    ] = None,
     bf16: opt.BFloat16 = False,
     workers: opt.Workers = None,
 ) -> None:
@@ -131,7 +227,7 @@ def evaluate(
     import torch
 
     from ghn_init import load
-    from ghn_init.cli._bars import EvaluationBar
+    from ghn_init.cli._bars import Bar
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import Job, cores, measure_all
     from ghn_init.training._results import Results, table
@@ -150,8 +246,8 @@ def evaluate(
         Job(net, level) for name in split or SPLITS for level in levels for net in Network.of(name, sample)
     ]
     missing = [job for job in jobs if job not in results]
-    with EvaluationBar(len(missing)) as bar:
+    with Bar(len(missing)) as bar:
         for job, accuracy in measure_all(measure, missing, workers or cores()):
             results.add(job, accuracy)
-            bar.network(f"{job.network.split} {job.network.index}", accuracy)
+            bar.advance(label=f"{job.network.split} {job.network.index}: {accuracy:.1f} %")
     typer.echo(table(results.scores()))

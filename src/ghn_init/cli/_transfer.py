@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path  # noqa: TC003 (typer reads the annotations)
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from ghn_init._errors import ModelSpecError
-from ghn_init.cli import _options as opt  # noqa: TC001 (typer reads the annotations)
-from ghn_init.cli._commands import DEFAULT_WEIGHTS
+from ghn_init.cli import _options as opt  # noqa: TC001 (as above)
+from ghn_init.cli._options import DEFAULT_WEIGHTS, option
 from ghn_init.cli._output import check_output
-from ghn_init.cli._training_options import Data  # noqa: TC001 (as above)
+from ghn_init.cli._values import parse_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,138 +24,97 @@ if TYPE_CHECKING:
     from ghn_init.cli._spec import ModelSpec
     from ghn_init.training._transfer import LowShot
 
-_LENGTH, _MEASURING = "How networks are trained", "What is compared, and measured"
-
-Network = Annotated[
-    str,
-    typer.Option(
-        metavar="SPEC",
-        help="Train this classifier: FILE.py, FILE.py:NAME or MODULE:NAME, as for `predict`. It needs an "
-        "output for every class.",
-    ),
-]
-Shots = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--shots",
-        metavar="N",
-        min=1,
-        rich_help_panel=_MEASURING,
-        help="Train on N images of each class. Repeat the option for more, or give several numbers; the "
-        "default is 10 100.",
-    ),
-]
-MoreShots = Annotated[
-    list[int] | None, typer.Argument(metavar="[N]...", hidden=True, help="Give --shots several numbers.")
-]
-Starts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--start",
-        metavar="NAME",
-        rich_help_panel=_MEASURING,
-        help="Compare this start with the network's own initialisation: predicted, the same with the "
-        "--diversify of that name (noise, orthogonal), or the whole prediction (whole), as of --scale "
-        "predicted. Repeat the option for more; the default is all but whole.",
-    ),
-]
-Seeds = Annotated[
-    int, typer.Option(metavar="N", min=1, rich_help_panel=_MEASURING, help="Train with this many seeds.")
-]
-TestImages = Annotated[
-    int,
-    typer.Option(
-        "--images",
-        metavar="N",
-        min=0,
-        rich_help_panel=_MEASURING,
-        help="Measure on this many of the test images; 0 stands for all.",
-    ),
-]
-Validation = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        min=1,
-        rich_help_panel=_MEASURING,
-        help="Choose the learning rate on this many training images, held out, but at most a fifth of them.",
-    ),
-]
-Steps = Annotated[
-    int, typer.Option(metavar="N", min=1, rich_help_panel=_LENGTH, help="Train for this many steps.")
-]
-Batch = Annotated[
-    int, typer.Option(metavar="N", min=2, rich_help_panel=_LENGTH, help="Take this many images a step.")
-]
-Optimizer = Annotated[
-    Literal["sgd", "adamw"],
-    typer.Option(rich_help_panel=_LENGTH, help="Train with SGD with momentum, or with AdamW."),
-]
-Rates = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--rate",
-        metavar="RATE",
-        rich_help_panel=_LENGTH,
-        help="Try this learning rate. Repeat the option for more; the default is 0.01, 0.03 and 0.1, for "
-        "AdamW 3e-4, 1e-3 and 3e-3.",
-    ),
-]
-Plain = Annotated[
-    bool,
-    typer.Option(
-        "--no-augmentation", rich_help_panel=_LENGTH, help="Neither crop nor mirror the training images."
-    ),
-]
-Trainings = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Add every training to this file of JSON lines; what it has is not trained again.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of a table.")]
+_LENGTH: Final = "How networks are trained"
+_MEASURING: Final = "What is compared, and measured"
 
 
 def transfer(
-    data: Data,
-    more_shots: MoreShots = None,
+    data: opt.Data,
+    more_shots: Annotated[
+        list[int] | None, typer.Argument(metavar="[N]...", hidden=True, help="Give --shots several numbers.")
+    ] = None,
     *,
-    network: Network,
+    network: Annotated[
+        str,
+        option(
+            "SPEC",
+            "Train this classifier: FILE.py, FILE.py:NAME or MODULE:NAME, as for `predict`. It needs an "
+            "output for every class.",
+        ),
+    ],
     settings: opt.Settings = None,
-    shots: Shots = None,
-    start: Starts = None,
-    seeds: Seeds = 5,
-    images: TestImages = 1000,
-    validation: Validation = 500,
-    steps: Steps = 100,
-    batch: Batch = 32,
-    optimizer: Optimizer = "sgd",
-    rate: Rates = None,
-    no_augmentation: Plain = False,
+    shots: Annotated[
+        list[int] | None,
+        option(
+            "N",
+            "Train on N images of each class. Repeat the option for more, or give several numbers; the "
+            "default is 10 100.",
+            panel=_MEASURING,
+            least=1,
+        ),
+    ] = None,
+    start: Annotated[
+        list[str] | None,
+        option(
+            "NAME",
+            "Compare this start with the network's own initialisation: predicted, the same with the "
+            "--diversify of that name (noise, orthogonal), or the whole prediction (whole), as of --scale "
+            "predicted. Repeat the option for more; the default is all but whole.",
+            panel=_MEASURING,
+        ),
+    ] = None,
+    seeds: Annotated[int, option("N", "Train with this many seeds.", panel=_MEASURING, least=1)] = 5,
+    images: Annotated[
+        int,
+        option("N", "Measure on this many of the test images; 0 stands for all.", panel=_MEASURING, least=0),
+    ] = 1000,
+    validation: Annotated[
+        int,
+        option(
+            "N",
+            "Choose the learning rate on this many training images, held out, but at most a fifth of them.",
+            panel=_MEASURING,
+            least=1,
+        ),
+    ] = 500,
+    steps: Annotated[int, option("N", "Train for this many steps.", panel=_LENGTH, least=1)] = 100,
+    batch: Annotated[int, option("N", "Take this many images a step.", panel=_LENGTH, least=2)] = 32,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], option("", "Train with SGD with momentum, or with AdamW.", panel=_LENGTH)
+    ] = "sgd",
+    rate: Annotated[
+        list[float] | None,
+        option(
+            "RATE",
+            "Try this learning rate. Repeat the option for more; the default is 0.01, 0.03 and 0.1, for "
+            "AdamW 3e-4, 1e-3 and 3e-3.",
+            panel=_LENGTH,
+        ),
+    ] = None,
+    no_augmentation: Annotated[
+        bool, option("--no-augmentation", "Neither crop nor mirror the training images.", panel=_LENGTH)
+    ] = False,
     weights: opt.Weights = DEFAULT_WEIGHTS,
-    output: Trainings = None,
-    as_json: Json = False,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output -o FILE",
+            "Add every training to this file of JSON lines; what it has is not trained again.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, option("--json", "Print a JSON object a line instead of a table.")] = False,
 ) -> None:
     """Compare what a network learns from few images, from its own initialisation and from predictions."""
     if output is not None:
         check_output(output)
     if more_shots and (not shots or min(more_shots) < 1):
         raise typer.BadParameter(f"{more_shots[0]} stands alone; write --shots {more_shots[0]}")
-    from ghn_init.cli._bars import EvaluationBar
-    from ghn_init.cli._spec import check_file, parse_settings, parse_spec
+    from ghn_init.cli._bars import Bar
     from ghn_init.training._transfer import Training, TransferConfig
     from ghn_init.training._transfer import transfer as compare
     from ghn_init.training.data import load_images
 
-    try:
-        spec, keywords = parse_spec(network), parse_settings(settings or ())
-    except ModelSpecError as error:
-        raise typer.BadParameter(str(error)) from error
-    if spec.is_file:
-        check_file(spec.source)
+    spec, keywords = parse_model(network, settings)
     config = TransferConfig(
         shots=(*(shots or (10, 100)), *(more_shots or ())),
         starts=tuple(start or ("predicted", "noise", "orthogonal")),
@@ -169,20 +127,18 @@ def transfer(
         validation=validation,
         images=images,
     )
-    with EvaluationBar(config.trainings) as bar:
+    name = str(spec) + "".join(f" {key}={value!r}" for key, value in sorted(keywords.items()))
+    with Bar(config.trainings) as bar:
 
         def on_training(training: Training) -> None:
-            bar.network(f"{training.setting.start} {training.setting.shots}", training.test)
+            setting = training.setting
+            bar.advance(label=f"{setting.start} {setting.shots}: {training.test:.1f} %")
 
         rows = compare(
             _builder(spec, keywords), load_images(data, "train"), load_images(data, "test"), config,
-            weights=weights, name=_called(spec, keywords), file=output, on_training=on_training,
+            weights=weights, name=name, file=output, on_training=on_training,
         )  # fmt: skip
     _show(rows, as_json=as_json)
-
-
-def _called(spec: ModelSpec, settings: Mapping[str, Any]) -> str:
-    return str(spec) + "".join(f" {key}={value!r}" for key, value in sorted(settings.items()))
 
 
 def _builder(spec: ModelSpec, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:

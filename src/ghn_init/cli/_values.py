@@ -1,0 +1,152 @@
+"""How the text of arguments and options becomes values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ghn_init._errors import ModelSpecError, PredictError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ghn_init.cli._spec import ModelSpec
+    from ghn_init.training._config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What both commands hand on: the model, how to build it, the GHN, the other arguments of `plan`."""
+
+    spec: ModelSpec
+    settings: dict[str, Any]
+    weights: str
+    arguments: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The seed, which also holds for the initialisation of what is kept."""
+        return self.arguments["seed"]
+
+
+def make_request(
+    spec: str, settings: Sequence[str] | None, weights: str, input_shape: str | None, **arguments: Any
+) -> Request:
+    """Parse the texts among the options.
+
+    Raises:
+        typer.BadParameter: Wrong usage (exit status 2).
+        ModelSpecError: The model's file is not there.
+    """
+    parsed, keywords = parse_model(spec, settings)
+    return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
+
+
+def parse_model(spec: str, settings: Sequence[str] | None) -> tuple[ModelSpec, dict[str, Any]]:
+    """What SPEC and the `--set KEY=VALUE` say.
+
+    Raises:
+        typer.BadParameter: Wrong usage (exit status 2).
+        ModelSpecError: The model's file is not there.
+    """
+    from ghn_init.cli._spec import check_file, parse_settings, parse_spec  # loads torch
+
+    try:
+        parsed, keywords = parse_spec(spec), parse_settings(settings or ())
+    except ModelSpecError as error:
+        raise typer.BadParameter(str(error)) from error
+    if parsed.is_file:
+        check_file(parsed.source)  # at once, not after all else has been loaded
+    return parsed, keywords
+
+
+def check_size(text: str) -> None:
+    """See that this is a size such as 5GB.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    from ghn_init._writing.safetensors_writer import size_in_bytes  # loads torch
+
+    try:
+        size_in_bytes(text)
+    except PredictError as error:
+        raise typer.BadParameter(f"{text!r} is no size; write --max-shard-size 5GB") from error
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`1,3,224,224` as a tuple of positive integers.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a shape; write --input-shape 1,3,224,224")
+    return tuple(int(part) for part in parts)
+
+
+def seconds(text: str) -> float:
+    """A length of time as 90, 90s, 30m or 2h, in seconds.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        return float(number) * unit
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; expected a length of time such as 90s, 30m or 2h") from None
+
+
+def training_config(
+    file: Path | None, settings: Sequence[str] | None, steps: int | None, duration: str | None
+) -> TrainConfig:
+    """The configuration in `file`, overridden by settings KEY=VALUE and the run's length.
+
+    Values are JSON, or else strings; `ghn.KEY` is a field of the GHN's configuration.
+
+    Raises:
+        typer.BadParameter: A setting without "=", a file that is no JSON object.
+        ConfigError: Unknown keys, impossible values.
+    """
+    from ghn_init.training._config import TrainConfig
+
+    values = _read_json(file) if file else {}
+    for setting in settings or ():
+        key, sign, text = setting.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"{setting!r}; expected KEY=VALUE")
+        owner = values.setdefault("ghn", {}) if key.startswith("ghn.") else values
+        if not isinstance(owner, dict):
+            raise typer.BadParameter(f"{setting!r} and ghn={owner!r}; expected only one of them")
+        owner[key.removeprefix("ghn.")] = _value(text)
+    if steps is not None:
+        values["steps"] = steps
+    if duration is not None:
+        values["duration"] = seconds(duration)
+    return TrainConfig.from_dict(values)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{file}: expected a JSON object with fields of TrainConfig")
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
