@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ghn_init.training import trainer as trainer_module
 from ghn_init.training._engine import KERNELS, Engine, Result, fast_precision, inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
-from ghn_init.training._meta_batches import MetaBatches, Prefetcher
+from ghn_init.training._meta_batches import MetaBatches, ahead
 from ghn_init.training._ranks import Ranks, local_device
 from ghn_init.training._schedule import learning_rate
 from training_runs import figures, random_images, tiny_config, tiny_trainer
@@ -241,9 +241,20 @@ def test_networks_obey_the_filters() -> None:
     assert all(task.architecture.supports(16) for task in tasks)
 
 
-def test_filters_that_leave_nothing_are_an_error() -> None:
-    with pytest.raises(TrainingError, match=r"max_params=0\.001 .* expected wider limits"):
-        next(iter(MetaBatches(tiny_config(max_params=0.001, meta_batch=1), 16)))
+def test_meta_batches_made_ahead_are_the_same() -> None:
+    made = (ahead(iter(MetaBatches(tiny_config(), 16)), count) for count in (0, 1, 3))
+    plain, *others = ([batch.tasks for batch in itertools.islice(batches, 4)] for batches in made)
+    assert others == [plain, plain]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_filters_that_leave_nothing_are_an_error(prefetch: int) -> None:
+    made = iter(MetaBatches(tiny_config(max_params=0.001, meta_batch=1), 16))
+    with (
+        closing(ahead(made, prefetch)) as batches,
+        pytest.raises(TrainingError, match=r"max_params=0\.001 .* expected wider limits"),
+    ):
+        next(batches)
 
 
 # Runs
@@ -365,25 +376,6 @@ def test_a_meta_batch_has_to_be_shared_evenly(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
     with pytest.raises(TrainingError, match="meta_batch=2 networks cannot be shared evenly by 3"):
         tiny_trainer(tmp_path)
-
-
-def test_a_dead_preparing_process_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
-    def kill(record: Any) -> None:
-        for producer in multiprocessing.active_children():
-            producer.kill()
-
-    trainer = tiny_trainer(tmp_path, tiny_config(prefetch=1, steps=20))
-    with pytest.raises(TrainingError, match="prepares networks died"):
-        trainer.run(kill)
-    assert 1 <= tiny_trainer(tmp_path, tiny_config(steps=20)).state.step < 20
-
-
-def test_what_goes_wrong_while_preparing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        Prefetcher(tiny_config(prefetch=1, max_params=0.001, meta_batch=1), 16) as prefetcher,
-        pytest.raises(TrainingError, match=r"preparing networks failed: .*expected wider limits"),
-    ):
-        next(iter(prefetcher))
 
 
 def poison(trainer: Any, bad: Callable[[int, int], bool], gradient: float = 1.0) -> None:

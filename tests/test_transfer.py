@@ -17,7 +17,7 @@ from ghn_init import ConfigError, TrainingError
 from ghn_init.cli import app
 from ghn_init.training import Images, LowShot, TransferConfig, transfer
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training._transfer import Training, interval
+from ghn_init.training._transfer import Training, _Bench, interval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_comparison_goes_on_from_its_file_and_a_changed_one_does_not(
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ghn_init.training._transfer._Bench._train", trained)
+        patch.setattr(_Bench, "_train", trained)
         assert compared(ghn_dir, file=file)[0] == rows
         with pytest.raises(AssertionError, match="trained again"):
             compared(ghn_dir, file=file, build=lambda: nn.Sequential(Net()))

@@ -66,7 +66,7 @@ class TrainConfig:
         curriculum: Over this many first architectures the largest size allowed grows from
             `curriculum_nodes` to no limit; 0: no curriculum.
         curriculum_nodes: Nodes of the largest network that a curriculum begins with.
-        prefetch: Meta-batches that a second process prepares ahead; 0: in the training process.
+        prefetch: Meta-batches that a second thread prepares ahead; 0: none.
 
     Raises:
         ConfigError: A value that no run can have.

@@ -7,14 +7,10 @@ networks that pass the filters; where it ends in the sequence is all that a chec
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import pickle
-import queue
-import signal
-import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,14 +20,14 @@ from ghn_init.deepnets import Architecture, DeepNets1M, Stream, training_width
 from ghn_init.training._ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
+    from collections.abc import Generator, Iterator
 
     from torch import nn
 
     from ghn_init._graph.graph import Graph
     from ghn_init.training._config import TrainConfig
+
+T = TypeVar("T")
 
 _WIDTHS = 1_000
 """The family of random streams that draws widths; the splits use small numbers."""
@@ -168,78 +164,19 @@ class MetaBatches:
         return self.config.curriculum_nodes * _GROWTH ** (index / self.config.curriculum)
 
 
-class Prefetcher:
-    """Makes `MetaBatches` in a second process, `config.prefetch` meta-batches ahead; or in this one.
+def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
+    """The same items in the same order, `count` of them made ahead in a thread, or none.
 
-    A context manager and an iterator. Order and content do not depend on the process.
+    To be closed at the end, which ends the thread. An exception is raised where its item would have come.
     """
-
-    def __init__(
-        self, config: TrainConfig, image_size: int, start: int = 0, ranks: Ranks | None = None
-    ) -> None:
-        self._batches = MetaBatches(config, image_size, start, ranks)
-        self._ahead = config.prefetch
-        self._process: BaseProcess | None = None
-
-    def __enter__(self) -> Prefetcher:
-        if self._ahead:
-            context = multiprocessing.get_context("spawn")
-            self._receiver, sender = context.Pipe(duplex=False)
-            arguments = (self._batches, sender, self._ahead)
-            self._process = context.Process(target=_produce, args=arguments, daemon=True)
-            self._process.start()
-            sender.close()  # so that the other process holds the only one, and its end ends the pipe
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._receiver.close()
-
-    def __iter__(self) -> Iterator[MetaBatch]:
-        if self._process is None:
-            yield from self._batches
+    if not count:
+        yield from items
+        return
+    executor = ThreadPoolExecutor(1)
+    try:
+        coming = deque(executor.submit(next, items) for _ in range(count))
         while True:
-            yield self._next()
-
-    def _next(self) -> MetaBatch:
-        try:
-            item = pickle.loads(self._receiver.recv_bytes())
-        except (EOFError, OSError):  # it ended between messages or within one
-            raise TrainingError(
-                "the process that prepares networks died, perhaps for want of memory; "
-                "start the same command again to go on from the checkpoint"
-            ) from None
-        if isinstance(item, BaseException):
-            raise TrainingError(f"preparing networks failed: {item}") from item
-        return item
-
-
-def _produce(batches: MetaBatches, sender: Connection, ahead: int) -> None:
-    """The second process: sends meta-batches, or the exception that ended it.
-
-    Signals to the whole group of processes are for the training process, which ends this one.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    ready: queue.Queue[bytes | None] = queue.Queue(ahead)
-    thread = threading.Thread(target=_send, args=(ready, sender), daemon=True)
-    thread.start()
-    try:
-        for batch in batches:
-            ready.put(pickle.dumps(batch))
-    except Exception as error:  # noqa: BLE001 (handed over and raised in the training process)
-        ready.put(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))
-    ready.put(None)
-    thread.join()
-
-
-def _send(ready: queue.Queue[bytes | None], sender: Connection) -> None:
-    try:
-        # As bytes: tensors through a multiprocessing queue would each take a file descriptor.
-        while (data := ready.get()) is not None:
-            sender.send_bytes(data)
-    except OSError:
-        os._exit(1)  # the training process was killed: do not outlive it
+            coming.append(executor.submit(next, items))
+            yield coming.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)

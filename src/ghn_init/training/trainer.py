@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ghn_init.training._config import TrainConfig
 from ghn_init.training._curve import draw_curve
 from ghn_init.training._engine import Engine, Result, fast_precision
 from ghn_init.training._log import Log, Record, summary_writer
-from ghn_init.training._meta_batches import MetaBatch, MetaBatches, Prefetcher
+from ghn_init.training._meta_batches import MetaBatch, MetaBatches, ahead
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._run import RunOptions, State, Termination
@@ -155,8 +156,8 @@ class Trainer:
             curve is drawn. False if it waits to be resumed.
 
         Raises:
-            TrainingError: Many steps in a row without a finite loss; the process that prepares networks or
-                another rank died. A checkpoint is written before.
+            TrainingError: Many steps in a row without a finite loss; another rank died. A checkpoint is
+                written before.
         """
         (step,) = self.ranks.agree([self.state.step])
         if step != self.state.step:
@@ -185,9 +186,9 @@ class Trainer:
         saved = validated = started
         folder = options.output if first else None
         log = Log(folder, options.log_every, resume_at=state.step, tensorboard=options.tensorboard)
-        prefetcher = Prefetcher(self.config, self.image_size, state.position, self.ranks)
-        with log, prefetcher, Termination() as termination:
-            batches, stop = iter(prefetcher), False
+        made = iter(MetaBatches(self.config, self.image_size, state.position, self.ranks))
+        with log, closing(ahead(made, self.config.prefetch)) as batches, Termination() as termination:
+            stop = False
             while self.done < 1 and not stop:
                 record = self.step(next(batches))
                 # All processes go by the first one's clock, or they would not stop at the same step.
@@ -349,7 +350,7 @@ class Trainer:
 
     def _take_up(self, saved: Checkpoint, path: Path) -> None:
         theirs = TrainConfig.from_dict(saved.state["config"])
-        # A second process changes when the work is done, not what is done.
+        # A second thread changes when the work is done, not what is done.
         alike = replace(self.config, prefetch=theirs.prefetch)
         if alike != theirs:
             mine = alike.to_dict()
