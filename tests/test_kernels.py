@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 import ghn_init
 from ghn_init._tracing.kernels import Memo, like
+from ghn_init._tracing.outputs import OUTPUTS
+from ghn_init._tracing.outputs.call import Call
+from ghn_init._tracing.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,7 +164,12 @@ def test_products_with_experts_have_a_shape_in_every_dtype(shape: tuple[int, ...
         raise RuntimeError("Expected mat_a to be BFloat16 or supported Float16 matrix, got torch.float32.")
 
     x, weight = torch.empty(shape, device="meta"), torch.empty(2, 4, 5, device="meta")
-    product = Memo().run(refuses, "_grouped_mm", (x, weight), {"offs": torch.empty(2, device="meta")})
+
+    def product_of(*operands: Tensor) -> Tensor:
+        offsets = {"offs": torch.empty(2, device="meta")}
+        return OUTPUTS["_grouped_mm"](Call(refuses, "_grouped_mm", operands, offsets, Recorder({}, {}), True))
+
+    product = product_of(x, weight)
     assert (product.shape, product.dtype, product.is_meta) == ((*shape[:-1], 5), torch.float32, True)
     with pytest.raises(RuntimeError, match="Expected mat_a"):
-        Memo().run(refuses, "_grouped_mm", (x, weight.mT), {})  # of shapes that do not fit
+        product_of(x, weight.mT)  # of shapes that do not fit

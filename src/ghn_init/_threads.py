@@ -1,7 +1,7 @@
 """Beside other threads, and after a fork.
 
-torch's random state is one for the whole process: who saves, seeds and restores it does so alone (`alone`).
-Ctrl-C does not end what has to be put back or finished (`uninterrupted`).
+torch's random state is one for the whole process: who saves, seeds and restores it does so alone (`alone`,
+`seeded`). Ctrl-C does not end what has to be put back or finished (`uninterrupted`).
 
 GNU OpenMP, which torch computes with on Linux, does not notice a fork: if the parent has computed with
 several threads, the first parallel kernel in the child waits for them for ever. One thread waits for nobody
@@ -11,6 +11,7 @@ several threads, the first parallel kernel in the child waits for them for ever.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import signal
 import threading
@@ -45,6 +46,18 @@ def alone() -> Iterator[None]:
     The same thread may enter again.
     """
     with _lock, uninterrupted():
+        yield
+
+
+@contextmanager
+def seeded(name: str, seed: int) -> Iterator[None]:
+    """Inside, what is drawn on the CPU depends on these two alone; no random numbers change for others."""
+    import torch
+
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    with alone(), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the accelerators as well.
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little", signed=True))
         yield
 
 

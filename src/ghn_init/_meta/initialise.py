@@ -16,7 +16,6 @@ activations, say, may be 1e-6 or 20, and neither its name nor the defaults of co
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from ghn_init._errors import PredictError, listing
 from ghn_init._network.locations import Location, hidden, locations_of
 from ghn_init._network.pretrained import is_pretrained
-from ghn_init._threads import alone
+from ghn_init._threads import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,9 +93,7 @@ class Initialiser:
 
     def _run(self, path: str, marked: Sequence[tuple[Location, Tensor, int]]) -> list[str]:
         """Ask one initialiser after the other until nothing is missing; returns what failed."""
-        with alone(), torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the accelerators as well.
-            torch.default_generator.manual_seed(_seed(path, self._seed))
+        with seeded(path, self._seed):
             return _ask(self._own(path), marked) + _ask(self._around(path), marked)
 
     def own_calls(self, path: str) -> Iterator[Callable[[], None]]:
@@ -217,12 +214,6 @@ def _takes(function: object, required: int) -> bool:
 
 def _dotted(path: str, method: str) -> str:
     return f"{path}.{method}" if path else f"the model's {method}"
-
-
-def _seed(path: str, seed: int) -> int:
-    """A 64-bit seed from the module's path and the caller's seed."""
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _marked(old: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ghn_init._errors import PredictError
 from ghn_init._network.nested import tensors_in
@@ -76,7 +77,8 @@ class large_on_meta(TorchFunctionMode):  # noqa: N801  used like torch.no_grad, 
         if is_in_place(name):
             _check_target(name, args[0])
             return func(*args, **kwargs)
-        return func(*_on_meta(args), **_on_meta(kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
 
     def _made(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -114,14 +116,3 @@ def _is_mixed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether there are tensors both on the meta device and on the CPU among the arguments."""
     devices = {tensor.device.type for tensor in tensors_in((args, kwargs))}
     return {"meta", "cpu"} <= devices
-
-
-def _on_meta(value: Any) -> Any:
-    """`value` with the tensors in its tuples, lists and dicts on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if type(value) in (tuple, list):
-        return type(value)(_on_meta(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _on_meta(item) for key, item in value.items()}
-    return value

@@ -12,7 +12,6 @@ predicted and the magnitude kept.
 from __future__ import annotations
 
 import copy
-import hashlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ghn_init._errors import PredictError
 from ghn_init._network.walk import modules_of
-from ghn_init._threads import alone
+from ghn_init._threads import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,8 +130,7 @@ class Computed:
         Raises:
             PredictError: There is no solution.
         """
-        with alone(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.name, seed))
+        with seeded(self.name, seed):
             try:
                 solution = self._solved(value)
             except Exception as error:
@@ -214,8 +212,3 @@ def _direction(vector: Tensor, like: Tensor) -> Tensor:
     """A random vector of length 1 like `vector`: where the power iteration starts, whatever was before."""
     drawn = torch.empty(vector.shape, dtype=torch.float32).normal_()
     return (drawn / drawn.norm()).to(like.device, like.dtype)
-
-
-def _seed(name: str, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

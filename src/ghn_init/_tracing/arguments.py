@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 _OVERLOADS: Final = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # noqa: SLF001  # no public names
 
@@ -52,18 +52,6 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def _places(function: Any) -> Mapping[str, int] | None:
     schema = getattr(function, "_schema", None)
     return None if schema is None else {arg.name: index for index, arg in enumerate(schema.arguments)}
-
-
-def nodes_in(value: Any) -> Iterator[fx.Node]:
-    """The nodes in nested arguments, in order, each as often as it is there."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from nodes_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
 
 
 def layout(node: fx.Node) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from operator import attrgetter
+from typing import Final
 
 import torch
 from torch import Tensor, fx
@@ -58,20 +59,13 @@ def recording_of(model: fx.GraphModule) -> Recording:
         copy = copies[node] = graph.node_copy(node, copies.__getitem__)
         copy.meta.pop("parameter", None)
         if node.op == "get_attr":
-            copy.meta.setdefault("val", _attribute(model, str(node.target)))
+            copy.meta.setdefault("val", attrgetter(str(node.target))(model))
             if node.target in names:
                 copy.meta["parameter"] = names[str(node.target)]
         base = copies[node.meta["base"]] if "base" in node.meta else _base(copy)
         if base is not None:
             copy.meta["base"] = base
     return Recording(graph, {}, shapes)
-
-
-def _attribute(model: fx.GraphModule, path: str) -> Any:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _base(node: fx.Node) -> fx.Node | None:

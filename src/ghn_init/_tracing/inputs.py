@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from ghn_init._errors import TraceError
 from ghn_init._tracing.conventions import arguments
 
-_IMAGE_SIDES: Final = (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)
-"""Sides of images in pixels, the most usual first."""
+_SIZES: Final = {
+    1: tuple((length,) for length in (1024, 128, 16000, 16)),
+    2: tuple((side, side) for side in (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)),
+    3: tuple((frames, side, side) for frames, side in ((16, 112), (16, 224), (32, 32), (8, 64))),
+}
+"""Sizes of signals in samples, of images in pixels, of videos in frames and pixels: the most usual first."""
 
-_LENGTHS_OF_SIGNALS: Final = (1024, 128, 16000, 16)
-"""Lengths of signals in samples, the most usual first."""
-
-_VIDEOS: Final = ((16, 112), (16, 224), (32, 32), (8, 64))
-"""Frames and sides of videos, the most usual first."""
+_CONVOLUTIONS: Final = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 
 _TOKENS: Final = 16
 """Length of a guessed sequence."""
@@ -186,27 +188,19 @@ def _channels(model: nn.Module) -> int:
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
-    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.RNN)
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return next((m for m in model.modules() if isinstance(m, layers + transposed)), None)
+    layers = (*_CONVOLUTIONS, nn.Linear, nn.Embedding, nn.RNNBase)
+    return next((m for m in model.modules() if isinstance(m, layers)), None)
 
 
 def _shapes_of_first_layer(model: nn.Module) -> Iterator[tuple[int, ...]]:
     layer = _first_layer(model)
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        for side in _IMAGE_SIDES:
-            yield (1, layer.in_channels, side, side)
-    elif isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-        for length in _LENGTHS_OF_SIGNALS:
-            yield (1, layer.in_channels, length)
-    elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-        for frames, side in _VIDEOS:
-            yield (1, layer.in_channels, frames, side, side)
+    if isinstance(layer, _CONVOLUTIONS):
+        yield from ((1, layer.in_channels, *sizes) for sizes in _SIZES[len(layer.kernel_size)])
     elif isinstance(layer, nn.Linear):
         yield (1, layer.in_features)
         yield (1, _TOKENS, layer.in_features)
         yield from _flattened_images(layer.in_features)
-    elif isinstance(layer, (nn.LSTM, nn.GRU, nn.RNN)):
+    elif isinstance(layer, nn.RNNBase):
         yield (1, _TOKENS, layer.input_size)
     else:
         yield (1, 3, 224, 224)
@@ -214,16 +208,12 @@ def _shapes_of_first_layer(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 def _shapes_of_first_parameter(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """What a function takes that the first weight is an argument of, `F.conv2d(x, self.weight)`, say."""
-    shapes = (tuple(param.shape) for param in model.parameters(recurse=False))
-    shape = next((shape for shape in shapes if len(shape) > 1 and shape[0] > 1), ())
+    shapes = (param.shape for param in model.parameters(recurse=False))
+    shape = next((shape for shape in shapes if len(shape) > 1 and shape[0] > 1), torch.Size())
     if len(shape) == 2:  # (out, in), or (in, out) of a product
         yield from ((1, shape[1]), (1, shape[0]), (1, _TOKENS, shape[1]), (1, _TOKENS, shape[0]))
-    elif len(shape) == 3:
-        yield from ((1, shape[1], length) for length in _LENGTHS_OF_SIGNALS)
-    elif len(shape) == 4:
-        yield from ((1, shape[1], side, side) for side in _IMAGE_SIDES)
-    elif len(shape) == 5:
-        yield from ((1, shape[1], frames, side, side) for frames, side in _VIDEOS)
+    elif len(shape) - 2 in _SIZES:
+        yield from ((1, shape[1], *sizes) for sizes in _SIZES[len(shape) - 2])
 
 
 def _flattened_images(features: int) -> Iterator[tuple[int, ...]]:

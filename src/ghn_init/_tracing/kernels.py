@@ -25,9 +25,6 @@ _PURE: Final = frozenset({
 """Functions that give one new tensor, never a view of an argument, whose shape, strides and dtype follow from
 those of their arguments. None of them casts under autocast."""
 
-_GROUPED: Final = frozenset({"grouped_mm", "_grouped_mm"})
-"""Products with the weights of experts. torch up to 2.14 refuses float32 for them on the meta device."""
-
 _PLAIN: Final = frozenset({int, float, bool, complex, str, type(None), torch.dtype})
 
 META: Final = torch.device("meta")
@@ -43,8 +40,6 @@ class Memo:
 
     def run(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What `func` gives, or a tensor like what it gave for such arguments before."""
-        if name in _GROUPED and (product := _grouped_product(*args[:2])) is not None:
-            return product
         if name not in _PURE or "out" in kwargs:
             return func(*args, **kwargs)
         try:
@@ -59,14 +54,6 @@ class Memo:
         if type(output) is Tensor and output.is_meta:
             self._known[key] = _layout(output)
         return output
-
-
-def _grouped_product(x: Any = None, weight: Any = None, *_: Any) -> Tensor | None:
-    """Rows (T, in) or (E, T, in) times the weights of E experts (E, in, out); None for other operands."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_meta and weight.is_meta):
-        return None
-    fits = weight.dim() == 3 and x.dim() in (2, 3) and x.shape[-1] == weight.shape[-2]
-    return empty(x, (*x.shape[:-1], weight.shape[-1])) if fits else None
 
 
 class _UnknownKindError(Exception):

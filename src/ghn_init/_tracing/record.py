@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from ghn_init._network.nested import tensors_in
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._tracing.trace import traced
 
@@ -57,7 +59,7 @@ def _module(recording: Recording, model: nn.Module) -> fx.GraphModule:
     """The recording with the tensors that it needs, its metadata as fx has it."""
     graph = recording.graph
     if not graph.find_nodes(op="output"):
-        ends = [node for node in graph.nodes if not node.users and _tensors_of(node.meta.get("val"))]
+        ends = [node for node in graph.nodes if not node.users and tensors_in(node.meta.get("val"))]
         graph.output(tuple(ends))
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
@@ -74,28 +76,10 @@ def _module(recording: Recording, model: nn.Module) -> fx.GraphModule:
 def _describe(node: fx.Node) -> None:
     """Replace the tensors that a node gave while recording by what ShapeProp writes."""
     value = node.meta.pop("val", None)
-    if _tensors_of(value):
-        node.meta["tensor_meta"] = _metadata(value)
+    if tensors_in(value):
+        node.meta["tensor_meta"] = map_aggregate(value, _metadata)
         node.meta["type"] = type(value)
 
 
-def _tensors_of(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_tensors_of, value))
-    if isinstance(value, dict):
-        return any(map(_tensors_of, value.values()))
-    return isinstance(value, Tensor)
-
-
 def _metadata(value: Any) -> Any:
-    """`TensorMetadata` for every tensor in `value`."""
-    if isinstance(value, Tensor):
-        described: TensorMetadata = _extract_tensor_metadata(value)
-        return described
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return tuple(map(_metadata, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_metadata, value))
-    if isinstance(value, dict):
-        return {key: _metadata(item) for key, item in value.items()}
-    return value
+    return _extract_tensor_metadata(value) if isinstance(value, Tensor) else value

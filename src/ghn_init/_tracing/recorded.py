@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from ghn_init._errors import GHNInitError, TraceError, first_line
 from ghn_init._network.parametrised import watched
@@ -74,7 +75,7 @@ def recorded(subject: Subject, example: ExampleInput, mode: str) -> tuple[Record
     """
     model = subject.model
     recorder = Recorder(subject.params, subject.names, subject.paths)
-    args, kwargs = _fresh(example.args), _fresh(dict(example.kwargs))
+    args, kwargs = tree_map_only(Tensor, _fresh, (example.args, dict(example.kwargs)))
     recorder.add_inputs(_named(model, args, kwargs))
     if mode == "evaluating":
         _evaluating(model)
@@ -130,15 +131,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _fresh(value: Any) -> Any:
-    """The example's arguments with tensors of their own, so that no two are one and none is changed."""
-    if isinstance(value, Tensor):
-        return torch.empty_like(value) if value.is_meta else value.clone()
-    if type(value) in (tuple, list):
-        return type(value)(_fresh(item) for item in value)
-    if type(value) is dict:
-        return {key: _fresh(item) for key, item in value.items()}
-    return value
+def _fresh(tensor: Tensor) -> Tensor:
+    """A tensor like this one: no two in a call are one, and those of the example are not changed."""
+    return torch.empty_like(tensor) if tensor.is_meta else tensor.clone()
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:

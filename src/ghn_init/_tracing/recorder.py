@@ -405,23 +405,21 @@ class Recorder(TorchFunctionMode):
         """A meta tensor of the same shape and dtype, or a copy that may be changed; one for each tensor."""
         if value.twin is None:
             tensor = value.tensor
-            twin = _meta_like(tensor) if meta else _copy(tensor)
+            twin = _meta_like(tensor) if meta else tensor.detach().clone()
             value.twin = twin
             copy = self._values[id(twin)] = Value(twin, varies=value.varies, constant=value.constant)
             copy.node, copy.origin, copy.name = value.node, value.origin, value.name
         return value.twin
 
 
+@dataclass(slots=True)
 class _Made:
     """What is known of a call's outputs: see `Value`. Without a node, what was computed from constants."""
 
-    __slots__ = ("constant", "known", "node", "varies")
-
-    def __init__(self, *, varies: bool = False, constant: bool = True, node: fx.Node | None = None) -> None:
-        self.varies = varies
-        self.constant = constant
-        self.known = False
-        self.node = node
+    varies: bool = False
+    constant: bool = True
+    known: bool = False
+    node: fx.Node | None = None
 
 
 def _made_of(inputs: list[Value]) -> _Made:
@@ -447,10 +445,6 @@ def _meta_like(tensor: Tensor) -> Tensor:
     if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:  # in half of the time
         return torch.empty_like(tensor, device=_META, memory_format=torch.contiguous_format)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
 
 
 def _module_stack(frame: FrameType | None, paths: Mapping[int, str]) -> dict[str, tuple[str, str]]:

@@ -6,15 +6,18 @@ stands for (`Sketch.add_node`), and says what the fx node's output carries: `Flo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.fx.node import map_arg
+
 from ghn_init._graph.graph import Graph, Node, UnmatchedParameter
-from ghn_init._tracing.arguments import argument, function_name, layout, nodes_in, shape_of
+from ghn_init._tracing.arguments import argument, function_name, layout, shape_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.values import DEVICE_MOVES, FILLED, FROM_NOTHING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
     from torch import fx
@@ -25,6 +28,7 @@ _OF_THE_FIRST = DEVICE_MOVES | {"to", "__get__"}
 """Functions that pass on what their first argument carries, whatever else they get."""
 
 
+@dataclass(slots=True)
 class Operation:
     """One call of a torch function, in an fx graph.
 
@@ -34,12 +38,9 @@ class Operation:
         sketch: The graph as far as it is drawn.
     """
 
-    __slots__ = ("name", "node", "sketch")
-
-    def __init__(self, node: fx.Node, name: str, sketch: Sketch) -> None:
-        self.node = node
-        self.name = name
-        self.sketch = sketch
+    node: fx.Node
+    name: str
+    sketch: Sketch
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -62,9 +63,11 @@ class Operation:
         """What each of the node's inputs carries."""
         return [self.sketch.carried(node) for node in self.node.all_input_nodes]
 
-    def operands(self) -> Iterator[fx.Node]:
+    def operands(self) -> list[fx.Node]:
         """The node's inputs in the order of its arguments, one that is there twice twice."""
-        return nodes_in((self.node.args, self.node.kwargs))
+        found: list[fx.Node] = []
+        map_arg((self.node.args, self.node.kwargs), found.append)
+        return found
 
     def passed_on(self) -> Carried:
         """The rule of every function that has no node: its output carries what its inputs do."""

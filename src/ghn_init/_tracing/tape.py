@@ -93,14 +93,15 @@ class Tape:
         when they are needed.
         """
         if value.node is None:
-            value.node = self._attribute_of(value) if value.origin is None else self._part(*value.origin)
+            if value.origin is not None:
+                value.node = self._part(*value.origin)
+            else:
+                name = f"_constant{len(self.objects)}" if value.name is None else value.name
+                value.node = self.attribute(name, value.tensor)
             value.node.meta["val"] = value.tensor
             if value.known:
                 value.node.meta["known"] = True
         return value.node
-
-    def _attribute_of(self, value: Value) -> fx.Node:
-        return self.constant(value.tensor) if value.name is None else self.attribute(value.name, value.tensor)
 
     def _part(self, node: fx.Node, path: tuple[Any, ...]) -> fx.Node:
         for key in path:

@@ -92,16 +92,15 @@ class _Contents:
         """Give every container the contents that it had, if it has others."""
         for container, content in self._before.values():
             if isinstance(container, dict):
-                if _differs(container, content):
-                    container.clear()
-                    container.update(content)
+                other = _differs(container, content)
             elif isinstance(container, set):
-                if container != content:
-                    container.clear()
-                    container.update(content)
-            elif len(container) != len(content) or not all(map(operator.is_, container, content)):
+                other = container != content
+            else:
+                other = len(container) != len(content) or not all(map(operator.is_, container, content))
+            if other:
                 container.clear()
-                container.extend(content)
+                fill = container.update if isinstance(container, (dict, set)) else container.extend
+                fill(content)
 
     def _of_value(self, value: Any) -> None:
         """Note a container and those inside it; of another object of the user's, those that it holds."""

@@ -29,6 +29,15 @@ READING: Final = frozenset({
 
 DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 
+ELEMENTWISE: Final = (
+    "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
+    "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_", "hardsigmoid_",
+    "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_", "normalize", "roll", "clamp", "clamp_",
+    "masked_fill", "masked_fill_",
+)  # fmt: skip
+"""Functions whose output is like their first argument and has no node: activations, dropout, masks."""
+
 FROM_NOTHING: Final = frozenset({
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
@@ -57,66 +66,49 @@ class UnknownValueError(Exception):
     """The forward pass reads a value of an activation, which has none while it is recorded."""
 
 
+@dataclass(slots=True, eq=False)
 class Value:
     """One tensor of the recording.
 
     Attributes:
         tensor: The tensor; kept, so that no other gets its identity.
+        varies: It depends on the network's input.
+        constant: It depends neither on the input nor on a parameter.
+        inside: It was made while recording, so functions may have it as it is.
+        known: It depends on the input in name only: its values, on the CPU, can be relied on.
         node: Its node; None until one is needed.
         origin: Of one of several outputs of a function, the function's node and the path to it.
         name: Its name in the model; None of a constant.
-        varies: It depends on the network's input.
-        constant: It depends neither on the input nor on a parameter.
-        known: It depends on the input in name only: its values, on the CPU, can be relied on.
-        inside: It was made while recording, so functions may have it as it is.
         twin: What functions get instead of it: a copy, or a meta tensor of its shape.
     """
 
-    __slots__ = ("constant", "inside", "known", "name", "node", "origin", "tensor", "twin", "varies")
-
-    def __init__(self, tensor: Tensor, *, varies: bool, constant: bool, inside: bool = True) -> None:
-        self.tensor = tensor
-        self.node: fx.Node | None = None
-        self.origin: tuple[fx.Node, tuple[Any, ...]] | None = None
-        self.name: str | None = None
-        self.varies = varies
-        self.constant = constant
-        self.known = False
-        self.inside = inside
-        self.twin: Tensor | None = None
+    tensor: Tensor
+    varies: bool
+    constant: bool
+    inside: bool = True
+    known: bool = False
+    node: fx.Node | None = None
+    origin: tuple[fx.Node, tuple[Any, ...]] | None = None
+    name: str | None = None
+    twin: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sort:
-    """What a function's name says of it: in which of the sets above it is.
+    """What a function's name says of it: in which of the sets above it is."""
 
-    Attributes:
-        name: The name, without that of an overload as in `torch.ops.aten.add.Tensor`.
-        plain: See `PLAIN`.
-        reading: See `READING`.
-        made: It makes a constant, see `FROM_NOTHING` and `FILLED`.
-        shaped: It takes a tensor's shape, see `FROM_NOTHING`.
-        filled: See `FILLED`.
-        host: See `HOST_FACTORIES`.
-        moves: See `DEVICE_MOVES`.
-        casts: It is `Tensor.to`.
-        reshapes: See `RESHAPING`.
-        lengths: See `OF_LENGTHS`.
-        changes: It changes its first argument, see `is_in_place`.
-    """
-
-    name: str
+    name: str  # without that of an overload, as in `torch.ops.aten.add.Tensor`
     plain: bool
     reading: bool
-    made: bool
-    shaped: bool
+    made: bool  # a constant: it is in `FROM_NOTHING` or `FILLED`
+    shaped: bool  # in `FROM_NOTHING`
     filled: bool
     host: bool
     moves: bool
-    casts: bool
+    casts: bool  # `Tensor.to`
     reshapes: bool
     lengths: bool
-    changes: bool
+    changes: bool  # its first argument, see `is_in_place`
 
 
 @lru_cache(maxsize=4096)

@@ -22,26 +22,16 @@ class Known:
     output: Any
 
 
+@dataclass(slots=True)
 class Call:
     """One call of a torch function, its tensors on meta; `varies` if any of them depends on the input."""
 
-    __slots__ = ("args", "func", "kwargs", "name", "recorder", "varies")
-
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        recorder: Recorder,
-        varies: bool,
-    ) -> None:
-        self.func = func
-        self.name = name
-        self.args = args
-        self.kwargs = kwargs
-        self.recorder = recorder
-        self.varies = varies
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    recorder: Recorder
+    varies: bool
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """The argument at position `index` or of this keyword."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.kernels import empty, like
 from ghn_init._tracing.outputs.call import Call, output_of
+from ghn_init._tracing.values import ELEMENTWISE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,11 +52,7 @@ def linear(call: Call) -> Any:
     return empty(x, (*x.shape[:-1], weight.shape[0])) if fits else call.run()
 
 
-@output_of("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
-           "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d",
-           "dropout3d", "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_",
-           "hardswish_", "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_",
-           "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_")  # fmt: skip
+@output_of(*ELEMENTWISE)
 def elementwise(call: Call) -> Any:
     """Like the input."""
     if not call.varies:
@@ -179,6 +176,17 @@ def pooled(call: Call) -> Any:
     wanted = as_tuple(call.arg(1, "output_size"), n)
     sizes = [have if want is None else want for have, want in zip(x.shape[-n:], wanted, strict=True)]
     return empty(x, (*x.shape[:-n], *sizes))
+
+
+@output_of("grouped_mm", "_grouped_mm")
+def of_experts(call: Call) -> Any:
+    """Rows (T, in) or (E, T, in) times the weights of E experts (E, in, out).
+
+    torch up to 2.14 refuses float32 for them on the meta device.
+    """
+    x, weight = call.arg(0, "input"), call.arg(1, "mat2")
+    fits = x.is_meta and weight.dim() == 3 and x.dim() in (2, 3) and x.shape[-1] == weight.shape[-2]
+    return empty(x, (*x.shape[:-1], weight.shape[-1])) if fits else call.run()
 
 
 @output_of("registered_layer")

@@ -36,9 +36,7 @@ def layer_norm(op: Operation) -> Carried:
     return norm(op, "ln", op.arg(2, "weight"), op.arg(3, "bias"))
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_fused_attention_overrideable",
-      "_scaled_dot_product_attention_math")  # fmt: skip
-def fused_attention(op: Operation) -> Carried:
-    """An `msa` node; further outputs are for the backward pass."""
-    return attention(op)
+# Further outputs are for the backward pass.
+rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_fused_attention_overrideable",
+     "_scaled_dot_product_attention_math")(attention)  # fmt: skip

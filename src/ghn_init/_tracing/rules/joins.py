@@ -11,6 +11,7 @@ from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import joined, main_parameter, note_others
 from ghn_init._tracing.rules.norms import normalised, takes_vector
 from ghn_init._tracing.rules.table import rule
+from ghn_init._tracing.values import ELEMENTWISE
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,7 @@ _RECTIFIERS: Final = frozenset(
 """Activations that let positive values through, and negative ones hardly."""
 
 
-@rule("relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
-      "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
-      "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
-      "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_",
-      "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_")  # fmt: skip
+@rule(*ELEMENTWISE)
 def elementwise(op: Operation) -> Carried:
     """No node; beyond an activation, no normalisation goes on."""
     value = merged(op.inputs())

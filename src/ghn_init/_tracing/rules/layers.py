@@ -58,16 +58,6 @@ def addmm(op: Operation) -> Carried:
     return add_layer(op, x, weight, bias, "conv", transposed=True)
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(op: Operation) -> Carried:
-    """No node fits: the weights are kept."""
-    inputs = op.inputs()
-    value = merged(inputs)
-    if isinstance(value, Flow):
-        note_others(op, inputs, f"used by {op.name}")
-    return value
-
-
 @rule("embedding", "embedding_bag")
 def embedding(op: Operation) -> Carried:
     """A table of embeddings: no node type fits; positions looked up in it are a positional encoding."""
