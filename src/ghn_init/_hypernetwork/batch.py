@@ -56,7 +56,7 @@ class ParamKey(NamedTuple):
         stored: The parameter's own shape.
         transposed: The stored tensor is (in, out, ...).
         positional: A positional encoding.
-        prior: What is added to what is decoded, and its first channel; see `priors`.
+        prior: Name of what is added to what is decoded, and its first channel; see `priors`.
     """
 
     kind: int

@@ -51,7 +51,7 @@ _RIDGE: Final = 0.01
 
 
 def priors_of(graph: Graph, config: GHNConfig) -> Mapping[int, tuple[str, int]]:
-    """The priors of the nodes that have one: "identity", "groups" or "stem", and the channel to begin with.
+    """The priors of the nodes that have one: its name, "identity", "groups" or "stem", and its first channel.
 
     "stem": a convolution that reads the network's input, of three channels. "identity": every other weight
     with enough input channels, but for heads and the linear layers right before them, gates and positional
@@ -66,19 +66,20 @@ def priors_of(graph: Graph, config: GHNConfig) -> Mapping[int, tuple[str, int]]:
         without = _heads(graph) | _gates(graph)
         begins = _beginnings(graph)
         for index in _weights(graph):
-            kind = _identity_kind(graph, index)
-            if kind and index not in without and not _reads_input(graph, index):
-                found[index] = (kind, begins.get(index, 0))
+            name = _identity_of(graph, index)
+            if name and index not in without and not _reads_input(graph, index):
+                found[index] = (name, begins.get(index, 0))
     return found
 
 
 def _weights(graph: Graph) -> list[int]:
     """Nodes with a weight of at least two dimensions, positional encodings left out."""
-    kinds = WEIGHT_TYPES - {"pos_enc"}
-    return [i for i, node in enumerate(graph.nodes) if node.type in kinds and len(node.shape or ()) > 1]
+    types = WEIGHT_TYPES - {"pos_enc"}
+    return [i for i, node in enumerate(graph.nodes) if node.type in types and len(node.shape or ()) > 1]
 
 
-def _identity_kind(graph: Graph, index: int) -> str:
+def _identity_of(graph: Graph, index: int) -> str:
+    """The name of the prior that carries features through a weight, or ""."""
     node = graph.nodes[index]
     assert node.shape is not None
     if node.type != "conv":
@@ -158,12 +159,12 @@ def prior_of(
         config: The GHN's.
         whitening: Its whitening filters, (27, 3, 3, 3).
     """
-    kind, _ = key.prior
-    if not kind:
+    name, _ = key.prior
+    if not name:
         return None
     sizes = _grown(sizes, key)
     kernel = sizes[2:][-2:]
-    if kind == "stem":
+    if name == "stem":
         assert whitening is not None
         places, values = _middle(kernel), stem_filters(whitening, sizes[0], kernel) * config.whitening
     else:
@@ -176,10 +177,10 @@ def prior_of(
 
 def _grown(sizes: tuple[int, ...], key: ParamKey) -> tuple[int, ...]:
     """Sizes of the block that a prior is added to: `sizes`, or what it takes for the prior to be periodic."""
-    kind, shape = key.prior[0], key.shape
+    (name, _), shape = key.prior, key.shape
     kernel = tuple(shape[2:][-2:])
     grown = (*sizes[: len(sizes) - len(kernel)], *kernel)
-    if kind != "groups":
+    if name != "groups":
         return grown
     axis = int(key.transposed)
     rows, columns, group = sizes[axis], sizes[1 - axis], shape[1 - axis]
@@ -190,8 +191,8 @@ def _grown(sizes: tuple[int, ...], key: ParamKey) -> tuple[int, ...]:
 
 def _carrying(sizes: tuple[int, ...], key: ParamKey) -> Tensor:
     """The identity of a block with so many (outputs, inputs)."""
-    kind, begin = key.prior
-    if kind == "groups":
+    name, begin = key.prior
+    if name == "groups":
         return _groups(*sizes, *key.shape[:2], key.transposed)
     return _identity(*sizes, key.shape[1], begin)
 
