@@ -21,7 +21,10 @@ from ghn_init._network.scale import Scale, scales_of
 from ghn_init._writing import scale as writing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
+
+    from ghn_init import Graph
 
 NEAR = 2.0**-8
 """Relative: eight binary digits of a scale count."""
@@ -222,6 +225,27 @@ def test_what_stands_apart_in_a_tile_counts_in_its_scale(kernel: tuple[int, ...]
     gram = writing._filters(tile)
     rows = full[:60].flatten(1)
     torch.testing.assert_close((gram @ gram.T).diagonal()[:24], (rows @ rows.T).diagonal()[:24])
+
+
+def test_what_is_kept_is_not_decoded(ghn: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: set[str] = set()
+
+    def predict_tiles(graph: Graph, names: Iterable[str]) -> dict[str, Tile]:
+        decoded.update(names)
+        return GHN.predict_tiles(ghn, graph, names)
+
+    monkeypatch.setattr(ghn, "predict_tiles", predict_tiles)
+    rows = plan(network(), ghn).rows
+    assert decoded == {row.key for row in rows if row.action != "kept"}
+    assert decoded == {
+        "stem.weight",
+        "stem.bias",
+        "grow.weight",
+        "grow.bias",
+        "mix.weight",
+        "fc.weight",
+        "fc.bias",
+    }
 
 
 def test_ends_of_rows_that_are_all_one_number_are_those_of_the_tensor() -> None:

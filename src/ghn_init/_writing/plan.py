@@ -28,7 +28,7 @@ from ghn_init._writing.select import check_model, forbid_kept, select
 from ghn_init._writing.statistics import running_statistics
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
-from ghn_init._writing.training import ready_to_train
+from ghn_init._writing.training import ready_to_train, worth_predicting
 from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
@@ -251,9 +251,11 @@ def _planned(
         graph = traced(network, example_input, computed=computed).graph
         ghn = ghn_of(weights)
         entries = select(network, graph, computed, options, ghn.config.num_classes)
+        if options.own_scale:
+            entries = worth_predicting(network, graph, entries, options)
         entries = with_predictions(ghn, graph, entries)
         if options.own_scale:
-            entries = ready_to_train(network, graph, entries, options)
+            entries = ready_to_train(graph, entries, options)
         entries = without_unsolvable(entries, options)
         known = options.own_scale and options.diversify != "orthogonal"  # what the batch norms will read
         statistics = running_statistics(graph, entries) if known else {}

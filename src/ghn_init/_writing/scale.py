@@ -13,6 +13,8 @@ they are tiled, so at the same root mean square they amplify what they agree on 
 layer. Then it is the spectral norm that is kept (compare Yang et al. 2023, "A Spectral Condition for Feature
 Learning", arXiv 2310.17813), as estimated from the first 64 filters.
 
+What stays is known before anything is decoded (`with_own_scales`), so that it need not be.
+
 A parameter on the meta device has no values; its scale is the one that its module's own initialisation would
 give it.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -29,13 +32,14 @@ from ghn_init._graph.graph import NORM_TYPES
 from ghn_init._meta.scales import initial_scales, usual_scale
 from ghn_init._network.scale import Scale, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
-from ghn_init._writing.entry import spare
+from ghn_init._writing.entry import spare, to_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.tile import Tile
     from ghn_init._writing.entry import Entry
     from ghn_init._writing.options import Options
@@ -53,88 +57,113 @@ _SQUARINGS: Final = 7
 """Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
 
 
-def at_own_scale(network: nn.Module, entries: Sequence[Entry], options: Options) -> list[Entry]:
-    """The same entries: predictions multiplied to have the parameter's own scale, or parameters kept.
+def with_own_scales(
+    network: nn.Module, graph: Graph, entries: Sequence[Entry], options: Options
+) -> list[Entry]:
+    """The same entries with the scale of the values before the call (`Entry.own`), or kept for what they are.
 
-    Where the ranks of a sharded network hold parts of a parameter, all have to call this: they exchange sums.
+    Nothing has to be decoded for that. Where the ranks of a sharded network hold parts of a parameter, all
+    have to call this: they exchange sums.
 
     Args:
         network: The network, with the values whose scale counts.
-        entries: From `with_predictions`.
+        graph: Its graph.
+        entries: From `select`.
         options: The caller's choices.
     """
-    entries = [_without_norm(entry) for entry in entries]
-    predicted = {entry.source: (entry, entry.tile) for entry in entries if entry.tile is not None}
-    present, lost = _values(predicted.values())
-    scales = dict(zip(present, scales_of(list(present.values())), strict=True))
-    if lost:
-        initial = initial_scales(network, lost, options.seed)
-        for name, (entry, tile) in lost.items():
-            if name in initial:
-                scales[entry.source] = initial[name]
-            elif len(tile.shape) > 1:  # a norm or bias that nobody initialises is as predicted
-                scales[entry.source] = usual_scale(tile.shape)
-    pairs = [
-        _Pair(entry, tile, scales[source], _filters_of(present.get(source), tile))
-        for source, (entry, tile) in predicted.items()
-        if source in scales and _kept(entry, scales[source]) is None and 0 < scales[source].rms < math.inf
+    entries = [
+        replace(entry, decision=spare(_NORM))
+        if entry.decision.predict and entry.node in NORM_TYPES and not _is_lost(entry)
+        else entry
+        for entry in entries
     ]
-    written = _rescaled(pairs, options)
+    predicted = {entry.source: entry for entry in entries if entry.decision.predict}
+    scales = _present_scales(predicted) | _lost_scales(network, graph, predicted, options.seed)
     return [
-        _settled(entry, scales[entry.source], written.get(entry.source))
-        if entry.tile is not None and entry.source in scales
+        _settled(entry, scales[entry.source]) if entry.decision.predict and entry.source in scales else entry
+        for entry in entries
+    ]
+
+
+def _is_lost(entry: Entry) -> bool:
+    """Whether it is on the meta device, without values that could be kept."""
+    return any(location.get().is_meta for location in entry.locations)
+
+
+def _present_scales(entries: Mapping[str, Entry]) -> dict[str, Scale]:
+    """Scales of the values that are there, by `Entry.source`."""
+    present = {source: _own_values(entry) for source, entry in entries.items() if not _is_lost(entry)}
+    return dict(zip(present, scales_of(list(present.values())), strict=True))
+
+
+def _own_values(entry: Entry) -> Tensor:
+    return entry.param if entry.computed is None else entry.computed.value()
+
+
+def _lost_scales(
+    network: nn.Module, graph: Graph, entries: Mapping[str, Entry], seed: int
+) -> dict[str, Scale]:
+    """Scales that the modules would give what is on the meta device, by `Entry.source`."""
+    lost = {entry.name: entry for entry in entries.values() if _is_lost(entry)}
+    if not lost:
+        return {}
+    initial = initial_scales(network, lost, seed)
+    shapes = {node.param: node.shape for node in reversed(graph.nodes)}
+    found: dict[str, Scale] = {}
+    for name, entry in lost.items():
+        shape = shapes.get(entry.key)
+        if name in initial:
+            found[entry.source] = initial[name]
+        elif shape is not None and len(shape) > 1:  # a norm or bias that nobody initialises is as predicted
+            found[entry.source] = usual_scale(shape)
+    return found
+
+
+def _settled(entry: Entry, scale: Scale) -> Entry:
+    """The entry with its scale, or kept; as it was if its values have no scale (NaN)."""
+    if entry.node in NORM_TYPES:
+        return replace(entry, decision=spare(_NORM))
+    if scale.constant is not None:
+        return replace(entry, decision=spare(f"all its values are {scale.constant:g} (scale='own')"))
+    return replace(entry, own=scale.rms) if 0 < scale.rms < math.inf else entry
+
+
+def at_own_scale(entries: Sequence[Entry], options: Options) -> list[Entry]:
+    """The same entries, predictions multiplied to have the parameter's own scale, where that is known.
+
+    Args:
+        entries: From `with_predictions`, of what `with_own_scales` gave.
+        options: The caller's choices.
+    """
+    found = [
+        _Pair(entry.source, entry.tile, entry.own, _own_gram(entry, entry.tile))
+        for entry in to_write(entries)
+        if entry.tile is not None and entry.own is not None
+    ]
+    written = _rescaled(found, options)
+    return [
+        replace(entry, rms=written[entry.source][0], tile=written[entry.source][1])
+        if entry.tile is not None and entry.source in written
         else entry
         for entry in entries
     ]
 
 
-def _without_norm(entry: Entry) -> Entry:
-    """The entry, kept if it is a norm layer's; on the meta device it has no values that could be kept."""
-    if entry.node in NORM_TYPES and entry.tile is not None and not _is_lost(entry):
-        return replace(entry, decision=spare(_NORM), tile=None)
-    return entry
-
-
-def _is_lost(entry: Entry) -> bool:
-    return any(location.get().is_meta for location in entry.locations)
-
-
 @dataclass(frozen=True)
 class _Pair:
-    """A prediction, and the scale and first filters of the values before it; None if they are not at hand."""
+    """A prediction and what is to be known of the values before it.
 
-    entry: Entry
+    Attributes:
+        source: `Entry.source`.
+        tile: The prediction.
+        own: Root mean square of the values.
+        gram: Of their first filters, see `_gram`; None for a vector or if they are not at hand.
+    """
+
+    source: str
     tile: Tile
-    scale: Scale
-    filters: Tensor | None
-
-
-def _values(
-    predicted: Iterable[tuple[Entry, Tile]],
-) -> tuple[dict[str, Tensor], dict[str, tuple[Entry, Tile]]]:
-    """Values before the call, by `Entry.source`; and by name the entries on the meta device, without any."""
-    present: dict[str, Tensor] = {}
-    lost: dict[str, tuple[Entry, Tile]] = {}
-    for entry, tile in predicted:
-        if _is_lost(entry):
-            lost[entry.name] = entry, tile
-        else:
-            present[entry.source] = entry.param if entry.computed is None else entry.computed.value()
-    return present, lost
-
-
-def _kept(entry: Entry, scale: Scale) -> str | None:
-    """Why a parameter stays as it was, if it does."""
-    if entry.node in NORM_TYPES:
-        return _NORM
-    return None if scale.constant is None else f"all its values are {scale.constant:g} (scale='own')"
-
-
-def _settled(entry: Entry, scale: Scale, written: tuple[float, Tile] | None) -> Entry:
-    """The entry with the prediction at its scale, or kept; as it was if its values have no scale (NaN)."""
-    if reason := _kept(entry, scale):
-        return replace(entry, decision=spare(reason), tile=None)
-    return entry if written is None else replace(entry, own=scale.rms, rms=written[0], tile=written[1])
+    own: float
+    gram: Tensor | None
 
 
 def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float, Tile]]:
@@ -149,15 +178,15 @@ def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float
     ]
     grams, squares = [], []
     for index in matrices:
-        grams += [_gram(_filters(pairs[index].tile)), _gram(pairs[index].filters)]
-        squares += [found[index] ** 2, pairs[index].scale.rms ** 2]
+        grams += [_gram(_filters(pairs[index].tile)), pairs[index].gram]
+        squares += [found[index] ** 2, pairs[index].own ** 2]
     norms = _relative_norms(grams, squares, [pairs[index].tile.shape for index in matrices for _ in range(2)])
     ratios = {index: norms[2 * i + 1] / norms[2 * i] for i, index in enumerate(matrices)}
     written = {}
     for index, (pair, rms) in enumerate(zip(pairs, found, strict=True)):
         ratio = ratios.get(index, 1.0)
-        own = rounded(pair.scale.rms * (ratio if ratio < COHERENT else 1.0))
-        written[pair.entry.source] = own, pair.tile.scaled(own / rms if rms else 1.0)
+        own = rounded(pair.own * (ratio if ratio < COHERENT else 1.0))
+        written[pair.source] = own, pair.tile.scaled(own / rms if rms else 1.0)
     return written
 
 
@@ -185,10 +214,8 @@ def _relative_norms(
     return norms
 
 
-def _gram(rows: Tensor | None) -> Tensor | None:
+def _gram(rows: Tensor) -> Tensor:
     """The product of a matrix with its transpose, whichever is smaller."""
-    if rows is None:
-        return None
     return rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
 
 
@@ -215,15 +242,15 @@ def _largest_eigenvalues(grams: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def _filters_of(values: Tensor | None, tile: Tile) -> Tensor | None:
-    """The first filters of a parameter, (at most 64, n) float32; None for a vector, or without all values."""
-    if values is None or is_sharded(values) or len(tile.shape) < 2:
+def _own_gram(entry: Entry, tile: Tile) -> Tensor | None:
+    """That of a parameter's first filters; None for a vector, or without all values."""
+    if len(tile.shape) < 2 or _is_lost(entry) or is_sharded(values := _own_values(entry)):
         return None
     outputs_first = values.detach()
     if tile.transposed:
         swapped = (tile.shape[1], tile.shape[0], *tile.shape[2:])
         outputs_first = outputs_first.reshape(swapped).transpose(0, 1)
-    return outputs_first.reshape(tile.shape)[:ROWS].flatten(1).float()
+    return _gram(outputs_first.reshape(tile.shape)[:ROWS].flatten(1).float())
 
 
 def _filters(tile: Tile) -> Tensor:
@@ -250,9 +277,9 @@ def _rms(tile: Tile) -> Tensor:
     return square.clamp_min(0).sqrt()
 
 
-def _mean_square(values: Tensor, shape: Sequence[int]) -> Tensor:
+def _mean_square(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Mean square of values that repeat in a tensor of this shape, float64: each as often as it repeats."""
-    unequal = [(axis, n) for axis, n in _repeats(values.shape, shape) if not isinstance(n, int)]
+    unequal = [(axis, n) for axis, n in _repeats(tuple(values.shape), shape) if not isinstance(n, int)]
     if not unequal:
         return torch.linalg.vector_norm(values, dtype=torch.float64).square() / values.numel()
     squares = values.double().square()
@@ -261,7 +288,8 @@ def _mean_square(values: Tensor, shape: Sequence[int]) -> Tensor:
     return squares.mean()
 
 
-def _repeats(sizes: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int | Tensor]]:
+@lru_cache(maxsize=1024)
+def _repeats(sizes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, int | Tensor]]:
     """The axes along which a block repeats, and how often: of each place where not all do equally often."""
     found: list[tuple[int, int | Tensor]] = []
     for axis, (size, want) in enumerate(zip(sizes, shape, strict=True)):

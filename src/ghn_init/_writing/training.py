@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
-from ghn_init._writing.scale import at_own_scale
+from ghn_init._writing.scale import at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,36 +47,40 @@ _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
-def ready_to_train(
+def worth_predicting(
     network: nn.Module, graph: Graph, entries: Sequence[Entry], options: Options
 ) -> list[Entry]:
-    """The same entries: predictions at the scale that is good for training, or parameters kept.
+    """The same entries; those are kept that had better not be predicted, so that nothing is decoded for them.
 
     Where the ranks of a sharded network hold parts of a parameter, all have to call this.
 
     Args:
         network: The network, with the values whose scale counts.
         graph: Its graph.
-        entries: From `with_predictions`.
+        entries: From `select`.
         options: The caller's choices.
     """
-    if options.scale == "own":
-        return at_own_scale(network, entries, options)
-    strange = _strange(graph)
+    strange = {} if options.scale == "own" else _strange(graph)
     entries = [
-        replace(entry, decision=spare(strange[entry.key]), tile=None)
-        if entry.tile is not None and entry.key in strange
+        replace(entry, decision=spare(strange[entry.key]))
+        if entry.decision.predict and entry.key in strange
         else entry
         for entry in entries
     ]
-    settled = at_own_scale(network, entries, options)
-    if not scales_are_known(graph, entries) or options.diversify == "orthogonal":
-        return settled
-    predicted = {entry.source: entry.tile for entry in entries}
-    return [
-        replace(entry, rms=None, tile=predicted[entry.source]) if entry.rms is not None else entry
-        for entry in settled
-    ]
+    return with_own_scales(network, graph, entries, options)
+
+
+def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
+    """The same entries, their predictions at the scale that is good for training.
+
+    Args:
+        graph: The network's graph.
+        entries: From `with_predictions`, of what `worth_predicting` gave.
+        options: The caller's choices.
+    """
+    if options.scale == "own" or options.diversify == "orthogonal" or not scales_are_known(graph, entries):
+        return at_own_scale(entries, options)
+    return list(entries)
 
 
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
