@@ -29,7 +29,7 @@ from recipes import Run
 from ghn_init import GHNConfig, load
 from ghn_init.training import TrainConfig, load_images
 from ghn_init.training._engine import prepare_process
-from ghn_init.training._pool import Job, cores, measure_all
+from ghn_init.training._pool import cores, run_all
 from ghn_init.training._results import TARGETS, Results
 from ghn_init.training.data import Normalisation
 from ghn_init.training.evaluate import SPLITS, Measure, Network, Score
@@ -128,9 +128,9 @@ def measured(folder: Path, data: Path, networks: int, images: int) -> tuple[Scor
         normalise=Normalisation.of(load_images(data, "train")),
     )  # fmt: skip
     results = Results(measure, folder / f"scores-{networks}-{images}.json", folder.name)
-    jobs = [Job(network, 0.0) for split in SPLITS for network in Network.of(split, networks)]
-    for job, accuracy in measure_all(measure, [job for job in jobs if job not in results], cores()):
-        results.add(job, accuracy)
+    wanted = [network for split in SPLITS for network in Network.of(split, networks)]
+    for network, accuracy in run_all(measure, [one for one in wanted if one not in results], cores()):
+        results.add(network, accuracy)
     return tuple(results.scores())
 
 

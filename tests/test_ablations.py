@@ -19,7 +19,7 @@ from ghn_init.training.evaluate import SPLITS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ghn_init.training._pool import Job
+    from ghn_init.training.evaluate import Network
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -56,7 +56,7 @@ class Stubs:
 
     def __init__(self) -> None:
         self.trained: list[str] = []
-        self.measured: list[Job] = []
+        self.measured: list[Network] = []
         self.stop, self.limit = False, 10**9
 
     def start(self, arguments: list[str]) -> None:
@@ -79,23 +79,25 @@ class Stubs:
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def measure_all(self, measure: Any, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, float]]:
+    def run_all(
+        self, measure: Any, networks: Sequence[Network], workers: int
+    ) -> Iterator[tuple[Network, float]]:
         assert (measure.image_size, len(measure.data), workers >= 1) == (16, 100, True)
         variant = len(set(self.trained))
-        for job in jobs:
+        for network in networks:
             if self.limit == 0:
                 raise KeyboardInterrupt
             self.limit -= 1
-            self.measured.append(job)
-            sign = 1 if job.network.split == "resnet50" else -1
-            yield job, 50.0 + sign * variant + job.network.index
+            self.measured.append(network)
+            sign = 1 if network.split == "resnet50" else -1
+            yield network, 50.0 + sign * variant + network.index
 
 
 @pytest.fixture
 def stubs(ablations: Any, monkeypatch: pytest.MonkeyPatch) -> Stubs:
     stubs = Stubs()
     monkeypatch.setattr(ablations, "start", stubs.start)
-    monkeypatch.setattr(ablations, "measure_all", stubs.measure_all)
+    monkeypatch.setattr(ablations, "run_all", stubs.run_all)
     monkeypatch.setattr(ablations, "prepare_process", lambda: None)
     return stubs
 

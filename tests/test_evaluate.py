@@ -16,7 +16,7 @@ from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init.cli import app
 from ghn_init.cli._values import seconds
 from ghn_init.training import Score, evaluate
-from ghn_init.training._pool import Job, measure_all
+from ghn_init.training._pool import run_all
 from ghn_init.training._results import Results, table
 from ghn_init.training.evaluate import Measure, Network
 from training_runs import TINY_GHN, random_images
@@ -129,12 +129,12 @@ def test_classes_have_to_fit(ghn: GHN) -> None:
 def test_results_are_kept_and_taken_over(ghn: GHN, tmp_path: Path) -> None:
     measure, path = Measure(ghn, random_images(8)), tmp_path / "new" / "results.json"
     results = Results(measure, path, "mine")
-    jobs = [Job(network, 0.0) for network in Network.of("test", 3)] + [Job(Network("vit", 0), 0.08)]
-    for job, accuracy in zip(jobs, (10.0, 20.0, 60.0, 12.5), strict=True):
-        assert job not in results
-        results.add(job, accuracy)
+    networks = [*Network.of("test", 3), Network("vit", 0, 0.08)]
+    for network, accuracy in zip(networks, (10.0, 20.0, 60.0, 12.5), strict=True):
+        assert network not in results
+        results.add(network, accuracy)
         kept = Results(measure, path)
-        assert job in kept
+        assert network in kept
         assert kept.scores() == results.scores()
     saved = json.loads(path.read_text())
     assert (saved["weights"], saved["images"], saved["precision"]) == ("mine", 8, "float32")
@@ -164,16 +164,16 @@ def test_the_table_has_published_figures_beside_ours() -> None:
 
 def test_processes_measure_what_one_does(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=32))
-    jobs = [Job(network, 0.0) for network in (*Network.of("test", 2), Network("vit", 0))]
-    alone = dict(measure_all(measure, jobs, workers=1))
-    assert dict(measure_all(measure, jobs, workers=2)) == alone
+    networks = [*Network.of("test", 2), Network("vit", 0)]
+    alone = dict(run_all(measure, networks, workers=1))
+    assert dict(run_all(measure, networks, workers=2)) == alone
 
 
 def test_a_process_that_dies_is_told(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=32))
     measure.normalise = Deadly()  # type: ignore[assignment]
     with pytest.raises(TrainingError, match="a process that measures networks died"):
-        list(measure_all(measure, [Job(network, 0.0) for network in Network.of("test", 2)], workers=2))
+        list(run_all(measure, Network.of("test", 2), workers=2))
 
 
 class Deadly:

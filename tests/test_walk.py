@@ -11,7 +11,8 @@ from torch import nn
 
 from ghn_init._network.walk import modules_of, params_of, tensors_of
 from ghn_init._tracing.inputs import ExampleInput
-from ghn_init._tracing.recorded import Subject, recorded
+from ghn_init._tracing.recorded import recorded
+from ghn_init._tracing.recorder import Recorder
 
 
 class Shared(nn.Module):
@@ -52,7 +53,7 @@ def test_the_recorded_graph_is_a_valid_graph_of_fx() -> None:
     model = torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=3)
     names = params_of(modules_of(model))
     example = ExampleInput((torch.empty(1, 3, 32, 32, device="meta"),))
-    recording, _ = recorded(Subject(model, {}, names, {}, None), example, "as it is")
+    recording, _ = recorded(Recorder(names, {}), model, {}, example, "as it is")
     graph = recording.graph
     graph.lint()
     nodes = list(graph.nodes)

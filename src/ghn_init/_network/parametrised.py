@@ -24,7 +24,7 @@ from ghn_init._network.walk import modules_of
 from ghn_init._threads import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 POWER_ITERATIONS: Final = 15
 """How often a spectral norm's vectors are improved for a new weight: as often as torch does at first."""
@@ -50,19 +50,20 @@ class Computed:
         return self._inside(self.attribute)
 
     @property
-    def _chain(self) -> Any:
+    def chain(self) -> Any:
+        """The module that computes it, torch's `ParametrizationList`."""
         return self.module.parametrizations[self.attribute]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
 
     @property
     def _functions(self) -> list[nn.Module]:
         """The parametrisations, in the order in which they are applied."""
-        chain = self._chain
+        chain = self.chain
         return [chain[index] for index in range(len(chain))]
 
     @property
     def of_parameters(self) -> bool:
         """The originals are parameters; a parametrised buffer is none of our business."""
-        return len(dict(self._chain.named_parameters(recurse=False))) == len(self.parts)
+        return len(dict(self.chain.named_parameters(recurse=False))) == len(self.parts)
 
     @property
     def how(self) -> str:
@@ -73,7 +74,7 @@ class Computed:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parameters that are solved for: `original`, or `original0`, `original1`, ..."""
-        chain = self._chain
+        chain = self.chain
         names = ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
         return tuple(self._deep(name) for name in names)
 
@@ -81,13 +82,13 @@ class Computed:
     def own(self) -> tuple[str, ...]:
         """Names of the tensors of the parametrisations themselves."""
         parts = set(self.parts)
-        tensors = (*self._chain.named_parameters(), *self._chain.named_buffers())
+        tensors = (*self.chain.named_parameters(), *self.chain.named_buffers())
         return tuple(name for inner, _ in tensors if (name := self._deep(inner)) not in parts)
 
     @property
     def solved(self) -> tuple[str, ...]:
         """Names of the tensors that `solve` gives a value: the originals and parametrisations' buffers."""
-        return (*self.parts, *(self._deep(name) for name, _ in self._chain.named_buffers()))
+        return (*self.parts, *(self._deep(name) for name, _ in self.chain.named_buffers()))
 
     @property
     def obstacle(self) -> str:
@@ -101,13 +102,9 @@ class Computed:
                 return f"parametrised by {name}, which is on the meta device itself"
         return ""
 
-    def watch(self, seen: Callable[[Tensor], None]) -> Any:
-        """Call `seen` with the weight whenever it was computed; returns the handle that ends this."""
-        return self._chain.register_forward_hook(lambda _module, _args, output: seen(output))
-
     def value(self) -> Tensor:
         """The weight as it is now, before a spectral norm divides it: what `solve` takes. Changes nothing."""
-        current = [self._chain.get_parameter(name.rpartition(".")[2]) for name in self.parts]
+        current = [self.chain.get_parameter(name.rpartition(".")[2]) for name in self.parts]
         for function in self._functions:
             if not _is_spectral(function):
                 current = [copy.deepcopy(function).eval()(*current)]
@@ -152,7 +149,7 @@ class Computed:
             found = function.right_inverse(found)  # pyright: ignore[reportCallIssue]
         originals = [found] if isinstance(found, Tensor) else list(found)
         for name, tensor in zip(self.parts, originals, strict=True):
-            stored = self._chain.get_parameter(name.rpartition(".")[2])
+            stored = self.chain.get_parameter(name.rpartition(".")[2])
             if tensor.shape != stored.shape:
                 raise ValueError(f"{name} has shape {tuple(stored.shape)}, found {tuple(tensor.shape)}")
         self._settle(functions, originals)
@@ -195,11 +192,11 @@ def computed_weights(model: nn.Module) -> dict[str, Computed]:
 
 
 @contextmanager
-def watched(weights: dict[str, Computed], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watched(weights: Mapping[str, Computed], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, `seen(name, tensor)` is called whenever one of `weights` was computed."""
     with ExitStack() as stack:
         for name, weight in weights.items():
-            handle = weight.watch(lambda tensor, name=name: seen(name, tensor))
+            handle = weight.chain.register_forward_hook(lambda _module, _args, out, n=name: seen(n, out))
             stack.callback(handle.remove)
         yield
 

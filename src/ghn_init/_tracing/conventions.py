@@ -90,10 +90,6 @@ def _tokens(config: Configuration) -> list[Shape]:
     return [(1, patches), (1, patches + 1)]
 
 
-def _decoder_tokens(config: Configuration) -> list[Shape]:
-    return [(1, _TOKENS)] if config.get("is_encoder_decoder") else []
-
-
 def _images(config: Configuration) -> list[Shape]:
     """(1, channels, height, width), or (1, frames, channels, height, width) for a video."""
     channels = config.get("num_channels", "in_channels", "in_chans", default=3)
@@ -137,19 +133,16 @@ def _regions(config: Configuration) -> list[Shape]:
     return [] if features is None else [(1, _TOKENS, features)]
 
 
-def _boxes(config: Configuration) -> list[Shape]:
-    size = config.get("visual_pos_dim", default=4)
-    return [(1, _TOKENS, size)] if _regions(config) else []
-
-
 _SHAPES: Final[Mapping[str, Callable[[Configuration], list[Shape]]]] = {
     "input_ids": _tokens,
-    "decoder_input_ids": _decoder_tokens,
+    "decoder_input_ids": lambda config: [(1, _TOKENS)] if config.get("is_encoder_decoder") else [],
     "pixel_values": _images,
     "input_values": _sound,
     "input_features": _spectrogram,
     "visual_feats": _regions,
-    "visual_pos": _boxes,
+    "visual_pos": lambda config: [
+        (*shape[:2], config.get("visual_pos_dim", default=4)) for shape in _regions(config)
+    ],
     "visual_embeds": _regions,
 }
 """Name of an argument -> the shapes that it may have, the likeliest first."""

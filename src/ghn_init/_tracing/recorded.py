@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from ghn_init._tracing.recorder import Recorder
 from ghn_init._tracing.values import UnknownValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from ghn_init._network.parametrised import Computed
@@ -26,27 +26,14 @@ if TYPE_CHECKING:
     from ghn_init._tracing.recorder import Recording
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model as it is recorded.
+def recorders(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) -> Callable[[], Recorder]:
+    """What makes recorders for a model, one for each attempt.
 
-    Attributes:
+    Args:
         model: The model.
         computed: Its weights that are computed from parameters.
-        params: Its other parameters by name, ties once.
-        names: Its buffers and the parameters that weights are computed from, by name.
-        paths: Its modules' names; None if nodes need not have their modules.
+        whole: For a graph that users see, in which buffers have names and nodes their modules.
     """
-
-    model: nn.Module
-    computed: Mapping[str, Computed]
-    params: Mapping[str, nn.Parameter]
-    names: Mapping[str, Tensor]
-    paths: Mapping[int, str] | None
-
-
-def subject(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) -> Subject:
-    """What is to be known of `model` while it is recorded; `whole`, for a graph that users see."""
     params = params_of(modules_of(model))
     parts: dict[str, Tensor] = {}
     if computed:
@@ -57,10 +44,12 @@ def subject(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) 
         params = dict(reversed(first.values()))
     names = {**parts, **dict(model.named_buffers())} if whole else parts
     paths = {id(module): name for name, module in model.named_modules()} if whole else None
-    return Subject(model, computed, params, names, paths)
+    return partial(Recorder, params, names, paths)
 
 
-def recorded(subject: Subject, example: ExampleInput, mode: str) -> tuple[Recording, TraceError | None]:
+def recorded(
+    recorder: Recorder, model: nn.Module, computed: Mapping[str, Computed], example: ExampleInput, mode: str
+) -> tuple[Recording, TraceError | None]:
     """Run the model's forward pass under a recorder.
 
     It may end where it reads a value: what would follow may only sort out and format results, as detectors
@@ -73,13 +62,11 @@ def recorded(subject: Subject, example: ExampleInput, mode: str) -> tuple[Record
     Raises:
         TraceError: The forward pass failed; from the original error.
     """
-    model = subject.model
-    recorder = Recorder(subject.params, subject.names, subject.paths)
     args, kwargs = tree_map_only(Tensor, _fresh, (example.args, dict(example.kwargs)))
     recorder.add_inputs(_named(model, args, kwargs))
     if mode == "evaluating":
         _evaluating(model)
-    with watched(dict(subject.computed), recorder.add_parameter):
+    with watched(computed, recorder.add_parameter):
         try:
             with recorder:
                 output = called(model, args, kwargs)

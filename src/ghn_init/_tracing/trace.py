@@ -19,7 +19,7 @@ from ghn_init._network.wrappers import bare, unwrapped
 from ghn_init._threads import alone, uncollected
 from ghn_init._tracing.foreign import inputs_of, is_complete, recording_of
 from ghn_init._tracing.inputs import ExampleInput, candidate_inputs, given_input
-from ghn_init._tracing.recorded import recorded, subject
+from ghn_init._tracing.recorded import recorded, recorders
 from ghn_init._tracing.rules import RULES
 from ghn_init._tracing.rules.registered import registered_layers
 from ghn_init._tracing.sketch import Sketch
@@ -184,13 +184,13 @@ def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceErr
 @contextmanager
 def _recordings(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool) -> Iterator[Record]:
     """A function that records a forward pass and puts the model back as it was, for several attempts."""
-    what = subject(model, computed, whole=whole)
+    recorder = recorders(model, computed, whole=whole)
     with alone(), uncollected(), bare(model), registered_layers(model), torch.no_grad():
         put_back = snapshot(model)
 
         def record(example: ExampleInput, mode: Mode) -> Traced:
             try:
-                recording, stopped = recorded(what, example, mode)
+                recording, stopped = recorded(recorder(), model, computed, example, mode)
             finally:
                 put_back()
             graph = _drawn(recording, stopped, type(model).__name__)

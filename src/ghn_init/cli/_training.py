@@ -229,7 +229,7 @@ def evaluate(
     from ghn_init import load
     from ghn_init.cli._bars import Bar
     from ghn_init.training._engine import prepare_process
-    from ghn_init.training._pool import Job, cores, measure_all
+    from ghn_init.training._pool import cores, run_all
     from ghn_init.training._results import Results, table
     from ghn_init.training.data import Normalisation, load_images
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
@@ -242,12 +242,12 @@ def evaluate(
     )  # fmt: skip
     results = Results(measure, output, weights)
     levels = (0.0, NOISE) if noise else (0.0,)
-    jobs = [
-        Job(net, level) for name in split or SPLITS for level in levels for net in Network.of(name, sample)
+    networks = [
+        net for name in split or SPLITS for level in levels for net in Network.of(name, sample, level)
     ]
-    missing = [job for job in jobs if job not in results]
+    missing = [network for network in networks if network not in results]
     with Bar(len(missing)) as bar:
-        for job, accuracy in measure_all(measure, missing, workers or cores()):
-            results.add(job, accuracy)
-            bar.advance(label=f"{job.network.split} {job.network.index}: {accuracy:.1f} %")
+        for network, accuracy in run_all(measure, missing, workers or cores()):
+            results.add(network, accuracy)
+            bar.advance(label=f"{network.split} {network.index}: {accuracy:.1f} %")
     typer.echo(table(results.scores()))

@@ -12,8 +12,6 @@ import threading
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,8 +21,6 @@ from ghn_init._errors import TrainingError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.synchronize import Event
-
-    from ghn_init.training.evaluate import Measure, Network
 
 _ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -41,30 +37,9 @@ _function: Callable[[Any], Any]
 """What a process of the pool was started with; no other process has it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One network under noise of one deviation."""
-
-    network: Network
-    noise: float
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def measure_all(measure: Measure, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, float]]:
-    """Accuracies in percent, as they come; with one worker in this process.
-
-    Raises:
-        TrainingError: A process died.
-    """
-    return run_all(partial(_accuracy, measure), jobs, workers)
-
-
-def _accuracy(measure: Measure, job: Job) -> float:
-    return measure(job.network, job.noise)
 
 
 def run_all(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[J, R]]:

@@ -10,14 +10,13 @@ import torch
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
-from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Score
+from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Network, Score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from ghn_init._weights.ghn import GHN
-    from ghn_init.training._pool import Job
 
 TARGETS = {
     ("test", False): 66.9, ("wide", False): 64.0, ("deep", False): 60.5, ("dense", False): 65.8,
@@ -66,13 +65,13 @@ class Results:
             raise TrainingError(f"{path}: holds results of other {', '.join(different)}; give another file")
         self._accuracies = accuracies
 
-    def __contains__(self, job: Job) -> bool:
-        return job.network.index in self._accuracies.get((job.network.split, job.noise), {})
+    def __contains__(self, network: Network) -> bool:
+        return network.index in self._accuracies.get((network.split, network.noise), {})
 
-    def add(self, job: Job, accuracy: float) -> None:
+    def add(self, network: Network, accuracy: float) -> None:
         """Take up and keep the accuracy of a network, in percent."""
-        key = (job.network.split, job.noise)
-        self._accuracies.setdefault(key, {})[job.network.index] = round(accuracy, 3)
+        key = (network.split, network.noise)
+        self._accuracies.setdefault(key, {})[network.index] = round(accuracy, 3)
         self.write()
 
     def scores(self) -> list[Score]:

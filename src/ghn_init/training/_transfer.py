@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -51,8 +51,6 @@ RATES: Final[dict[str, tuple[float, ...]]] = {"sgd": (0.01, 0.03, 0.1), "adamw":
 _DECAY: Final = {"sgd": 5e-4, "adamw": 0.05}
 _MOMENTUM: Final = 0.9
 _MEASURED_AT_ONCE: Final = 256
-
-_FOUND: Final = ("validation", "test", "diverged")
 
 _T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom."""
@@ -200,8 +198,7 @@ class LowShot:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; NaN is null."""
-        values = asdict(self) | {"accuracies": list(self.accuracies)}
-        return {key: None if value != value else value for key, value in values.items()}
+        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 def transfer(
@@ -274,7 +271,7 @@ class _Bench:
         self.build, self.config, self.file, self.on_training = build, config, file, on_training
         self.train, self.held = hold_out(train, min(config.validation, len(train) // 5))
         self.normalise = Normalisation.of(train)
-        self.test = _spread(test, config.images)
+        self.test = test.spread(config.images or len(test))
         self.places = _places_by_class(self.train, max(config.shots))
         self.ghn = weights if isinstance(weights, GHN) else load(weights)
         self.digest = digest_of_ghn(self.ghn)
@@ -395,13 +392,6 @@ def _optimizer(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, setting.rate, weight_decay=decay)
 
 
-def _spread(images: Images, count: int) -> Images:
-    """So many of the images, spread evenly over the set; all if `count` is 0."""
-    if not 0 < count < len(images):
-        return images
-    return images.take(torch.linspace(0, len(images) - 1, count).long())
-
-
 def _places_by_class(images: Images, least: int) -> list[Tensor]:
     """For every class the places of its images, at least so many.
 
@@ -442,13 +432,7 @@ def _read(file: Path) -> list[Training]:
     Raises:
         TrainingError: It holds something else.
     """
-    names = [entry.name for entry in fields(Setting)]
     try:
-        return [
-            Training(
-                Setting(**{name: record["setting"][name] for name in names}), *(record[key] for key in _FOUND)
-            )
-            for record in read_records(file)
-        ]
+        return [Training(Setting(**record.pop("setting")), **record) for record in read_records(file)]
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{file}: not a file of transfers ({error!r}); give another one") from error

@@ -71,6 +71,10 @@ class Images:
         soft = None if self.soft is None else self.soft[index]
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], soft=soft)
 
+    def spread(self, count: int) -> Images:
+        """So many of the images, spread evenly over the set, or all where there are fewer."""
+        return self if count >= len(self) else self.take(torch.linspace(0, len(self) - 1, count).long())
+
     def targets(self, softness: float) -> Tensor:
         """(N, classes): the labels, with the soft ones in a share of `softness`."""
         hard = F.one_hot(self.labels, len(self.classes)).float()

@@ -91,13 +91,17 @@ class Score:
 
 @dataclass(frozen=True, order=True)
 class Network:
-    """Network `index` of a split of DeepNets-1M, or "resnet50" or "vit"."""
+    """Network `index` of a split of DeepNets-1M, or "resnet50" or "vit", as it is to be measured.
+
+    `noise` is the standard deviation of the noise on the pixels, which go from 0 to 1.
+    """
 
     split: str
     index: int
+    noise: float = 0.0
 
     @classmethod
-    def of(cls, split: str, n: int | None = None) -> list[Network]:
+    def of(cls, split: str, n: int | None = None, noise: float = 0.0) -> list[Network]:
         """The networks of a split, or its first `n`.
 
         Raises:
@@ -107,7 +111,7 @@ class Network:
         if split not in sizes:
             raise ArchitectureError(f"no split {split!r}; expected one of {', '.join(sizes)}")
         available = sizes[split]
-        return [cls(split, index) for index in range(min(n or available, available))]
+        return [cls(split, index, noise) for index in range(min(n or available, available))]
 
     def build(self, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:
         """The network on the meta device, at the split's width for evaluation."""
@@ -152,9 +156,8 @@ class Measure:
         if len(data) < 2 or (images is not None and images < 2):
             raise TrainingError("expected at least 2 images: batch norms use the statistics of a batch")
         self.ghn, self.normalise, self.available = ghn, normalise or Normalisation.of(data), len(data)
-        if images is not None and images < len(data):
-            data = data.take(torch.linspace(0, len(data) - 1, images).long())
-        self.data, self.seed, self.precision = data, seed, precision
+        self.data = data if images is None else data.spread(images)
+        self.seed, self.precision = seed, precision
         self._batches: dict[float, list[tuple[Tensor, Tensor]]] = {}
 
     def batches(self, noise: float = 0.0) -> list[tuple[Tensor, Tensor]]:
@@ -188,10 +191,11 @@ class Measure:
         return parts
 
     @torch.no_grad()
-    def __call__(self, network: Network | nn.Module, noise: float = 0.0) -> float:
+    def __call__(self, network: Network | nn.Module) -> float:
         """Top-1 accuracy in percent; a module has to be on the meta device and is taken over."""
-        size = self.image_size
+        size, noise = self.image_size, 0.0
         if isinstance(network, Network):
+            noise = network.noise
             network = network.build(self.ghn.config.num_classes, size, self.seed)
         (params,) = self.ghn([trace(network, (1, 3, size, size))])
         inject(prepare(network, fast=self.ghn.device.type == "cpu").eval(), params, self.precision)
@@ -234,5 +238,5 @@ def evaluate(
         TrainingError: No images, or a number of classes that is not the GHN's.
     """
     measure = Measure(ghn, data, images=images, normalise=normalise, seed=seed, precision=precision)
-    accuracies = [measure(network, noise) for network in Network.of(split, n)]
+    accuracies = [measure(network) for network in Network.of(split, n, noise)]
     return Score.of(split, accuracies, len(measure.data), noise, measure.available)
