@@ -82,7 +82,8 @@ def test_error_bars_are_standard_errors() -> None:
 
 
 def test_long_runs_have_few_points_and_hours(tmp_path: Path) -> None:
-    (tmp_path / LOG).write_text("\n".join(step_line(10 * k, 10.0 * k, float(k % 2)) for k in range(1, 2401)))
+    steps = (step_line(10 * k, 10.0 * k, float(k % 2)) for k in range(1, 2401))
+    (tmp_path / LOG).write_text("".join(f"{line}\n" for line in steps))
     curves = read_curves(tmp_path / LOG)
     loss = curves["training loss"]
     assert len(loss) == 400

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import TrainingError
 from ghn_init.training._figures import new_figure, save_figure
 from ghn_init.training._log import LOG
+from ghn_init.training._records import read_records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,8 +67,7 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     accuracy: list[Point] = []
     validation: list[Point] = []
     seconds = 0.0
-    for line in path.read_text().splitlines():
-        values = _parsed(line)
+    for values in read_records(path):
         seconds = values.get("seconds", seconds)  # a validation belongs to the step before it
         if values.get("loss") is not None:
             loss.append(Point(seconds, values["loss"]))
@@ -80,14 +79,6 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
         "training accuracy, %": _thinned(accuracy),
         "validation accuracy, % (± standard error over networks)": validation,
     }
-
-
-def _parsed(line: str) -> Mapping[str, Any]:
-    """The values of a line; none for the torn last line of a killed run."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

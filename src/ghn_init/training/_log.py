@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
+from ghn_init.training._records import read_records
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,8 +54,8 @@ class Log:
         if folder is not None and self._path is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
-                kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_at]
-                write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
+                kept = [line for line in read_records(self._path) if line["step"] <= resume_at]
+                write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
             if tensorboard:
                 self._board = summary_writer()(folder / TENSORBOARD, purge_step=resume_at + 1)
 
@@ -123,11 +124,3 @@ def _mean(values: list[float]) -> float | None:
     """Mean of the finite values, None without any: JSON has no others."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
-
-
-def _step(line: str) -> float:
-    """The step of a line of the log; infinity for the torn last line of a killed run."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")

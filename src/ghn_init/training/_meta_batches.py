@@ -7,6 +7,7 @@ networks that pass the filters; where it ends in the sequence is all that a chec
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,17 +53,10 @@ class Task:
     Attributes:
         index: Its place in the sequence.
         architecture: What to build, with the width that was drawn.
-        num_params: Its parameters, used or not.
     """
 
     index: int
     architecture: Architecture
-    num_params: int
-
-    @property
-    def cost(self) -> int:
-        """What its time goes by, roughly; no unit."""
-        return self.architecture.activations()
 
     def build(self, num_classes: int, image_size: int) -> nn.Module:
         """The network on the meta device, without running statistics."""
@@ -122,7 +116,7 @@ class MetaBatches:
         """The networks of a window that pass the filters, in meta-batches of similar cost."""
         many = self.config.meta_batch
         tasks = [task for index in indices if (task := self._task(index)) is not None]
-        tasks = sorted(tasks[: len(tasks) // many * many], key=lambda task: task.cost)
+        tasks = sorted(tasks[: len(tasks) // many * many], key=lambda task: task.architecture.activations())
         groups = [tasks[start : start + many] for start in range(0, len(tasks), many)]
         # By the place of one member in the sequence, which has nothing to do with its cost.
         return sorted(groups, key=lambda group: group[0].index)
@@ -149,18 +143,17 @@ class MetaBatches:
         width, fc_dim = training_width(architecture, Stream(config.seed, _WIDTHS, index), _FULL_SIZE)
         architecture = replace(architecture, C=width, fc_dim=fc_dim)
         num_params = architecture.num_params(config.ghn.num_classes, _FULL_SIZE)
-        if not architecture.supports(self.image_size):
-            return None
-        if config.max_params and num_params > config.max_params * 1e6:
-            return None
-        if architecture.num_nodes() > min(self._largest(index), config.max_nodes):
-            return None
-        return Task(index, architecture, num_params)
+        fits = (
+            architecture.supports(self.image_size)
+            and num_params <= 1e6 * (config.max_params or math.inf)
+            and architecture.num_nodes() <= min(self._largest(index), config.max_nodes)
+        )
+        return Task(index, architecture) if fits else None
 
     def _largest(self, index: int) -> float:
         """Nodes of the largest network allowed at this place: grows geometrically over the curriculum."""
         if index >= self.config.curriculum:
-            return float("inf")
+            return math.inf
         return self.config.curriculum_nodes * _GROWTH ** (index / self.config.curriculum)
 
 

@@ -76,27 +76,22 @@ class Results:
 
     def scores(self) -> list[Score]:
         """One score for each split and noise, in the order of `SPLITS`."""
-        return [
-            Score.of(
-                split, [by_index[index] for index in sorted(by_index)], self._images, noise, self._available
-            )
-            for (split, noise), by_index in self._sorted()
-        ]
+        known = {split: place for place, split in enumerate(SPLITS)}
+        keys = sorted(self._accuracies, key=lambda key: (known.get(key[0], len(known)), key))
+        return [self._score(*key) for key in keys]
 
-    def _sorted(self) -> list[tuple[tuple[str, float], dict[int, float]]]:
-        def place(item: tuple[tuple[str, float], dict[int, float]]) -> tuple[int, str, float]:
-            split, noise = item[0]
-            return SPLITS.index(split) if split in SPLITS else len(SPLITS), split, noise
-
-        return sorted(self._accuracies.items(), key=place)
+    def _score(self, split: str, noise: float) -> Score:
+        by_index = sorted(self._accuracies[split, noise].items())
+        return Score.of(split, [accuracy for _, accuracy in by_index], self._images, noise, self._available)
 
     def write(self) -> None:
         """Write the file, if there is one."""
         if self._path is None:
             return
         scores: list[dict[str, Any]] = []
-        for score, (_, by_index) in zip(self.scores(), self._sorted(), strict=True):
-            values = score.to_dict() | {"accuracies": dict(sorted(by_index.items()))}
+        for score in self.scores():
+            by_index = dict(sorted(self._accuracies[score.split, score.noise].items()))
+            values = score.to_dict() | {"accuracies": by_index}
             scores.append({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
         result = {"weights": self._weights, **self._header, "torch": torch.__version__, "scores": scores}
         self._path.parent.mkdir(parents=True, exist_ok=True)
