@@ -102,7 +102,8 @@ def _build_and_trace(arch: Architecture, index: int) -> tuple[float, float, int]
     width, fc_dim = training_width(arch, Stream(0, 100, index), IMAGE_SIZE)
     start = time.process_time()
     with torch.device("meta"):
-        network = arch.build(image_size=IMAGE_SIZE, C=width, fc_dim=fc_dim, running_stats=False)
+        drawn = dataclasses.replace(arch, C=width, fc_dim=fc_dim)
+        network = drawn.build(image_size=IMAGE_SIZE, running_stats=False)
     built = time.process_time()
     graph = trace(network, (1, 3, IMAGE_SIZE, IMAGE_SIZE))
     return 1e3 * (built - start), 1e3 * (time.process_time() - built), len(graph)

@@ -13,6 +13,7 @@ the shifted input of a factorized reduction, one ReLU for every operation that b
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def recognised_gates(arch: Architecture) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         _write_out(patch, gates)
         with torch.device("meta"):
-            network = arch.build(C=16, fc_dim=16)
+            network = dataclasses.replace(arch, C=16, fc_dim=16).build()
         order = _topological(network(image).grad_fn, image)
     position = {node: number for number, node in enumerate(order)}
     products = {product for _, product in gates.values()}

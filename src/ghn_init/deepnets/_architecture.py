@@ -127,32 +127,21 @@ class Architecture:
         """Elements of all feature maps for one image of 32 x 32, roughly: what a network's time goes by."""
         return activations(self)
 
-    def build(
-        self,
-        num_classes: int = 10,
-        image_size: int = 32,
-        C: int | None = None,  # noqa: N803
-        fc_dim: int | None = None,
-        *,
-        running_stats: bool = True,
-    ) -> nn.Module:
+    def build(self, num_classes: int = 10, image_size: int = 32, *, running_stats: bool = True) -> nn.Module:
         """Make the network; under `with torch.device("meta")` nothing is allocated or initialised.
 
         Args:
             num_classes: Outputs.
             image_size: Side of the square images in pixels; from 128 on the stem is ImageNet's.
-            C: Width instead of `self.C`.
-            fc_dim: Width of the head instead of `self.fc_dim`.
             running_stats: Batch norms keep running statistics; without, they have no buffers and
                 always normalise with those of the batch.
 
         Raises:
-            ArchitectureError: `image_size` does not fit (see `supports`), or a width is invalid.
+            ArchitectureError: `image_size` does not fit (see `supports`).
         """
         from ghn_init.deepnets._network import Network
 
-        arch = dataclasses.replace(self, C=C or self.C, fc_dim=fc_dim or self.fc_dim)
-        return Network(arch, num_classes, image_size, running_stats=running_stats)
+        return Network(self, num_classes, image_size, running_stats=running_stats)
 
     def to_net_args(self) -> dict[str, Any]:
         """The dictionary of the published files, JSON-ready."""

@@ -42,23 +42,11 @@ class ResNet50:
         """Whether `build` takes images of this side: all."""
         return image_size >= 1
 
-    def build(
-        self,
-        num_classes: int = 10,
-        image_size: int = 32,
-        C: int | None = None,  # noqa: N803
-        fc_dim: int | None = None,
-    ) -> nn.Module:
-        """Make the network.
-
-        Raises:
-            ArchitectureError: A width is asked for; this network has its own.
-        """
+    def build(self, num_classes: int = 10, image_size: int = 32) -> nn.Module:
+        """Make the network."""
         from torch import nn
         from torchvision.models import resnet50
 
-        if C is not None or fc_dim is not None:
-            raise ArchitectureError("ResNet50 has fixed widths; leave C and fc_dim out")
         model = resnet50(num_classes=num_classes)
         if image_size < LARGE_INPUT:
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
