@@ -286,7 +286,7 @@ class Recorder(TorchFunctionMode):
         if layer is not None:
             node.meta["layer"] = layer.rule
             node.meta["parameters"] = {key: self._parameter(t) for key, t in layer.params.items()}
-            node.meta["others"] = [self._parameter(tensor) for tensor in layer.every]
+            node.meta["others"] = [self._parameter(tensor) for tensor in layer.module.parameters()]
         self._placed(node)
         return node
 

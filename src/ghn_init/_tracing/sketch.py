@@ -100,7 +100,7 @@ class Sketch:
         self.rectified: set[int] = set()
         self.shapes = shapes
         self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
-        self._ends: set[int] | None = None
+        self._ends: tuple[int, ...] | None = None
 
     def carried(self, node: object) -> Carried:
         """What the output of an fx node carries; of several outputs, what they carry together."""
@@ -130,7 +130,8 @@ class Sketch:
             elif op == "placeholder":
                 carried[node] = Flow((0,))
             elif op == "output":
-                self._ends = self._sources_of(node.all_input_nodes)
+                value = merged(map(self.carried, node.all_input_nodes))
+                self._ends = value.sources if isinstance(value, Flow) else ()
             else:
                 value = self._called(node, rules)
                 name = node.meta.get("parameter")
@@ -178,9 +179,9 @@ class Sketch:
         nodes = tuple(self.nodes[old] for old in sorted(live))
         edges = tuple(sorted((number[u], number[v]) for v in live for u in self.predecessors[v]))
         covered = _params_of(nodes)
-        dead = _params_of(self.nodes)
+        roles = self.roles | dict.fromkeys(_params_of(self.nodes), "does not reach the output")
         unmatched = tuple(
-            UnmatchedParameter(param, shape, self._role(param, dead))
+            UnmatchedParameter(param, shape, roles.get(param, "unused"))
             for param, shape in self.shapes.items()
             if param not in covered
         )
@@ -190,10 +191,6 @@ class Sketch:
     def all_used(self) -> bool:
         """Whether every parameter was used."""
         return self.shapes.keys() <= _params_of(self.nodes) | self.roles.keys()
-
-    def _sources_of(self, nodes: Iterable[fx.Node]) -> set[int]:
-        flows = map(self.carried, nodes)
-        return {source for flow in flows if isinstance(flow, Flow) for source in flow.sources}
 
     def _live(self, ends: Iterable[int]) -> set[int]:
         """Indices of the nodes from which `ends` can be reached; the input is always one."""
@@ -205,11 +202,6 @@ class Sketch:
                 live.add(node)
                 stack.extend(self.predecessors[node])
         return live
-
-    def _role(self, param: str, dead: set[str]) -> str:
-        if param in dead:
-            return "does not reach the output"
-        return self.roles.get(param, "unused")
 
 
 def _params_of(nodes: Iterable[Node]) -> set[str]:

@@ -22,8 +22,6 @@ from ghn_init._tracing.rules.joins import with_positions
 from ghn_init._tracing.rules.nodes import add_norm, add_vector, add_weight, main_parameter
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ghn_init._tracing.sketch import Operation
 
 Output = Callable[..., Any]
@@ -75,9 +73,7 @@ class Registration:
     def __enter__(self) -> Registration:
         return self
 
-    def __exit__(
-        self, cls: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
 
@@ -187,14 +183,12 @@ class RegisteredCall:
         module: The layer.
         path: Its qualified name.
         params: Its parameters by their names in the rule.
-        every: All of its parameters.
     """
 
     rule: LayerRule
     module: nn.Module
     path: str
     params: Mapping[str, Tensor]
-    every: tuple[Tensor, ...]
 
 
 def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -204,8 +198,7 @@ def _recorded_call(rule: LayerRule, module: nn.Module, path: str, *args: Any, **
         if node_type not in _WITHOUT
     }
     params = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    every = tuple(module.parameters())
-    layer = RegisteredCall(rule, module, path, params, every)
+    layer, every = RegisteredCall(rule, module, path, params), tuple(module.parameters())
     return handle_torch_function(registered_layer, every, layer, args, kwargs)  # pyright: ignore[reportCallIssue]
 
 
