@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[str, argument("IN", f"The hypernetwork: a published .pt file, or {PLACES}.")],
+    source: Annotated[
+        str, argument("IN", f"Read this hypernetwork, such as a published .pt file: {PLACES}.")
+    ],
     target: Annotated[
         Path,
         argument(
             "OUT",
-            "The folder for model.safetensors and config.json, which is made if need be; these two files are "
-            "replaced.",
+            "Write model.safetensors and config.json to this folder, which is made if need be; these two "
+            "files are replaced.",
         ),
     ],
 ) -> None:

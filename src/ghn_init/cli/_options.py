@@ -33,7 +33,7 @@ Spec = Annotated[
     str,
     argument(
         "SPEC",
-        "The model, as FILE.py, FILE.py:NAME or MODULE:NAME; NAME is an nn.Module instance, or a class "
+        "Name the model as FILE.py, FILE.py:NAME or MODULE:NAME; NAME is an nn.Module instance, or a class "
         "or function that makes one.",
     ),
 ]
@@ -91,13 +91,14 @@ Data = Annotated[
     Path,
     argument(
         "DATA",
-        "The images: a folder with one per class, an archive of that, torchvision's CIFAR, or an .npz.",
+        "Read images from a folder with one per class, an archive of that, torchvision's CIFAR, or an .npz.",
     ),
 ]
 BFloat16 = Annotated[
     bool,
     option(
-        "--bf16", "Run the networks in bfloat16: rounded, and faster only where the processor computes in it."
+        "--bf16",
+        "Run the networks in bfloat16, which rounds and is faster only where the processor computes in it.",
     ),
 ]
 Workers = Annotated[
@@ -113,13 +114,13 @@ Sample = Annotated[
     option("N", "Take the first N architectures of the split within the limits.", panel=_CHOICE, least=1),
 ]
 MaxParams = Annotated[
-    float | None, option("MILLIONS", "Pass over architectures with more parameters.", panel=_CHOICE)
+    float | None, option("MILLIONS", "Pass over architectures with more parameters than this.", panel=_CHOICE)
 ]
 MaxActivations = Annotated[
     float | None,
     option(
         "MILLIONS",
-        "Pass over architectures whose feature maps have more elements, roughly counted: slow ones.",
+        "Pass over slow architectures, whose feature maps have more elements than this, roughly counted.",
         panel=_CHOICE,
     ),
 ]

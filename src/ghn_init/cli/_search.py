@@ -107,21 +107,21 @@ def measure(
     )
     chosen = list(islice(found, sample))
     measurer = Measurer(ghn, train, validation, recipe)
-    missing = [candidate for candidate in chosen if candidate.index not in recorder.measurements]
-    _measure_all(measurer, missing, recorder, workers)
+    _measure_missing(measurer, chosen, recorder, workers)
     done = [recorder.measurements[candidate.index] for candidate in chosen]
     say(f"{output}: {len(done)} architectures of {split}, {_means(done)}")
 
 
-def _measure_all(
+def _measure_missing(
     measurer: Measurer, candidates: Sequence[Candidate], recorder: Recorder, workers: int | None
 ) -> None:
-    """Measure these side by side and keep every one as it comes, with a progress bar."""
+    """Measure those that the file lacks side by side, and keep every one as it comes, with a progress bar."""
     from ghn_init.cli._bars import Bar
     from ghn_init.training._pool import cores, run_all
 
-    with Bar(len(candidates)) as bar:
-        for candidate, measurement in run_all(measurer, candidates, workers or cores()):
+    missing = [candidate for candidate in candidates if candidate.index not in recorder.measurements]
+    with Bar(len(missing)) as bar:
+        for candidate, measurement in run_all(measurer, missing, workers or cores()):
             recorder.add(measurement)
             bar.advance(label=f"{recorder.split} {candidate.index}: {measurement.trained:.1f} %")
 
@@ -135,7 +135,9 @@ def _means(measurements: Sequence[Measurement]) -> str:
 
 
 def properties(
-    measured: Annotated[Path, argument("MEASURED", "The file of measurements that `measure` wrote.")],
+    measured: Annotated[
+        Path, argument("MEASURED", "Read the measurements that `measure` wrote to this file.")
+    ],
     *,
     output: Annotated[Path, option("--output -o FILE", "Write the regressors to this JSON file.")],
     held_out: Annotated[
@@ -173,7 +175,9 @@ def properties(
 
 def search(
     data: opt.Data,
-    regressors: Annotated[Path, argument("PROPERTIES", "The file of regressors that `properties` wrote.")],
+    regressors: Annotated[
+        Path, argument("PROPERTIES", "Read the regressors that `properties` wrote to this file.")
+    ],
     *,
     output: Annotated[
         Path,
@@ -223,7 +227,6 @@ def search(
     chosen = list(islice((candidate for candidate in found if candidate.index not in known), sample))
     with Bar(len(chosen), "embedding") as bar:
         ranked = rank(chosen, fitted, ghn, by, workers=workers or cores(), on_part=bar.advance)[:top]
-    missing = [entry.candidate for entry in ranked if entry.candidate.index not in recorder.measurements]
-    _measure_all(measurer, missing, recorder, workers)
+    _measure_missing(measurer, [entry.candidate for entry in ranked], recorder, workers)
     typer.echo(ranking_table(ranked, recorder.measurements, fitted, by))
     say(f"{output}: the first {len(ranked)} of {len(chosen):,} architectures of {split} by {by}")

@@ -185,8 +185,8 @@ def _import(spec: ModelSpec) -> ModuleType:
     except ModuleNotFoundError as error:
         if not spec.is_file and error.name and f"{spec.source}.".startswith(f"{error.name}."):
             raise ModelSpecError(
-                f"no module named {error.name!r}; write MODULE:NAME, e.g. torchvision.models:resnet50, "
-                "or a file: path/to/model.py"
+                f"there is no module named {error.name!r}; write MODULE:NAME, e.g. "
+                "torchvision.models:resnet50, or a file: path/to/model.py"
             ) from error
         raise _user_error(spec, f"importing {spec.source}", error) from error
     except FAILURES as error:

@@ -58,7 +58,8 @@ def train(
         ),
     ] = None,
     time_limit: Annotated[
-        str | None, option("TIME", "Stop cleanly after this long; the same command goes on.", panel=_KEEPING)
+        str | None,
+        option("TIME", "Stop cleanly after this long; the same command then goes on.", panel=_KEEPING),
     ] = None,
     save_every: Annotated[
         str, option("TIME", "Write a checkpoint whenever this long has passed.", panel=_KEEPING)
@@ -135,7 +136,9 @@ def _run(trainer: Trainer) -> None:
 
 
 def curve(
-    run: Annotated[Path, argument("RUN", "The output folder of `train`; the run may still be going on.")],
+    run: Annotated[
+        Path, argument("RUN", "Name the output folder of `train`; the run may still be going on.")
+    ],
     *,
     output: Annotated[
         Path | None,
@@ -185,7 +188,7 @@ def teach(
 def evaluate(
     weights: Annotated[
         str,
-        argument("WEIGHTS", f"The hypernetwork: {PLACES}."),
+        argument("WEIGHTS", f"Measure this hypernetwork: {PLACES}."),
     ],
     *,
     data: Annotated[
@@ -208,7 +211,8 @@ def evaluate(
     noise: Annotated[
         bool,
         option(
-            "--noise", "Measure a second time under Gaussian noise of deviation 0.08, pixels being 0 to 1."
+            "--noise",
+            "Measure a second time under Gaussian noise of deviation 0.08, where pixels go from 0 to 1.",
         ),
     ] = False,
     output: Annotated[

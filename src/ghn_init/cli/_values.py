@@ -103,7 +103,7 @@ def seconds(text: str) -> float:
     try:
         return float(number) * unit
     except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected a length of time such as 90s, 30m or 2h") from None
+        raise typer.BadParameter(f"{text!r} is no length of time; write 90s, 30m or 2h") from None
 
 
 def training_config(
@@ -123,10 +123,12 @@ def training_config(
     for setting in settings or ():
         key, sign, text = setting.partition("=")
         if not sign:
-            raise typer.BadParameter(f"{setting!r}; expected KEY=VALUE")
+            raise typer.BadParameter(f"--set {setting!r} is not KEY=VALUE, e.g. --set lr=3e-4")
         owner = values.setdefault("ghn", {}) if key.startswith("ghn.") else values
         if not isinstance(owner, dict):
-            raise typer.BadParameter(f"{setting!r} and ghn={owner!r}; expected only one of them")
+            raise typer.BadParameter(
+                f"--set {setting!r} and ghn={owner!r} exclude each other; give one of them"
+            )
         owner[key.removeprefix("ghn.")] = _value(text)
     if steps is not None:
         values["steps"] = steps
@@ -139,9 +141,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{file}: cannot be read as JSON ({error})") from error
+        raise typer.BadParameter(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise typer.BadParameter(f"{file}: expected a JSON object with fields of TrainConfig")
+        raise typer.BadParameter(f"{file} holds no JSON object with fields of TrainConfig")
     return values
 
 
