@@ -241,7 +241,7 @@ def test_a_truncated_published_file_is_refused(published: Path, keep: int) -> No
         load(published)
 
 
-def test_published_file_with_a_bad_configuration(published: Path) -> None:
+def test_a_published_file_with_a_bad_configuration_is_refused(published: Path) -> None:
     found = torch.load(published, weights_only=True)
     torch.save(torch.zeros(3), published)
     with pytest.raises(CheckpointError, match=r"expected a dictionary with state_dict and .*, found Tensor"):
@@ -457,7 +457,7 @@ def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, t
     assert "HF_HUB_OFFLINE" in offline
 
 
-def test_a_published_file_on_the_hub(hub: str, folder: Path, tmp_path: Path) -> None:
+def test_a_published_file_on_the_hub_is_loaded(hub: str, folder: Path, tmp_path: Path) -> None:
     original = GHN(GHNConfig.ghn3("t", 5, hid=8, layers=2, heads=2, max_shape=(3, 4, 4, 4)))
     (folder / "ghn3tm8.pt").write_bytes(pickle.dumps(OrderedDict(original.state_dict()), protocol=4))
     (folder / "model.safetensors").unlink()

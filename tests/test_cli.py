@@ -266,12 +266,14 @@ def help_texts() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "text"), help_texts())
 def test_help_is_in_whole_sentences(name: str, text: str) -> None:
-    """They end like sentences, and begin with a verb or name what is meant: no "Of ...", no "Between ..."."""
+    """They end like sentences and begin with a verb: no "Of ...", no "Between ...", no "The file: ..."."""
     assert text.endswith(".")
     for sentence in text.split(". "):
         first = sentence.split()[0]
         assert first[0].isupper()
-        assert first not in {"Of", "Between", "Only", "Also", "Length", "Where", "For", "Held-out"}, name
+        assert first not in {"Of", "Between", "Only", "Also", "Length", "Where", "For", "Held-out", "The"}, (
+            name
+        )
 
 
 def test_flags_do_not_look_as_if_they_took_a_value() -> None:
@@ -404,7 +406,7 @@ def test_progress_is_silent_where_there_is_no_terminal(
     assert capsys.readouterr().err == ""
 
 
-def test_the_command_in_a_process_of_its_own(ghn_dir: Path, tmp_path: Path) -> None:
+def test_the_command_runs_in_a_process_of_its_own(ghn_dir: Path, tmp_path: Path) -> None:
     """From the shell: python -m, exit status, and the two streams."""
     (tmp_path / "model.py").write_text(MODEL + "x = undefined\n", encoding="utf-8")
     command = [sys.executable, "-m", "ghn_init", "model.py", "--weights", str(ghn_dir)]

@@ -130,7 +130,9 @@ def test_a_damaged_published_file_of_the_old_kind_is_refused_or_gives_finite_val
 
 
 @given(what=damage)
-def test_damaged_state_dict_of_the_hub(folder: Path, what: tuple[str, float, int]) -> None:
+def test_a_damaged_state_dict_of_the_hub_is_refused_or_loaded_as_finite_values(
+    folder: Path, what: tuple[str, float, int]
+) -> None:
     """These have no checksums either."""
     (folder / "six.pt").write_bytes(damaged((folder / "hub.pt").read_bytes(), *what))
     try:
@@ -390,7 +392,7 @@ def test_a_tensor_is_used_once(tmp_path: Path) -> None:
         load(tmp_path / "x.pt")
 
 
-def test_tensors_that_claim_more_memory_than_the_file_has(sound: GHN, tmp_path: Path) -> None:
+def test_tensors_that_claim_more_memory_than_the_file_has_are_refused(sound: GHN, tmp_path: Path) -> None:
     large = torch.zeros(1).expand(15, 10**6)
     state = OrderedDict(sound.state_dict()) | {"embed.weight": large}
     (tmp_path / "x.pt").write_bytes(pickle.dumps(state, protocol=4))

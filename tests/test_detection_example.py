@@ -84,7 +84,7 @@ class Fixed(nn.Module):
         return [self.found for _ in images]
 
 
-def test_average_precision_of_known_detections(detection: ModuleType) -> None:
+def test_the_average_precision_of_known_detections_is_right(detection: ModuleType) -> None:
     target = {"boxes": torch.tensor([[0.0, 0, 4, 4], [8, 8, 12, 12]]), "labels": torch.tensor([1, 2])}
     examples = [(torch.zeros(3, 16, 16), target)]
     right = Fixed([[8.0, 8, 12, 12], [0, 0, 4, 4]], [0.6, 0.9], [2, 1])

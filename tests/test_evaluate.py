@@ -41,7 +41,7 @@ def test_a_score_is_mean_error_and_best() -> None:
     assert score.image_error == 0
 
 
-def test_the_error_of_measuring_on_some_images() -> None:
+def test_measuring_on_some_images_has_an_error() -> None:
     """For one network whose hits are known: the spread of its accuracy over samples of the images."""
     hits = np.arange(1_000) < 300
     rng = np.random.default_rng(0)
@@ -246,5 +246,5 @@ def test_lengths_of_time_become_seconds() -> None:
     import typer
 
     assert [seconds(text) for text in ("90", "90s", "30m", "2h")] == [90, 90, 1800, 7200]
-    with pytest.raises(typer.BadParameter, match="expected a length of time"):
+    with pytest.raises(typer.BadParameter, match="is no length of time"):
         seconds("soon")

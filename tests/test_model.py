@@ -290,7 +290,7 @@ def by_the_book(gnn: GatedGNN, h: Tensor, graph: Graph) -> Tensor:
 
 @pytest.mark.parametrize("virtual_edges", [True, False])
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_gated_network_and_its_gradient_by_the_book(virtual_edges: bool, rounds: int) -> None:
+def test_the_gated_network_and_its_gradient_go_by_the_book(virtual_edges: bool, rounds: int) -> None:
     gnn = GatedGNN(8, virtual_edges=virtual_edges, rounds=rounds).double()
     graph = random_graph(3, length=20)
     batch = GraphBatch.from_graphs([graph], GHNConfig())
@@ -645,6 +645,6 @@ def test_a_shared_module_is_decoded_from_its_first_call() -> None:
     torch.testing.assert_close(ghn(twice)[0]["a.weight"], ghn(once)[0]["a.weight"])
 
 
-def test_a_norm_layer_with_a_bias_alone() -> None:
+def test_a_norm_layer_may_have_a_bias_alone() -> None:
     graph = graph_from_edges([Node("input"), Node("ln", None, (6,), bias="norm.bias")], [(0, 1)])
     assert {name: tuple(t.shape) for name, t in GHN(GHNConfig())(graph)[0].items()} == {"norm.bias": (6,)}

@@ -158,7 +158,7 @@ def test_predict_writes_every_parameter_in_place(ghn: GHN) -> None:
         torch.testing.assert_close(param.detach(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_same_bits_every_time(ghn: GHN) -> None:
+def test_predicting_gives_the_same_bits_every_time(ghn: GHN) -> None:
     torch.manual_seed(0)
     first = predict(Net(), ghn)
     torch.manual_seed(1)

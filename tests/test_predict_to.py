@@ -119,7 +119,7 @@ def test_every_tensor_is_aligned(ghn: GHN, tmp_path: Path) -> None:
     assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in entries)
 
 
-def test_same_bits_every_time(ghn: GHN, tmp_path: Path) -> None:
+def test_predicting_gives_the_same_bits_every_time(ghn: GHN, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         predict_to(on_meta(Net), tmp_path / folder, ghn, max_shard_size="20KB")
     for path in (tmp_path / "a").iterdir():

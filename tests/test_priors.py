@@ -76,7 +76,7 @@ def test_the_identity_averages_copies_and_takes_off_half_of_the_neighbour() -> N
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (8, 16, 4), (8, 16, 2, 2), (8, 16, 3, 5, 5)])
-def test_the_identity_of_every_number_of_dimensions(shape: tuple[int, ...]) -> None:
+def test_the_identity_exists_in_every_number_of_dimensions(shape: tuple[int, ...]) -> None:
     extra = added(chain(Node("bn", "n", (16,)), Node("conv", "a", shape), Node("bn", "b", (8,))))["a"]
     summed = extra.flatten(2).sum(2) if extra.ndim > 2 else extra
     close(summed, half_mirrored(8).repeat(1, 2) / 2)

@@ -78,7 +78,7 @@ def test_a_registered_layer_gives_the_nodes_of_its_rule() -> None:
 
 
 @pytest.mark.usefixtures("fast")
-def test_predicted_as_the_same_network_of_usual_layers() -> None:
+def test_it_is_predicted_as_the_same_network_of_usual_layers() -> None:
     torch.manual_seed(0)
     fast, linear = (nn.Sequential(kind(64, 32), nn.ReLU(), kind(32, 10)) for kind in (Fast, nn.Linear))
     ours, usual = (predict(model, example_input=(1, 64), scale="predicted") for model in (fast, linear))
@@ -153,7 +153,7 @@ class Block(nn.Module):
         raise RuntimeError("no kernel")
 
 
-def test_several_nodes_transposed_weights_inner_modules_and_several_outputs() -> None:
+def test_rules_may_have_several_nodes_transposed_weights_inner_modules_and_several_outputs() -> None:
     nodes = {
         "positions": "pos_enc",
         "qkv": "conv",

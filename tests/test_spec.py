@@ -136,7 +136,9 @@ def test_none_or_several_candidates_are_an_error_that_lists_them(
 
 
 @pytest.mark.parametrize("attribute", ["Net", "net", "make", "Net.narrow"])
-def test_named_instance_class_factory_and_method(write: Callable[..., ModelSpec], attribute: str) -> None:
+def test_an_instance_class_factory_or_method_may_be_named(
+    write: Callable[..., ModelSpec], attribute: str
+) -> None:
     body = (
         NET
         + "    @classmethod\n    def narrow(cls):\n        return cls(1)\n"

@@ -79,7 +79,7 @@ def test_published_configurations_say_gated_and_mean_the_transformer() -> None:
         GHNConfig.from_published(values | {"dropout": 0.1}, transformer=True)
 
 
-def test_a_gated_network_in_the_newer_form_of_configuration() -> None:
+def test_a_gated_network_may_have_the_newer_form_of_configuration() -> None:
     values = {key: value for key, value in GHNConfig.imagenet().to_dict().items() if key not in TINY}
     values = {key: values[key] for key in ("hypernet", "decoder", "weight_norm", "ve", "layernorm")}
     values |= {"max_shape": (64, 64, 16, 16), "num_classes": 1000, "hid": 32}
@@ -112,7 +112,7 @@ def by_the_book(network: Transformer, h: Tensor, graph: Graph) -> Tensor:
     return h
 
 
-def test_transformer_and_its_gradient_by_the_book() -> None:
+def test_the_transformer_and_its_gradient_go_by_the_book() -> None:
     network = Transformer(config()).double()
     graph = random_graph(3, length=14)
     batch = GraphBatch.from_graphs([graph], config())
@@ -180,7 +180,7 @@ def test_without_virtual_edges_only_real_ones_are_seen() -> None:
         assert len({tuple(pair) for pair in bias.flatten(1).T.tolist()}) == steps
 
 
-def test_degrees_and_distances_that_the_features_see() -> None:
+def test_the_features_see_degrees_and_distances() -> None:
     nodes = [Node("input"), *[Node("sum")] * 120, Node("concat")]
     fan = [(0, v) for v in range(1, 121)] + [(v, 121) for v in range(1, 121)]
     batch = GraphBatch.from_graphs([graph_from_edges(nodes, fan)], config())
