@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -285,12 +285,6 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, *, body: bool) -> None:
         self.asked.append(self.path)
-        if self.path.startswith("/api/models/org/repo/revision/"):
-            self.send(json.dumps(self.info()).encode(), file="info")
-            return
-        if self.path.startswith(f"/api/models/org/repo/tree/{COMMIT}"):  # asked from huggingface_hub 2 on
-            self.send(json.dumps(self.tree()).encode(), file="tree")
-            return
         file = self.folder / self.path.rpartition("/")[2]
         known = any(
             self.path.startswith(f"/{repo}/resolve/{revision}/")
@@ -300,18 +294,6 @@ class Hub(BaseHTTPRequestHandler):
         content = file.read_bytes() if known and file.is_file() else b""
         error = "" if content else "EntryNotFound" if known else "RepoNotFound"
         self.send(content, file=file.name, error=error, body=body)
-
-    def info(self) -> dict[str, Any]:
-        """What the hub tells of the repository."""
-        files = [{"rfilename": path.name} for path in self.folder.iterdir()]
-        return {"id": "org/repo", "modelId": "org/repo", "sha": COMMIT, "siblings": files, "tags": []}
-
-    def tree(self) -> list[dict[str, Any]]:
-        """Its files."""
-        return [
-            {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": path.name}
-            for path in self.folder.iterdir()
-        ]
 
     def send(self, content: bytes, *, file: str, error: str = "", body: bool = True) -> None:
         self.send_response(404 if error else 200)
@@ -406,7 +388,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_then_its_cache(
 
 
 class Stalling(Hub):
-    """A hub that answers, but says nothing of a file, or says how long it is and then sends nothing of it."""
+    """A hub that says nothing of a file, or says how long it is and then sends nothing or half of it."""
 
     over = threading.Event()
 
@@ -415,19 +397,23 @@ class Stalling(Hub):
         super().__init__(*args, folder=folder, **kwargs)
 
     def answer(self, *, body: bool) -> None:
-        if not self.path.endswith(".safetensors") or (self.sends == "headers" and not body):
+        if not self.path.endswith(".safetensors") or (self.sends != "nothing" and not body):
             super().answer(body=body)
             return
-        if self.sends == "headers":
-            self.send((self.folder / "model.safetensors").read_bytes(), file="model.safetensors", body=False)
+        self.asked.append(self.path)
+        if self.sends != "nothing":
+            content = (self.folder / "model.safetensors").read_bytes()
+            self.send(content, file="model.safetensors", body=False)
+            self.wfile.write(content[: len(content) // 2 if self.sends == "half" else 0])
         self.over.wait(600)
 
 
-@pytest.mark.parametrize("sends", ["nothing", "headers"])
+@pytest.mark.parametrize("sends", ["nothing", "headers", "half"])
 def test_a_download_that_stalls_ends_in_an_error_that_says_so(
     folder: Path, tmp_path: Path, sends: str
 ) -> None:
     Stalling.over.clear()
+    Hub.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Stalling, folder=folder, sends=sends)) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -436,9 +422,17 @@ def test_a_download_that_stalls_ends_in_an_error_that_says_so(
         found = in_new_process(code, tmp_path / "home", address, HF_HUB_DOWNLOAD_TIMEOUT="1")
         Stalling.over.set()
         server.shutdown()
-    assert re.search(
-        r"^hf://org/repo fails: hf://org/repo: .*found ReadTimeout: .*, the connection", found, re.M
+    assert re.fullmatch(
+        r"hf://org/repo fails: hf://org/repo: .*found ReadTimeout: .*, the connection.*\n", found
     )
+    asked = ["/org/repo/resolve/main/model.safetensors"]
+    assert Hub.asked == (asked if sends == "nothing" else 3 * asked)  # HEAD twice, then GET once
+
+
+def test_a_repository_is_asked_for_its_two_files_and_nothing_else(hub: str, tmp_path: Path) -> None:
+    assert "gives" in in_new_process(LOAD.format(addresses=["hf://org/repo"]), tmp_path / "home", hub)
+    weights, config = (f"/org/repo/resolve/main/{name}" for name in ("model.safetensors", "config.json"))
+    assert Counter(Hub.asked) == {weights: 3, config: 2}  # what they are, then their contents
 
 
 def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, tmp_path: Path) -> None:
@@ -448,7 +442,7 @@ def test_weights_come_from_the_hub_and_then_from_its_cache(ghn: GHN, hub: str, t
     assert f"hf://org/repo gives {total}" in found
     assert f"hf://org/repo@v1 gives {total}" in found
     assert "hf://org/other fails: hf://org/other: expected a repository with model.safetensors and" in found
-    assert "/api/models/org/repo/revision/v1" in Hub.asked
+    assert "/org/repo/resolve/v1/config.json" in Hub.asked
     # Once more without a connection: what was fetched is found in the cache.
     nowhere = "http://127.0.0.1:9"
     offline = in_new_process(LOAD.format(addresses=addresses), tmp_path / "home", nowhere, HF_HUB_OFFLINE="1")

@@ -170,6 +170,16 @@ def test_predicting_gives_the_same_bits_every_time(ghn: GHN) -> None:
     assert_same_state(second, state(first))
 
 
+@pytest.mark.parametrize("options", [{}, {"head": "predict"}])
+def test_weights_give_the_same_bits_named_or_loaded(options: dict[str, Any]) -> None:
+    models = []
+    for weights in ("ghn2-cifar10", load("ghn2-cifar10"), load("ghn2-cifar10").requires_grad_(False)):
+        torch.manual_seed(0)
+        models.append(predict(torchvision.models.mobilenet_v3_small(num_classes=10), weights, **options))
+    for model in models[1:]:
+        assert_same_state(model, state(models[0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_get_the_rounded_values(ghn: GHN, dtype: torch.dtype) -> None:
     wide, other = predict(Net(), ghn), predict(Net().to(dtype), ghn)

@@ -5,6 +5,9 @@ huggingface_hub takes longer to import than a prediction takes, so this module i
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,12 +34,12 @@ PATIENCE: Final = 10.0
 def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
     """The folder of a repository's weights, or one `file` of it, in the cache; from there where offline.
 
-    Options are those of `huggingface_hub.snapshot_download`, or of `hf_hub_download` for a file.
+    Options are those of `huggingface_hub.hf_hub_download`.
 
     Raises:
         CheckpointError: A repository or file that cannot be reached and is not in the cache.
     """
-    with _hub_errors(repo, file):
+    with _hub_errors(repo, file), _no_second_try():
         silence = None if options.get("local_files_only") else _silence(repo, file or WEIGHTS_FILE, options)
         if silence is None:
             return _fetched(repo, file, options)
@@ -47,16 +50,14 @@ def fetch(repo: str, file: str | None = None, **options: Any) -> Path:
 
 
 def _silence(repo: str, file: str, options: dict[str, Any]) -> Exception | None:
-    """What keeps the hub from telling of a repository and a file of it, asked once; None where it does.
+    """What keeps the hub from telling of a file, asked once; None where it does.
 
     huggingface_hub itself asks six times: for half a minute where there is no connection, for more than one
-    where the hub stalls, for minutes where it tells of the repository and stalls at the file.
+    where the hub stalls.
     """
-    token, revision = options.get("token"), options.get("revision") or "main"
+    url = huggingface_hub.hf_hub_url(repo, file, revision=options.get("revision") or "main")
     try:
-        huggingface_hub.HfApi(token=token).repo_info(repo, revision=revision, timeout=PATIENCE)
-        url = huggingface_hub.hf_hub_url(repo, file, revision=revision)
-        huggingface_hub.get_hf_file_metadata(url, token=token, timeout=PATIENCE)
+        huggingface_hub.get_hf_file_metadata(url, token=options.get("token"), timeout=PATIENCE)
     except HfHubHTTPError:  # an answer: what it means is found when the files are asked for
         return None
     except (OSError, HTTPError) as error:
@@ -64,14 +65,38 @@ def _silence(repo: str, file: str, options: dict[str, Any]) -> Exception | None:
     return None
 
 
+@contextmanager
+def _no_second_try() -> Iterator[None]:
+    """Inside, a download of this thread that stalls ends with huggingface_hub's first timeout, of 10 s.
+
+    It would try six times, for more than a minute. Before it tries again it tells its logger, and that is the
+    only place to step in that all its versions have. Where the connection breaks it may try again.
+    """
+    thread = threading.get_ident()
+
+    def give_up(_: logging.LogRecord) -> bool:
+        error = sys.exc_info()[1]
+        if threading.get_ident() == thread and error is not None and "timed out" in str(error):
+            raise error
+        return True
+
+    logger = logging.getLogger("huggingface_hub.file_download")
+    logger.addFilter(give_up)
+    try:
+        yield
+    finally:
+        logger.removeFilter(give_up)
+
+
 def _fetched(repo: str, file: str | None, options: dict[str, Any]) -> Path:
     if file is not None:
         return Path(huggingface_hub.hf_hub_download(repo, file, **options))
-    names = [WEIGHTS_FILE, CONFIG_FILE]
-    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=names, **options))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise EntryNotFoundError(f"no {' and no '.join(missing)}")
-    return folder
+    weights, config = (
+        Path(huggingface_hub.hf_hub_download(repo, name, **options)) for name in (WEIGHTS_FILE, CONFIG_FILE)
+    )
+    if config.parent != weights.parent:
+        raise EntryNotFoundError("another revision, uploaded in this moment; load it again")
+    return weights.parent
 
 
 def upload(

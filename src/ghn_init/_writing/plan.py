@@ -285,8 +285,9 @@ def predict(
     The same as `plan(...).apply()`; see `plan` for the arguments and `Plan.apply` for what is written. A
     failure leaves the model as it was, and so does Ctrl-C until writing begins, which it lets finish.
 
-    The same model, weights and seed give the same bits again in the same process; on another machine, with
-    another number of threads or another torch the last bits may differ.
+    The same model, weights and seed give the same bits again in the same process, whether the weights are
+    named or loaded. On another machine, with another number of threads or another torch the last bits may
+    differ: docs/design.md has by how much.
 
     Random numbers are drawn from torch's global generator while it is seeded, and it is put back at the end:
     what another thread draws from it meanwhile may come again.
