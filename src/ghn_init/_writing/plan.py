@@ -25,10 +25,10 @@ from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
 from ghn_init._writing.select import check_model, forbid_kept, select
-from ghn_init._writing.statistics import running_statistics
+from ghn_init._writing.statistics import followed
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
-from ghn_init._writing.training import ready_to_train, worth_predicting
+from ghn_init._writing.training import ready_to_train, with_calm_classifiers, worth_predicting
 from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
@@ -257,8 +257,12 @@ def _planned(
         if options.own_scale:
             entries = ready_to_train(graph, entries, options)
         entries = without_unsolvable(entries, options)
-        known = options.own_scale and options.diversify != "orthogonal"  # what the batch norms will read
-        statistics = running_statistics(graph, entries) if known else {}
+        statistics: Mapping[str, Tensor] = {}
+        if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
+            told = followed(graph, entries)
+            statistics = told.statistics
+            if options.scale == "auto":
+                entries = with_calm_classifiers(entries, told.amplified)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)

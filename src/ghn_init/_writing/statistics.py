@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._meta.scales import usual_scale
+from ghn_init._network.scale import scales_of
 from ghn_init._network.sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -50,33 +51,54 @@ _LEAST: Final = 1e-3
 """Of a layer's mean variance: no channel's variance is taken to be less."""
 
 
-def running_statistics(graph: Graph, entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Values of the running means and variances, on the CPU in the buffers' dtype, by their qualified names.
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What activations that went through the graph say of the weights.
 
-    Of those batch norms that have seen no data and whose input depends on a predicted weight.
+    Attributes:
+        statistics: Values of the running means and variances, on the CPU in the buffers' dtype, by their
+            qualified names: of those batch norms that have seen no data and whose input depends on a
+            predicted weight.
+        amplified: For every classifier at the layer's own scale how much larger its outputs are than those
+            of independent weights of this scale would be, by `Entry.key`.
+    """
+
+    statistics: Mapping[str, Tensor]
+    amplified: Mapping[str, float]
+
+
+def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
+    """Follow activations through the graph.
+
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this.
 
     Args:
         graph: The network's graph.
-        entries: What is written, at its final scale.
+        entries: What is written, at its scale.
     """
     weights: dict[str | None, Entry] = {entry.key: entry for entry in entries if entry.key is not None}
+    heads = {graph.nodes[weight].param for weight, _ in graph.heads}
+    heads = {key for key in heads if key in weights and weights[key].rms is not None}
     norms = _norms(entries) if any(entry.tile is not None for entry in entries) else {}
-    if not any(norm.fresh for norm in norms.values()):
-        return {}
+    statistics: dict[str, Tensor] = {}
+    amplified: dict[str, float] = {}
+    if not heads and not any(norm.fresh for norm in norms.values()):
+        return Followed(statistics, amplified)
     signals: list[_Signal] = []
-    found: dict[str, Tensor] = {}
     for index, (node, sources) in enumerate(zip(graph.nodes, graph.predecessors, strict=True)):
         inputs = [signals[source] for source in sources]
         if node.type == "bn" and inputs:
             norm = norms.get(node.param)
-            signal, statistics = _normalised(inputs[0], norm)
-            if statistics is not None and norm is not None and norm.fresh:
-                found |= norm.buffers(statistics)
+            signal, found = _normalised(inputs[0], norm)
+            if found is not None and norm is not None and norm.fresh:
+                statistics |= norm.buffers(found)
         else:
             signal = _through(node, inputs, weights)
+        if node.param in heads and node.param is not None:
+            amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
         signal = replace(signal, seed=index)
         signals.append(_rectified(signal) if index in graph.rectified else signal)
-    return found
+    return Followed(statistics, amplified)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +268,19 @@ def _convolved(node: Node, x: _Signal, entry: Entry | None) -> _Signal:
 
 def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:
     """Of a weight that is kept; where it is not at hand, as layers usually have it."""
-    if entry is not None and entry.computed is None:
-        param = entry.param
-        if not (param.is_meta or is_sharded(param)):
-            return float(param.detach().float().square().mean())
-    return usual_scale(shape).rms ** 2
+    at_hand = entry is not None and entry.computed is None and not entry.param.is_meta
+    scale = scales_of([entry.param])[0] if at_hand and entry is not None else usual_scale(shape)
+    return scale.rms**2
+
+
+def _amplification(entry: Entry, x: _Signal, y: _Signal) -> float:
+    """How much larger a weight's outputs `y` of `x` are than those of independent weights of its scale."""
+    if entry.tile is None or entry.rms is None or y.values is None:
+        return 1.0
+    outputs, inputs, *kernel = entry.tile.shape
+    read = x.sampled(_groups(x.channels, outputs, inputs) * inputs).square().mean()
+    independent = entry.rms**2 * inputs * math.prod(kernel) * float(read)
+    return math.sqrt(float(y.values.square().mean()) / independent) if independent > 0 else 1.0
 
 
 def _product(tile: Tile, x: _Signal) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._network.scale import rounded
 from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.scale import at_own_scale, with_own_scales
@@ -81,6 +82,27 @@ def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> 
     if options.scale == "own" or options.diversify == "orthogonal" or not scales_are_known(graph, entries):
         return at_own_scale(entries, options)
     return list(entries)
+
+
+def with_calm_classifiers(entries: Sequence[Entry], amplified: Mapping[str, float]) -> list[Entry]:
+    """The same entries, classifiers at own scale made smaller to give no larger outputs than their own would.
+
+    A spectral norm says what a weight does at most. Predicted features agree with the predicted classifier
+    that reads them, up to nine times more than independent ones would. So a network that the GHN does not
+    know would begin by being sure of what it does not know: a ShuffleNet at a loss of 3.0 instead of 2.5.
+
+    Args:
+        entries: From `ready_to_train`.
+        amplified: See `Followed`.
+    """
+    return [_made_smaller(entry, amplified.get(entry.key or "", 1.0)) for entry in entries]
+
+
+def _made_smaller(entry: Entry, factor: float) -> Entry:
+    if entry.tile is None or entry.rms is None or not 1 < factor < math.inf:
+        return entry
+    rms = rounded(entry.rms / factor)
+    return replace(entry, rms=rms, tile=entry.tile.scaled(rms / entry.rms))
 
 
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:

@@ -86,8 +86,8 @@ def transfer(
         list[float] | None,
         option(
             "RATE",
-            "Try this learning rate. Repeat the option for more; the default is 0.01, 0.03 and 0.1, for "
-            "AdamW 3e-4, 1e-3 and 3e-3.",
+            "Try this learning rate. Repeat the option for more; the default is 0.01, 0.03, 0.1 and "
+            "0.3, for AdamW 3e-4, 1e-3 and 3e-3.",
             panel=_LENGTH,
         ),
     ] = None,

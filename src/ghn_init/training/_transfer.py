@@ -45,7 +45,7 @@ STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
 }
 """What becomes of a network before it is trained: nothing, or `ghn_init.predict` with these arguments."""
 
-RATES: Final[dict[str, tuple[float, ...]]] = {"sgd": (0.01, 0.03, 0.1), "adamw": (3e-4, 1e-3, 3e-3)}
+RATES: Final[dict[str, tuple[float, ...]]] = {"sgd": (0.01, 0.03, 0.1, 0.3), "adamw": (3e-4, 1e-3, 3e-3)}
 """Learning rates that are tried, by optimizer, unless others are asked for."""
 
 _DECAY: Final = {"sgd": 5e-4, "adamw": 0.05}
