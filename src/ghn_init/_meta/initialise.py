@@ -145,17 +145,12 @@ class Initialiser:
 
 
 @contextmanager
-def initialising(
-    model: nn.Module,
-    lost: Sequence[Location],
-    others: Sequence[Location],
-    seed: int,
-) -> Iterator[Initialiser]:
-    """Inside, the initialiser of `lost` may be used: `others`, the rest of the model, are hidden.
+def initialising(model: nn.Module, lost: Sequence[Location], seed: int) -> Iterator[Initialiser]:
+    """Inside, the initialiser of `lost` may be used: all tensors of the model are hidden, if any is lost.
 
     At the end every place holds what it held before, whatever the initialisers put there.
     """
-    with hidden([*others, *lost]):
+    with hidden(locations_of(model) if lost else ()):
         yield Initialiser(model, lost, seed)
 
 

@@ -60,17 +60,17 @@ def materialised(model: nn.Module, predicted: Collection[str], seed: int) -> Ite
 
 def kept_values(model: nn.Module, predicted: Collection[str], seed: int) -> dict[int, Tensor]:
     """Values of the meta tensors that are not predicted, by the tensor's id."""
-    lost, others = lost_locations(model, predicted)
+    lost = lost_locations(model, predicted)
     ids = {location.name: id(location.get()) for location in lost}
     values = {}
-    with initialising(model, lost, others, seed) as initialiser:
+    with initialising(model, lost, seed) as initialiser:
         for path in initialiser.owners:
             values |= {ids[name]: value for name, value in initialiser.values(path).items()}
     return values
 
 
-def lost_locations(model: nn.Module, predicted: Collection[str]) -> tuple[list[Location], list[Location]]:
-    """The places, one for each tensor, whose values the meta device has lost; and all other places.
+def lost_locations(model: nn.Module, predicted: Collection[str]) -> list[Location]:
+    """The places, one for each tensor, whose values the meta device has lost.
 
     Args:
         model: The model.
@@ -79,15 +79,13 @@ def lost_locations(model: nn.Module, predicted: Collection[str]) -> tuple[list[L
     locations = list(locations_of(model))
     names = set(predicted)
     seen = {id(location.get()) for location in locations if location.name in names}
-    lost, others = [], []
+    lost = []
     for location in locations:
         tensor = location.get()
         if tensor.is_meta and id(tensor) not in seen:
             seen.add(id(tensor))
             lost.append(location)
-        else:
-            others.append(location)
-    return lost, others
+    return lost
 
 
 def _in_place_of(old: Tensor, value: Tensor | None, home: str) -> Tensor:

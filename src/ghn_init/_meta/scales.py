@@ -35,14 +35,9 @@ def initial_scales(network: nn.Module, names: Collection[str], seed: int) -> dic
         names: Qualified names of the tensors.
         seed: Of what has to be drawn.
     """
-    wanted, others = [], []
-    for location in locations_of(network):
-        chosen = location.name in names and location.get().is_meta
-        (wanted if chosen else others).append(location)
-    if not wanted:
-        return {}
+    wanted = [place for place in locations_of(network) if place.name in names and place.get().is_meta]
     found: dict[str, Scale] = {}
-    with initialising(network, wanted, others, seed) as initialiser:
+    with initialising(network, wanted, seed) as initialiser:
         for path, locations in initialiser.owners.items():
             found |= _of_module(initialiser, path, locations)
     return found

@@ -57,9 +57,8 @@ def save(
     """
     stored = _stored(network)
     ids = {id(tensor) for tensor in stored.values()}
-    lost, others = lost_locations(network, [name for entry in entries for name in entry.written])
-    others += [place for place in lost if id(place.get()) not in ids]  # buffers outside the state dict
-    lost = [place for place in lost if id(place.get()) in ids]
+    lost = lost_locations(network, [name for entry in entries for name in entry.written])
+    lost = [place for place in lost if id(place.get()) in ids]  # without buffers outside the state dict
     sources = _sources(network, stored, entries, lost)
     sources |= {
         key: _Source(source.name, statistics[source.name], None, None)
@@ -67,8 +66,7 @@ def save(
         if source.name in statistics
     }
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
-    others = others if lost else []  # nothing will be initialised, so nothing needs protection from it
-    with fresh_folder(folder) as partial, initialising(network, lost, others, options.seed) as initialiser:
+    with fresh_folder(folder) as partial, initialising(network, lost, options.seed) as initialiser:
         values = _Values(options, initialiser, sources)
         opened = write_checkpoint(partial, specs, values.take, max_shard_size)
         _save_config(network, partial)
