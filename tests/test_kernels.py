@@ -13,7 +13,6 @@ import ghn_init
 from ghn_init._tracing.kernels import Memo, like
 from ghn_init._tracing.outputs import OUTPUTS
 from ghn_init._tracing.outputs.call import Call
-from ghn_init._tracing.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +166,7 @@ def test_products_with_experts_have_a_shape_in_every_dtype(shape: tuple[int, ...
 
     def product_of(*operands: Tensor) -> Tensor:
         offsets = {"offs": torch.empty(2, device="meta")}
-        return OUTPUTS["_grouped_mm"](Call(refuses, "_grouped_mm", operands, offsets, Recorder({}, {}), True))
+        return OUTPUTS["_grouped_mm"](Call(refuses, "_grouped_mm", operands, offsets, Memo(), True))
 
     product = product_of(x, weight)
     assert (product.shape, product.dtype, product.is_meta) == ((*shape[:-1], 5), torch.float32, True)

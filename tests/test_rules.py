@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ghn_init import Graph, trace
-from ghn_init._tracing.rules import RULES
 from ghn_init._tracing.rules.registered import LayerRule
 from ghn_init._tracing.sketch import Sketch
 
@@ -381,7 +380,7 @@ def of_layer(
     call.meta["others"] = list(shapes)
     tape.output(call)
     sketch = Sketch(shapes)
-    sketch.draw(tape, RULES)
+    sketch.draw(tape)
     return sketch.graph("net")
 
 

@@ -72,7 +72,7 @@ class Recorder(TorchFunctionMode):
         paths: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__()
-        self.memo = Memo()
+        self._memo = Memo()
         self._shapes = {name: tuple(param.shape) for name, param in params.items()}
         home = next((param.device for param in params.values()), torch.device("cpu"))
         self._tape = Tape(home, readable=paths is not None)
@@ -182,7 +182,7 @@ class Recorder(TorchFunctionMode):
         else:
             if inputs:
                 args, kwargs = self._on_meta(sort, values, args, kwargs, args[0] if changes else None)
-            output = self._called(Call(func, name, args, kwargs, self, made.varies), sort)
+            output = self._called(Call(func, name, args, kwargs, self._memo, made.varies), sort)
             if type(output) is Known:
                 output, made.known = output.output, True
         if sort.made:
@@ -212,7 +212,9 @@ class Recorder(TorchFunctionMode):
         if sort.moves:
             return call.args[0]
         if sort.casts:
-            call = Call(call.func, call.name, *v.without_device(call.args, call.kwargs), self, call.varies)
+            call = Call(
+                call.func, call.name, *v.without_device(call.args, call.kwargs), self._memo, call.varies
+            )
         elif sort.reshapes:
             self._keep_shape(call.args[0])
         known = OUTPUTS.get(call.name)

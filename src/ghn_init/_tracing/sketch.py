@@ -6,8 +6,9 @@ stands for (`Sketch.add_node`), and says what the fx node's output carries: `Flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch.fx.node import map_arg
 
@@ -17,12 +18,10 @@ from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.values import DEVICE_MOVES, FILLED, FROM_NOTHING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch import fx
-
-    Rule = Callable[["Operation"], "Carried | tuple[Carried, ...]"]
 
 _OF_THE_FIRST = DEVICE_MOVES | {"to", "__get__"}
 """Functions that pass on what their first argument carries, whatever else they get."""
@@ -80,6 +79,24 @@ class Operation:
         return value
 
 
+Rule = Callable[[Operation], "Carried | tuple[Carried, ...]"]
+
+RuleT = TypeVar("RuleT", bound=Rule)
+
+RULES: Final[dict[str, Rule]] = {}
+"""The torch function's `__name__` -> its rule."""
+
+
+def rule(*names: str) -> Callable[[RuleT], RuleT]:
+    """Decorator: this is the rule of the torch functions called `names`."""
+
+    def register(function: RuleT) -> RuleT:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
 class Sketch:
     """A GHN's graph while it is drawn.
 
@@ -118,7 +135,7 @@ class Sketch:
         for param in params:
             self.roles.setdefault(param, role)
 
-    def draw(self, graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
+    def draw(self, graph: fx.Graph) -> None:
         """Go over the nodes of `graph` in their order, each by the rule of its function."""
         carried, shapes = self._carried, self.shapes
         for node in graph.nodes:
@@ -133,17 +150,17 @@ class Sketch:
                 value = merged(map(self.carried, node.all_input_nodes))
                 self._ends = value.sources if isinstance(value, Flow) else ()
             else:
-                value = self._called(node, rules)
+                value = self._called(node)
                 name = node.meta.get("parameter")
                 carried[node] = value if name not in shapes else Derived((name,))
                 if "base" in node.meta:  # its first argument is a view of this, which has changed too
                     changed = value if isinstance(value, (Flow, Derived)) else merged(value)
                     carried[node.meta["base"]] = merged((self.carried(node.meta["base"]), changed))
 
-    def _called(self, node: fx.Node, rules: Mapping[str, Rule]) -> Carried | tuple[Carried, ...]:
+    def _called(self, node: fx.Node) -> Carried | tuple[Carried, ...]:
         """What a call carries; its nodes are added."""
         if node.op == "call_module":
-            return rules["call_module"](Operation(node, "call_module", self))
+            return RULES["call_module"](Operation(node, "call_module", self))
         name = function_name(node)
         args: Any = node.args
         if name in FROM_NOTHING or name in FILLED:
@@ -153,11 +170,11 @@ class Sketch:
         if name == "__getitem__" and isinstance(layout(args[0]), (tuple, list)):
             return self._one_of(*args)
         operation = Operation(node, name, self)
-        rule = rules.get(name)
+        found = RULES.get(name)
         if node.meta.get("known"):  # indices and counts: no activations, whatever is computed with them
             value = merged(operation.inputs())
         else:
-            value = operation.passed_on() if rule is None else rule(operation)
+            value = operation.passed_on() if found is None else found(operation)
         if name == "__setitem__":
             self._carried[args[0]] = value
         return value

@@ -20,8 +20,7 @@ from ghn_init._threads import alone, uncollected
 from ghn_init._tracing.foreign import inputs_of, is_complete, recording_of
 from ghn_init._tracing.inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._tracing.recorded import recorded, recorders
-from ghn_init._tracing.rules import RULES
-from ghn_init._tracing.rules.registered import registered_layers
+from ghn_init._tracing.rules.registered import registered_layers  # and with it all rules, into RULES
 from ghn_init._tracing.sketch import Sketch
 from ghn_init._tracing.untouched import snapshot
 
@@ -204,7 +203,7 @@ def _recordings(model: nn.Module, computed: Mapping[str, Computed], *, whole: bo
 def _drawn(recording: Recording, stopped: TraceError | None, name: str) -> Graph:
     """The graph of a recording; of one that stopped early, if every parameter was used by then."""
     sketch = Sketch(recording.shapes)
-    sketch.draw(recording.graph, RULES)
+    sketch.draw(recording.graph)
     if stopped is not None and not sketch.all_used():
         raise stopped
     return sketch.graph(name)

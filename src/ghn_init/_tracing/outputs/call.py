@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from ghn_init._tracing.recorder import Recorder
+    from ghn_init._tracing.kernels import Memo
 
 Output = Callable[["Call"], Any]
 
@@ -30,7 +30,7 @@ class Call:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    recorder: Recorder
+    memo: Memo
     varies: bool
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
@@ -41,15 +41,14 @@ class Call:
 
     def run(self) -> Any:
         """The function's own result on meta tensors."""
-        return self.recorder.memo.run(self.func, self.name, self.args, self.kwargs)
+        return self.memo.run(self.func, self.name, self.args, self.kwargs)
 
 
 def output_of(*names: str) -> Callable[[Output], Output]:
     """Decorator: this gives the output of the torch functions called `names`."""
 
     def register(function: Output) -> Output:
-        for name in names:
-            OUTPUTS[name] = function
+        OUTPUTS.update(dict.fromkeys(names, function))
         return function
 
     return register

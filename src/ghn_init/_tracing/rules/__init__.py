@@ -8,7 +8,7 @@ inputs' sources are passed on to its output.
 
 from __future__ import annotations
 
-from ghn_init._tracing.rules import (  # noqa: F401  # they fill RULES
+from ghn_init._tracing.rules import (  # noqa: F401  # they fill `sketch.RULES`
     attention,
     exported,
     joins,
@@ -18,6 +18,3 @@ from ghn_init._tracing.rules import (  # noqa: F401  # they fill RULES
     products,
     registered,
 )
-from ghn_init._tracing.rules.table import RULES, Rule
-
-__all__ = ["RULES", "Rule"]

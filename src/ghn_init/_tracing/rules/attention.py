@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
@@ -10,10 +10,7 @@ from ghn_init._graph.graph import Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import add_layer, add_vector, add_weight, is_whole_parameter, note_others
 from ghn_init._tracing.rules.products import repeated_weight, weight_in_einsum, weight_of_experts
-from ghn_init._tracing.rules.table import rule
-
-if TYPE_CHECKING:
-    from ghn_init._tracing.sketch import Operation
+from ghn_init._tracing.sketch import Operation, rule
 
 
 @rule("scaled_dot_product_attention")

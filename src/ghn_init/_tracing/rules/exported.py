@@ -8,11 +8,10 @@ from ghn_init._tracing.rules.attention import attention
 from ghn_init._tracing.rules.layers import conv_type
 from ghn_init._tracing.rules.nodes import add_layer
 from ghn_init._tracing.rules.norms import norm
-from ghn_init._tracing.rules.table import rule
+from ghn_init._tracing.sketch import Operation, rule
 
 if TYPE_CHECKING:
     from ghn_init._tracing.carried import Carried
-    from ghn_init._tracing.sketch import Operation
 
 
 @rule("convolution")

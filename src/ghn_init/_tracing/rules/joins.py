@@ -10,13 +10,11 @@ from ghn_init._graph.graph import Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import joined, main_parameter, note_others
 from ghn_init._tracing.rules.norms import normalised, takes_vector
-from ghn_init._tracing.rules.table import rule
+from ghn_init._tracing.sketch import Operation, rule
 from ghn_init._tracing.values import ELEMENTWISE
 
 if TYPE_CHECKING:
     import torch
-
-    from ghn_init._tracing.sketch import Operation
 
 
 _RECTIFIERS: Final = frozenset(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Flow, merged
 from ghn_init._tracing.rules.nodes import add_layer, note_others
-from ghn_init._tracing.rules.table import rule
-
-if TYPE_CHECKING:
-    from ghn_init._tracing.sketch import Operation
+from ghn_init._tracing.sketch import Operation, rule
 
 
 @rule("conv1d", "conv2d", "conv3d")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -12,10 +12,7 @@ from ghn_init._graph.graph import Node
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import SHIFTED, add_norm, main_parameter
-from ghn_init._tracing.rules.table import rule
-
-if TYPE_CHECKING:
-    from ghn_init._tracing.sketch import Operation
+from ghn_init._tracing.sketch import Operation, rule
 
 
 @rule("batch_norm")

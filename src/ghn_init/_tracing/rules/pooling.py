@@ -8,12 +8,10 @@ from ghn_init._graph.graph import Node
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Flow
 from ghn_init._tracing.rules.norms import moment
-from ghn_init._tracing.rules.table import rule
+from ghn_init._tracing.sketch import Operation, rule
 
 if TYPE_CHECKING:
     import torch
-
-    from ghn_init._tracing.sketch import Operation
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d",

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import fx
 
 from ghn_init._tracing.arguments import stride_of
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import IN_FIRST, add_layer, is_whole_parameter, note_others
-from ghn_init._tracing.rules.table import rule
-
-if TYPE_CHECKING:
-    from ghn_init._tracing.sketch import Operation
+from ghn_init._tracing.sketch import Operation, rule
 
 
 def weight_in_einsum(op: Operation) -> Carried | None:

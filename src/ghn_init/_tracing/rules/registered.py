@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,9 @@ from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES, Node
 from ghn_init._network.nested import tensors_in
 from ghn_init._network.walk import modules_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
-from ghn_init._tracing.rules import table
 from ghn_init._tracing.rules.joins import with_positions
 from ghn_init._tracing.rules.nodes import add_norm, add_vector, add_weight, main_parameter
-
-if TYPE_CHECKING:
-    from ghn_init._tracing.sketch import Operation
+from ghn_init._tracing.sketch import Operation, rule
 
 Output = Callable[..., Any]
 """Called as (layer, *args, **kwargs) with the arguments on meta; gives tensors like those of the forward."""
@@ -226,7 +223,7 @@ def _parameter(rule: LayerRule, module: nn.Module, path: str, name: str) -> Tens
     )
 
 
-@table.rule("call_module")
+@rule("call_module")
 def of_registered_layer(op: Operation) -> Carried:
     """The nodes of a registered layer, one after the other.
 
