@@ -143,6 +143,14 @@ def test_a_parameter_that_no_node_stands_for_makes_a_network_unknown(ghn: GHN) -
     assert not with_predicted_scale(Scaled(), ghn)
 
 
+def test_a_network_for_other_classes_keeps_its_own_scale(ghn: GHN) -> None:
+    assert with_predicted_scale(built(plain), ghn)
+    assert with_predicted_scale(built(plain), ghn, head="keep") == set()
+    others = nn.Sequential(*built(plain)[:-1], nn.Linear(24, 7))
+    assert with_predicted_scale(others, ghn) == set()
+    assert plan(others, ghn).counts()["kept"][0] == 2 + 2 * 3
+
+
 def test_orthogonal_weights_have_no_use_for_the_predicted_scale(ghn: GHN) -> None:
     assert with_predicted_scale(built(plain), ghn, diversify="noise")
     planned = plan(built(plain), ghn, diversify="orthogonal")

@@ -217,8 +217,8 @@ def plan(
         scale: "own": weights get the scale that the layer had, and norm layers and values that are all one
             number (zeros above all) stay. "predicted", to use the network untrained: everything as
             predicted. "auto", to train it: as "own", with two exceptions that the graph tells, weights at
-            their predicted scale in networks of the kind that the GHN knows, and layers kept that
-            predictions harm (see `_writing/training.py`); but "predicted" with `head="predict"`.
+            their predicted scale in networks of the kind that the GHN knows, classifier included, and layers
+            kept that predictions harm (see `_writing/training.py`); but "predicted" with `head="predict"`.
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:

@@ -108,7 +108,9 @@ def _made_smaller(entry: Entry, factor: float) -> Entry:
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
 
-    Those are image classifiers of plain convolutions, with batch norm or shallow.
+    Those are image classifiers of plain convolutions, with batch norm or shallow, whose classifier is
+    predicted too. One that is kept, because the GHN knows none of its width say, is for another task. Then
+    other features have to be learned, and the large predicted weights before batch norms turn slowly.
 
     Args:
         graph: The network's graph.
@@ -118,6 +120,8 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     if not plain or not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
         return False
     ends = {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}
+    if not any(entry.tile is not None and entry.key in ends for entry in entries):
+        return False
     normalised = _normalised(graph)
     bare = {
         node.param
