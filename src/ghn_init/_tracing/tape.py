@@ -95,9 +95,10 @@ class Tape:
         if value.node is None:
             if value.origin is not None:
                 value.node = self._part(*value.origin)
+            elif value.name is None:
+                value.node = self.constant(value.tensor)
             else:
-                name = f"_constant{len(self.objects)}" if value.name is None else value.name
-                value.node = self.attribute(name, value.tensor)
+                value.node = self.attribute(value.name, value.tensor)
             value.node.meta["val"] = value.tensor
             if value.known:
                 value.node.meta["known"] = True

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)  # fmt: skip
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,8 +30,8 @@ class Bar:
         columns = (
             BarColumn(),
             done,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            Elapsed(),
+            Remaining(),
             TextColumn("{task.description}"),
         )
         self._bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))

@@ -344,27 +344,23 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         saved = _checkpoint.load(path)
         try:
-            self._take_up(saved, path)
+            theirs = TrainConfig.from_dict(saved.state["config"]).to_dict()
+            mine = self.config.to_dict()
+            # A second thread changes when the work is done, not what is done.
+            different = [name for name in theirs if name != "prefetch" and mine[name] != theirs[name]]
+            if different:
+                raise TrainingError(
+                    f"{path}: was trained with other values of {', '.join(different)}; "
+                    "give the same, or another output folder"
+                )
+            self.ghn.load_state_dict(dict(saved.tensors["weights"]))
+            if self.config.ema:
+                for name, value in self.average.items():
+                    value.copy_(saved.tensors["average"][name])
+            _checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"])
+            self.state = State(**saved.state["state"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"{path}: not a complete training checkpoint ({error})") from error
-
-    def _take_up(self, saved: Checkpoint, path: Path) -> None:
-        theirs = TrainConfig.from_dict(saved.state["config"])
-        # A second thread changes when the work is done, not what is done.
-        alike = replace(self.config, prefetch=theirs.prefetch)
-        if alike != theirs:
-            mine = alike.to_dict()
-            different = [name for name, value in theirs.to_dict().items() if mine[name] != value]
-            raise TrainingError(
-                f"{path}: was trained with other values of {', '.join(different)}; "
-                "give the same, or another output folder"
-            )
-        self.ghn.load_state_dict(dict(saved.tensors["weights"]))
-        if self.config.ema:
-            for name, value in self.average.items():
-                value.copy_(saved.tensors["average"][name])
-        _checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"])
-        self.state = State(**saved.state["state"])
 
     def export(self, folder: Path) -> None:
         """Write the trained GHN with `save_pretrained`, and figures of the run beside it."""
