@@ -261,18 +261,15 @@ def test_the_input_of_a_bare_first_weight_is_found(shape: tuple[int, ...], types
     assert [node.type for node in trace(Bare()).nodes] == types
 
 
-def test_torchscript_is_named() -> None:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1
-
+@pytest.mark.parametrize("function", [trace, plan, predict, record])
+def test_torchscript_is_named(function: Callable[[nn.Module], object]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that torch.jit is on its way out
-        scripted = torch.jit.trace(Plain(), torch.zeros(1))
+        scripted = torch.jit.trace(nn.Linear(3, 4), torch.zeros(1, 3))
     with pytest.raises(TraceError, match="the model is a TorchScript module"):
-        trace(scripted)
+        function(scripted)
     with pytest.raises(TraceError, match="0 of Sequential is a TorchScript module"):
-        trace(nn.Sequential(scripted))
+        function(nn.Sequential(scripted, nn.Linear(4, 2)))
 
 
 class Packed(nn.Module):

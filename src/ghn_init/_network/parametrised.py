@@ -184,7 +184,8 @@ def computed_weights(model: nn.Module) -> dict[str, Computed]:
     """The computed weights of `model`, by qualified name."""
     found: list[Computed] = []
     for path, module in modules_of(model):
-        chains = module._modules.get("parametrizations")  # noqa: SLF001 hasattr takes ten times longer
+        children = module._modules  # noqa: SLF001 hasattr takes ten times longer; TorchScript's has no `get`
+        chains = children["parametrizations"] if "parametrizations" in children else None  # noqa: SIM401
         if isinstance(chains, nn.ModuleDict):
             weights = (Computed(module, path, attribute) for attribute in chains)
             found += [weight for weight in weights if weight.of_parameters]
