@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import math
 import sys
 import time
@@ -35,6 +34,7 @@ from starting_report import draw, report
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ghn_init
+from ghn_init.training._records import add_record, read_records
 from ghn_init.training.data import Normalisation, batch_indices, generator, load_images
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     members = [member for member in PANEL if not options.networks or member.name in options.networks]
-    bench = Bench(options, _read(options.file))
+    bench = Bench(options, [_training(record) for record in read_records(options.file)])
     deadline = time.monotonic() + 60 * options.minutes
     for setting in _wanted(members, options, bench):
         if time.monotonic() > deadline:
@@ -176,8 +176,7 @@ class Bench:
         if setting not in self.done:
             started = time.perf_counter()
             training = self.done[setting] = self._trained(setting)
-            with self.options.file.open("a") as file:
-                print(json.dumps(asdict(training)), file=file)
+            add_record(self.options.file, asdict(training))
             seconds = time.perf_counter() - started
             told = f"{setting.network:16} {setting.start:12} {setting.optimizer:6} {setting.rate:9.2g}"
             print(f"{told} {setting.seed} {training.area:9.4g} {seconds:6.1f} s", file=sys.stderr, flush=True)
@@ -272,17 +271,6 @@ def _search(setting: Callable[[int], Setting], area: Callable[[Setting], float])
         if found == best:
             return best
         best = found
-
-
-def _read(file: Path) -> list[Training]:
-    """The trainings in the file. A line that an interruption has cut is dropped from it."""
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        file.write_text("".join(lines[:-1]))
-        lines.pop()
-    return [_training(json.loads(line)) for line in lines]
 
 
 def _training(record: dict[str, Any]) -> Training:
