@@ -254,12 +254,6 @@ def test_running_statistics_are_optional() -> None:
     assert list(on_meta(SIMPLE).buffers())
 
 
-def test_widths_can_be_given_to_build() -> None:
-    arch = dataclasses.replace(SIMPLE, fc_layers=2)
-    built = on_meta(arch, C=64, fc_dim=96)
-    assert size(built) == dataclasses.replace(arch, C=64, fc_dim=96).num_params()
-
-
 def test_flattened_heads_fit_one_image_size() -> None:
     arch = dataclasses.replace(SIMPLE, glob_avg=False)
     for image_size, side in ((16, 4), (32, 8), (224, 14)):
