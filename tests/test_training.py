@@ -258,6 +258,24 @@ def test_filters_that_leave_nothing_are_an_error(prefetch: int) -> None:
         next(batches)
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_network_that_cannot_be_prepared_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
+    graph, calls = MetaBatches._graph, itertools.count()
+
+    def sometimes(batches: MetaBatches, task: Any) -> Any:
+        if next(calls) == 8:
+            raise MemoryError("no room for it")
+        return graph(batches, task)
+
+    monkeypatch.setattr(MetaBatches, "_graph", sometimes)
+    config = tiny_config(prefetch=prefetch, steps=20)
+    with pytest.raises(TrainingError, match=r"networks .* cannot be prepared: MemoryError: no room for it"):
+        tiny_trainer(tmp_path, config).run()
+    assert 1 <= tiny_trainer(tmp_path, config).state.step < 20
+
+
 # Runs
 
 

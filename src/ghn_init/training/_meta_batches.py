@@ -130,7 +130,14 @@ class MetaBatches:
         return [self._graph(task) for task in itertools.islice(self.tasks(), count)]
 
     def _meta_batch(self, tasks: list[Task]) -> MetaBatch:
-        batch = GraphBatch.from_graphs([self._graph(task) for task in tasks], self.config.ghn)
+        try:
+            batch = GraphBatch.from_graphs([self._graph(task) for task in tasks], self.config.ghn)
+        except Exception as error:  # so that the run ends with a checkpoint, whatever it is
+            indices = ", ".join(str(task.index) for task in tasks)
+            raise TrainingError(
+                f"networks {indices} of the sequence of seed {self.config.seed} cannot be prepared: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return MetaBatch(tuple(tasks), batch, self.position)
 
     def _graph(self, task: Task) -> Graph:
