@@ -4,13 +4,16 @@
 
 Each of `VARIANTS` is trained in a folder of its own under RUNS by `ghn-init train`, one process, from
 scratch and with the same seed, for `--pairs` (network, batch) pairs of small networks on images of 16 x 16;
-then the first `--networks` networks of every split are measured on `--images` test images of that size. The
-same command goes on where an interrupted one was, within a training or an evaluation, and only prints the
-table when all is done. Two commands with different `--only` can share RUNS, each on a core of its own.
+then the first `--networks` networks of every split are measured on `--images` test images of that size.
+What was found is written to `ablations/NAME.json` (`--kept`), which is there to be committed: a variant that
+has its file is not trained again, on no machine. A file that was made with other settings is refused, before
+anything is trained. On one machine the same command goes on where an interrupted one was, within a training
+or an evaluation. Two commands with different `--only` can share RUNS, each on a core of its own.
 
-The rank of a variant is its place by accuracy among those of the table, a mean over the splits. The last
-column has the same among GHN-2, GHN-1 and MLP only, and in brackets as it follows from the published
-accuracies (arXiv 2110.13100).
+The table has all variants with a file, whatever `--only` says, and the missing ones are named below it. The
+rank of a variant is its place by accuracy among those of the table, a mean over the splits. The last column
+has the same among GHN-2, GHN-1 and MLP only, and in brackets as it follows from the published accuracies
+(arXiv 2110.13100).
 """
 
 from __future__ import annotations
@@ -18,24 +21,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from campaign import CONFIG, FIRST_SEED, GHN, RECIPE, start
 from recipes import Run
 
-from ghn_init import GHNConfig, load
+from ghn_init import GHNConfig, GHNInitError, load
+from ghn_init._files import write_bytes
 from ghn_init.training import TrainConfig, load_images
 from ghn_init.training._engine import prepare_process
 from ghn_init.training._pool import cores, run_all
 from ghn_init.training._results import TARGETS, Results
 from ghn_init.training.data import Normalisation
-from ghn_init.training.evaluate import SPLITS, Measure, Network, Score
+from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Network, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+KEPT: Final = Path(__file__).resolve().parent.parent / "ablations"
+"""Where the figures of every variant are kept, for the next machine."""
 
 SIZE: Final = 16
 """Side of the images, in pixels."""
@@ -80,11 +88,63 @@ VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "2")
 
 @dataclass(frozen=True)
 class Row:
-    """A variant that was trained and measured, with one score for each of `SPLITS`."""
+    """A variant that was trained and measured, a file of `KEPT`.
+
+    Attributes:
+        name: Of the variant.
+        config: Of its training.
+        evaluation: How it was measured, see `evaluation_of`.
+        torch: Version that measured it.
+        pairs: (network, batch) pairs that it was trained on.
+        minutes: Its training time.
+        accuracy: On the training batches in the last tenth, in percent.
+        scores: One for each of `SPLITS`.
+    """
 
     name: str
-    run: Run
+    config: TrainConfig
+    evaluation: Mapping[str, Any]
+    torch: str
+    pairs: int
+    minutes: float
+    accuracy: float
     scores: tuple[Score, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Row:
+        """The variant in this file.
+
+        Raises:
+            SystemExit: It holds something else.
+        """
+        try:
+            values = json.loads(file.read_text())
+            scores = [Score(**{**one, "accuracies": tuple(one["accuracies"])}) for one in values["scores"]]
+            config = TrainConfig.from_dict(values["config"])
+            return cls(**{**values, "config": config, "scores": tuple(scores)})
+        except (ValueError, KeyError, TypeError, GHNInitError) as error:
+            raise SystemExit(f"{file}: no figures of a variant ({error!r}); remove it") from error
+
+    def write(self, file: Path) -> None:
+        """Keep the variant in this file."""
+        values = asdict(self) | {"config": self.config.to_dict()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, (json.dumps(values, indent=1) + "\n").encode())
+
+    def differences(self, config: TrainConfig, evaluation: Mapping[str, Any]) -> list[str]:
+        """In what it was trained or measured otherwise than so, a line for each setting."""
+        mine, theirs = self.config.to_dict(), config.to_dict()
+        parts = [
+            ("", mine, theirs),
+            ("ghn.", mine.pop("ghn"), theirs.pop("ghn")),
+            ("evaluation.", self.evaluation, evaluation),
+        ]
+        return [
+            f"  {prefix}{key}: {here.get(key)}, now {now.get(key)}"
+            for prefix, here, now in parts
+            for key in {**here, **now}
+            if here.get(key) != now.get(key)
+        ]
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -96,6 +156,28 @@ def config_of(name: str, pairs: int) -> TrainConfig:
     """The configuration of a variant's training."""
     values = {**SHARED, **VARIANTS[name]}
     return TrainConfig.from_dict({**values, "steps": pairs // values["meta_batch"]})
+
+
+def evaluation_of(networks: int, images: int) -> dict[str, Any]:
+    """All that decides how a variant is measured, by name."""
+    return {"networks": networks, "images": images, "image_size": SIZE, "batch_size": BATCH_SIZE}
+
+
+def kept(folder: Path, pairs: int, evaluation: Mapping[str, Any]) -> dict[str, Row]:
+    """The variants that have a file in `folder`, in the order of `VARIANTS`.
+
+    Raises:
+        SystemExit: One of them was trained or measured otherwise.
+    """
+    files = {name: folder / f"{name}.json" for name in VARIANTS}
+    rows = {name: Row.read(file) for name, file in files.items() if file.exists()}
+    for name, row in rows.items():
+        if lines := row.differences(config_of(name, pairs), evaluation):
+            raise SystemExit(
+                "\n".join([f"{files[name]}: was made with other settings than this command's:", *lines])
+                + "\ngive the same ones, or another folder (--kept), or remove the file to train it again"
+            )
+    return rows
 
 
 def train(name: str, data: Path, runs: Path, pairs: int) -> Path:
@@ -144,7 +226,7 @@ def ranks(accuracies: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The variants, as a Markdown table."""
+    """The variants, as a Markdown table, and which are missing."""
     header = ("variant", "pairs", "minutes", "training accuracy in the last tenth, %", *SPLITS, "rank")
     found = {row.name: row.accuracies for row in rows}
     among_all, paper = ranks(found), ranks(PUBLISHED)
@@ -152,7 +234,7 @@ def table(rows: Sequence[Row]) -> str:
     among_three = ranks(common) if len(common) == len(PUBLISHED) else {}
 
     def cells(row: Row) -> Iterable[str]:
-        yield from (row.name, f"{row.run.pairs:,}", f"{row.run.minutes:.0f}", f"{row.run.accuracy:.1f}")
+        yield from (row.name, f"{row.pairs:,}", f"{row.minutes:.0f}", f"{row.accuracy:.1f}")
         for score in row.scores:
             yield f"{score.mean:.1f}" + (f" ± {score.standard_error:.1f}" if score.n > 1 else "")
         yield f"{among_all[row.name]:.1f}"
@@ -161,11 +243,14 @@ def table(rows: Sequence[Row]) -> str:
 
     lines = [(*header, f"rank among {', '.join(PUBLISHED)} (published)"), *map(cells, rows)]
     text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "|---" * (len(header) + 1) + "|", *text[1:]])
+    text.insert(1, "|---" * (len(header) + 1) + "|")
+    if missing := [name for name in VARIANTS if name not in found]:
+        text += ["", f"Missing, so that ranks are among {len(rows)} of {len(VARIANTS)}: {', '.join(missing)}"]
+    return "\n".join(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and measure what is missing, and print the table."""
+    """Train and measure what has no file, and print the table of what has one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,16 +260,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--networks", type=int, default=20, help="of every split")
     parser.add_argument("--images", type=int, default=1000, help="test images")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of the figures (%(default)s)")
     given = parser.parse_args(arguments)
     if given.pairs < META_BATCH or given.pairs % META_BATCH:
         parser.error(f"--pairs {given.pairs}; expected a multiple of {META_BATCH}, the largest meta-batch")
     prepare_process()
-    rows: list[Row] = []
+    evaluation = evaluation_of(given.networks, given.images)
+    done = kept(given.kept, given.pairs, evaluation)
     for name in given.only:
-        folder = train(name, given.data, given.runs, given.pairs)
-        scores = measured(folder, given.data, given.networks, given.images)
-        rows.append(Row(name, Run.read(folder), scores))
-    print(table(rows))
+        if name not in done:
+            folder = train(name, given.data, given.runs, given.pairs)
+            scores = measured(folder, given.data, given.networks, given.images)
+            run, config = Run.read(folder), config_of(name, given.pairs)
+            figures = (run.pairs, run.minutes, run.accuracy, scores)
+            Row(name, config, evaluation, torch.__version__, *figures).write(given.kept / f"{name}.json")
+    rows = kept(given.kept, given.pairs, evaluation)  # another command may have added some
+    print(table(list(rows.values())))
     return 0
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
-from ghn_init import GHN
+from ghn_init import GHN, GHNConfig
 from ghn_init.training import TrainConfig
 from ghn_init.training._meta_batches import MetaBatches
 from ghn_init.training.evaluate import SPLITS
@@ -103,7 +105,7 @@ def stubs(ablations: Any, monkeypatch: pytest.MonkeyPatch) -> Stubs:
 
 
 def run(ablations: Any, data: Path, *arguments: str) -> None:
-    sizes = ["--pairs", "80", "--networks", "2", "--images", "100"]
+    sizes = ["--pairs", "80", "--networks", "2", "--images", "100", "--kept", str(data.parent / "kept")]
     ablations.main([str(data), str(data.parent / "runs"), *sizes, *arguments])
 
 
@@ -179,12 +181,89 @@ def test_an_interrupted_command_goes_on_where_it_was(
     run(ablations, data, "--only", "GHN-2", "GHN-1")
     assert stubs.trained == ["GHN-2", "GHN-2", "GHN-1"]
     assert len(stubs.measured) == 2 * 12
-    rows = capsys.readouterr().out.splitlines()[2:]
+    rows = capsys.readouterr().out.splitlines()[2:4]
     assert [row.split(" | ")[-1] for row in rows] == ["- (1.1) |", "- (2.0) |"]  # MLP is missing
+
+
+def test_variants_can_be_trained_one_at_a_time_on_machines_that_are_lost(
+    ablations: Any, stubs: Stubs, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(ablations, data, "--only", "MLP")
+    shutil.rmtree(data.parent / "runs")  # what another machine does not have
+    run(ablations, data, "--only", "GHN-2")
+    assert stubs.trained == ["MLP", "GHN-2"]
+    capsys.readouterr()
+    run(ablations, data, "--only", "MLP", "GHN-2")
+    assert (stubs.trained, len(stubs.measured)) == (["MLP", "GHN-2"], 2 * 12)
+    *rows, empty, missing = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| GHN-2", "| MLP"]  # in the order of VARIANTS
+    assert [row.split(" | ")[-2] for row in rows] == ["1.9", "1.1"]  # MLP was first here, ResNet-50 apart
+    assert (empty, missing) == (
+        "",
+        "Missing, so that ranks are among 2 of 8: GHN-1, no-virtual-edges, no-normalisation, no-meta-batch, "
+        "extensions, GHN-3",
+    )
+
+
+def test_a_variants_file_has_its_figures_and_what_they_depend_on(
+    ablations: Any, stubs: Stubs, data: Path
+) -> None:
+    run(ablations, data, "--only", "GHN-1")
+    values = json.loads((data.parent / "kept" / "GHN-1.json").read_text())
+    assert TrainConfig.from_dict(values.pop("config")) == ablations.config_of("GHN-1", 80)
+    scores = values.pop("scores")
+    assert values == {
+        "name": "GHN-1", "torch": torch.__version__,
+        "evaluation": {"networks": 2, "images": 100, "image_size": 16, "batch_size": 64},
+        "pairs": 80, "minutes": 2.0, "accuracy": 25.0,
+    }  # fmt: skip
+    assert [score["split"] for score in scores] == list(SPLITS)
+    assert scores[0]["accuracies"] == [49.0, 50.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        (("--pairs", "160"), "  steps: 10, now 20"),
+        (("--networks", "3"), "  evaluation.networks: 2, now 3"),
+        (("--images", "50"), "  evaluation.images: 100, now 50"),
+    ],
+)
+def test_nothing_is_trained_beside_a_file_that_was_made_with_other_settings(
+    arguments: tuple[str, ...], changed: str, ablations: Any, stubs: Stubs, data: Path
+) -> None:
+    run(ablations, data, "--only", "GHN-2")
+    with pytest.raises(SystemExit) as refused:
+        run(ablations, data, "--only", "MLP", *arguments)
+    first, *lines, remedy = str(refused.value).splitlines()
+    assert first.endswith("GHN-2.json: was made with other settings than this command's:")
+    assert lines == [changed]
+    assert "another folder (--kept), or remove the file" in remedy
+    assert stubs.trained == ["GHN-2"]
+
+
+def test_a_change_of_a_variants_configuration_is_noticed(
+    ablations: Any, stubs: Stubs, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ablations, data, "--only", "MLP")
+    monkeypatch.setitem(ablations.VARIANTS, "MLP", {"ghn": GHNConfig.mlp(hid=16)})
+    with pytest.raises(SystemExit, match=r"MLP.json: .*\n  ghn.hid: 32, now 16\n"):
+        run(ablations, data, "--only", "MLP")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"scores": []}', '{"scores": [], "config": {"deepness": 3}}'])
+def test_a_file_that_is_no_variants_is_named(text: str, ablations: Any, stubs: Stubs, data: Path) -> None:
+    file = data.parent / "kept" / "MLP.json"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=r"MLP.json: no figures of a variant .*; remove it"):
+        run(ablations, data, "--only", "GHN-2")
+    assert stubs.trained == []
 
 
 def test_a_folder_of_another_number_of_pairs_is_refused(ablations: Any, stubs: Stubs, data: Path) -> None:
     run(ablations, data, "--only", "MLP")
+    (data.parent / "kept" / "MLP.json").unlink()
     with pytest.raises(SystemExit, match=r"MLP: was trained with another .* \(--pairs 160\)"):
         run(ablations, data, "--only", "MLP", "--pairs", "160")
     assert stubs.trained == ["MLP"]
