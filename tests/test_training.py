@@ -125,6 +125,7 @@ def depthwise(kernel: int, dilation: int = 1) -> nn.Conv2d:
     "layer",
     [
         depthwise(3), depthwise(5), depthwise(7), depthwise(9), depthwise(3, 2), depthwise(5, 2),
+        nn.Conv2d(6, 4, 1, bias=False),
         nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
         nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
         FactorizedReduction(Layers("bnorm"), 6, 5), FactorizedReduction(Layers(None), 6, 6),
