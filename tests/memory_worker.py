@@ -75,13 +75,24 @@ def tall(side: int = SIDE) -> nn.Module:
     return filled((side // 16 or 1, 64 * side))
 
 
+def grouped(side: int = SIDE) -> nn.Module:
+    """Batch norms between convolutions of many groups: 64 activations are as large as a weight."""
+    channels, groups = 2 * side, side // 32 or 1
+    layers = [
+        nn.Conv2d(3, channels, 1),
+        *(nn.Conv2d(channels, channels, 1, groups=groups) for _ in range(48)),
+    ]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.BatchNorm2d(channels))))
+
+
 CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    "plain": (large, {}),
-    "half precision": (lambda side=SIDE: large(side).bfloat16(), {}),
-    "diversified with noise": (large, {"diversify": "noise"}),
-    "made orthogonal": (wide, {"diversify": "orthogonal"}),
-    "made orthogonal, more outputs than inputs": (tall, {"diversify": "orthogonal"}),
-    "weight norm": (normalised, {}),
+    "plain": (large, {"head": "predict"}),
+    "half precision": (lambda side=SIDE: large(side).bfloat16(), {"head": "predict"}),
+    "diversified with noise": (large, {"head": "predict", "diversify": "noise"}),
+    "made orthogonal": (wide, {"head": "predict", "diversify": "orthogonal"}),
+    "made orthogonal, more outputs than inputs": (tall, {"head": "predict", "diversify": "orthogonal"}),
+    "weight norm": (normalised, {"head": "predict"}),
+    "running statistics, by default": (grouped, {}),
 }
 
 
@@ -90,13 +101,13 @@ def measured(name: str) -> dict[str, Any]:
     make, options = CASES[name]
     ghn = ghn_init.load()
     # What torch loads once does not count: the first meta kernel that is written in Python brings 100 MB.
-    ghn_init.predict(make(8), ghn, head="predict", **options)
+    ghn_init.predict(make(8), ghn, **options)
     model = make()
-    extra = peak_beyond(lambda: ghn_init.predict(model, ghn, head="predict", **options))
+    extra = peak_beyond(lambda: ghn_init.predict(model, ghn, **options))
     return {
         "extra": extra,
         "largest": max(param.numel() * 4 for param in model.parameters()),
-        "finite": all(bool(param.isfinite().all()) for param in model.parameters()),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()),
     }
 
 

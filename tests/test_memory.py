@@ -19,6 +19,7 @@ TENSORS = {
     "made orthogonal": 1,
     "made orthogonal, more outputs than inputs": 2,  # LAPACK wants its transpose
     "weight norm": 1,
+    "running statistics, by default": 1,
 }
 """How many tensors as large as the largest, in float32, predicting may need."""
 

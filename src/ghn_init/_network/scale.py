@@ -78,9 +78,9 @@ def _facts(tensors: Sequence[Tensor]) -> list[tuple[float, float, float]]:
     there = [index for index, tensor in enumerate(tensors) if tensor.numel()]
     parts = {index: _parts(tensors[index]) for index in there}
     norms = iter(_numbers([_norm(part) for index in there for part in parts[index]]))
-    ends = _ends([tensors[index][0] if tensors[index].ndim > 1 else tensors[index] for index in there])
+    ends = ends_of([tensors[index][0] if tensors[index].ndim > 1 else tensors[index] for index in there])
     alike = [n for n, (low, high) in enumerate(ends) if low == high and tensors[there[n]].ndim > 1]
-    for n, whole in zip(alike, _ends([tensors[there[n]] for n in alike]), strict=True):
+    for n, whole in zip(alike, ends_of([tensors[there[n]] for n in alike]), strict=True):
         ends[n] = whole
     for index, (low, high) in zip(there, ends, strict=True):
         found[index] = (sum(next(norms) ** 2 for _ in parts[index]), low, high)
@@ -100,7 +100,7 @@ def _norm(values: Tensor) -> Tensor:
     )
 
 
-def _ends(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
+def ends_of(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
     """The least and the largest value of every tensor."""
     numbers = iter(_numbers([end for tensor in tensors for end in torch.aminmax(tensor)]))
     return list(zip(numbers, numbers, strict=True))

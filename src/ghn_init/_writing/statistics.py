@@ -16,6 +16,7 @@ values of their scale.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import TYPE_CHECKING, Final
@@ -25,11 +26,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._meta.scales import usual_scale
-from ghn_init._network.scale import scales_of
+from ghn_init._network.scale import ends_of, scales_of
 from ghn_init._network.sharded import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -82,10 +83,11 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     norms = _norms(entries) if any(entry.tile is not None for entry in entries) else {}
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
-    if not heads and not any(norm.fresh for norm in norms.values()):
-        return Followed(statistics, amplified)
-    signals: list[_Signal] = []
-    for index, (node, sources) in enumerate(zip(graph.nodes, graph.predecessors, strict=True)):
+    fresh = {key for key, norm in norms.items() if norm.fresh}
+    readers = _readers(graph, heads | fresh)
+    signals: dict[int, _Signal] = {}
+    for index in sorted(readers):
+        node, sources = graph.nodes[index], graph.predecessors[index]
         inputs = [signals[source] for source in sources]
         if node.type == "bn" and inputs:
             norm = norms.get(node.param)
@@ -96,9 +98,24 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             signal = _through(node, inputs, weights)
         if node.param in heads and node.param is not None:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
-        signal = replace(signal, seed=index)
-        signals.append(_rectified(signal) if index in graph.rectified else signal)
+        if signal.values is None:
+            signal = replace(signal, seed=index)
+        signals[index] = _rectified(signal) if index in graph.rectified else signal
+        for source in sources:  # of a wide network all of them together would be larger than a layer
+            readers[source] -= 1
+            if not readers[source]:
+                del signals[source]
     return Followed(statistics, amplified)
+
+
+def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:
+    """The nodes that those of wanted parameters depend on, these too, and how many of them read each."""
+    readers: Counter[int] = Counter()
+    for index in range(len(graph) - 1, -1, -1):
+        if index in readers or graph.nodes[index].param in wanted:
+            readers[index] += 0
+            readers.update(graph.predecessors[index])
+    return readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +127,7 @@ class _Norm:
         channels: Their number.
         dtype: Of its running statistics.
         fresh: It has seen no data, so that its statistics are ours to set, once more too.
-        gain: Its weight, float32 on the CPU: one number, or one for each channel.
+        gain: Its weight: one number, or float32 on the CPU, (channels,).
         shift: Its bias, likewise.
     """
 
@@ -118,34 +135,46 @@ class _Norm:
     channels: int
     dtype: torch.dtype
     fresh: bool
-    gain: Tensor
-    shift: Tensor
+    gain: Tensor | float = 1.0
+    shift: Tensor | float = 0.0
 
-    def buffers(self, statistics: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Mean and variance, (period,), by name and as the buffers have them."""
-        largest = torch.finfo(self.dtype).max
-        return {
-            self.prefix + name: _repeated(value, self.channels).double().clamp(max=largest).to(self.dtype)
-            for name, value in zip(("running_mean", "running_var"), statistics, strict=True)
-        }
+    def buffers(self, statistics: Tensor) -> dict[str, Tensor]:
+        """Mean and variance, (2, period), by name and as the buffers have them."""
+        largest = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        values = _repeated(statistics, self.channels).clamp(-largest, largest).to(self.dtype)
+        return {self.prefix + name: value for name, value in zip(_BUFFERS, values, strict=True)}
+
+
+_BUFFERS: Final = ("running_mean", "running_var")
 
 
 def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
     """Batch norms that stand at one place and keep running statistics, by the weight's name."""
     found: dict[str | None, _Norm] = {}
+    affine: list[tuple[str | None, str, Tensor]] = []
     for entry in entries:
+        if entry.node != "bn":
+            continue
         place = entry.locations[0]
         norm = place.module
         alone = len({id(location.module) for location in entry.locations}) == 1
-        if entry.node != "bn" or not alone or not isinstance(norm, _BatchNorm):
+        if not alone or not isinstance(norm, _BatchNorm):
             continue
         variance, count = norm.running_var, norm.num_batches_tracked
         if variance is None or is_sharded(variance):
             continue
         fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
         prefix = f"{place.path}." if place.path else ""
-        affine = _vector(norm.weight, 1), _vector(norm.bias, 0)
-        found[entry.key] = _Norm(prefix, variance.numel(), variance.dtype, fresh, *affine)
+        found[entry.key] = _Norm(prefix, variance.numel(), variance.dtype, fresh)
+        affine += [
+            (entry.key, name, param.detach())
+            for name, param in (("gain", norm.weight), ("shift", norm.bias))
+            if param is not None and not param.is_meta and not is_sharded(param)  # else nobody knows yet
+        ]
+    ends = ends_of([values for _, _, values in affine])
+    for (key, name, values), (low, high) in zip(affine, ends, strict=True):
+        value = low if low == high else values.to("cpu", torch.float32)
+        found[key] = replace(found[key], **{name: value})
     return found
 
 
@@ -153,14 +182,6 @@ def _is_initial(norm: _BatchNorm) -> bool:
     """Whether the statistics are those that a batch norm begins with, if it does not count its batches."""
     mean, variance = norm.running_mean, norm.running_var
     return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
-
-
-def _vector(param: Tensor | None, initial: float) -> Tensor:
-    """A norm's weight or bias, (channels,), or (1,) where all are the same number or nobody knows yet."""
-    if param is None or param.is_meta or is_sharded(param):
-        return torch.tensor([initial], dtype=torch.float32)
-    values = param.detach().to("cpu", torch.float32)
-    return values[:1] if bool((values == values[0]).all()) else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,21 +239,33 @@ def _flattened(values: Tensor, channels: int) -> Tensor:
     return values.repeat_interleave(-(-channels // have), 1)[:, :channels]
 
 
-def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, tuple[Tensor, Tensor] | None]:
+def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, Tensor | None]:
     """What a batch norm gives, and the statistics that belong to its input; None where its own are right."""
-    gain, shift = (torch.ones(1), torch.zeros(1)) if norm is None else (norm.gain, norm.shift)
+    gain, shift = (1.0, 0.0) if norm is None else (norm.gain, norm.shift)
     if x.values is None:
         square = x.square if norm is None or norm.fresh else 1.0
-        square = square * float(gain.square().mean()) + float(shift.square().mean())
-        return _Signal(square, None, x.channels), None
-    mean, variance = x.values.mean(0), x.values.var(0)
-    if not 0 < float(variance.mean()) < math.inf:
+        return _Signal(square * _square(gain) + _square(shift), None, x.channels), None
+    mean = x.values.mean(0)
+    values = x.values - mean
+    variance = values.square().sum(0) / (SAMPLES - 1)  # ten times faster than `var`
+    usual = float(variance.mean())
+    if not 0 < usual < math.inf:
         return _Signal(0.0, None, x.channels), None
-    variance = variance.clamp_min(_LEAST * float(variance.mean()))
-    values = (x.values - mean) / variance.sqrt()
-    if (channels := max(len(gain), len(shift))) > 1:
-        values = _repeated(values, channels)
-    return _Signal(values=gain * values + shift, channels=x.channels), (mean, variance)
+    variance = variance.clamp_min(_LEAST * usual)
+    values /= variance.sqrt()
+    for number in (gain, shift):
+        if isinstance(number, torch.Tensor):
+            values = _repeated(values, len(number))
+    if not isinstance(gain, float) or gain != 1:
+        values = values * gain
+    if not isinstance(shift, float) or shift:
+        values = values + shift
+    return _Signal(values=values, channels=x.channels), torch.stack((mean, variance))
+
+
+def _square(number: Tensor | float) -> float:
+    """Mean square."""
+    return float(number.square().mean()) if isinstance(number, torch.Tensor) else number**2
 
 
 def _through(node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None, Entry]) -> _Signal:
@@ -287,25 +320,42 @@ def _product(tile: Tile, x: _Signal) -> Tensor:
     """(samples, period) of a weight's outputs; the channels may be several groups of its inputs.
 
     Copies of a block's columns read the sum of their channels, and copies of its rows give the same. A
-    kernel's places see the same value, up to what neighbours in an image differ by.
+    kernel's places see the same value, up to what neighbours in an image differ by: what another sample has.
     """
     outputs, inputs = tile.shape[:2]
     block = _kernels(tile)
     rows, columns, taps = block.shape
     groups = _groups(x.channels, outputs, inputs)
     values = _folded(x, groups, inputs, columns)
-    if taps > 1:
-        mean = values.mean(0)
-        varied = values - mean
-        others = (torch.arange(SAMPLES) + torch.arange(1, taps + 1)[:, None]) % SAMPLES
-        varied = math.sqrt(SMOOTHNESS) * varied + math.sqrt(1 - SMOOTHNESS) * varied[others]
-        values = (mean + varied).permute(1, 2, 3, 0)  # samples, groups, columns, taps
     of_group = outputs // groups
-    distinct = min(of_group, rows)
-    index = (torch.arange(groups)[:, None] * of_group + torch.arange(distinct)) % rows
-    matrices = block[index].flatten(2)  # groups, distinct rows, columns x taps
-    y = torch.einsum("sgc,gdc->sgd", values.reshape(SAMPLES, groups, -1), matrices)
+    if groups > 1 and rows < outputs:
+        block = block[(torch.arange(groups)[:, None] * of_group + torch.arange(min(of_group, rows))) % rows]
+    matrices = block.view(groups, -1, columns, taps)
+    y = _read(values, matrices[..., 0]) if taps == 1 else _convolution(values, matrices)
     return y[:, 0] if groups == 1 else _repeated(y, of_group).flatten(1)
+
+
+def _convolution(values: Tensor, kernels: Tensor) -> Tensor:
+    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns, taps), taps > 1."""
+    common, own = math.sqrt(SMOOTHNESS), math.sqrt(1 - SMOOTHNESS)
+    taps = kernels.shape[3]
+    # mean + common * (values - mean) + own * (others - mean), and each of these times its weights
+    everywhere = common * values + (1 - common - own) * values.mean(0)
+    y = _read(everywhere, kernels.sum(3))
+    others = values[torch.arange(1, SAMPLES + taps) % SAMPLES]
+    if kernels.shape[1:3] == (1, 1):  # depthwise, where products of matrices are slow
+        for tap, weights in enumerate((own * kernels[:, 0]).permute(2, 0, 1).contiguous()):
+            y.addcmul_(others[tap : tap + SAMPLES], weights)
+        return y
+    windows = others.unfold(0, taps, 1).flatten(2)
+    return y.add_(_read(windows, kernels.flatten(2)), alpha=own)
+
+
+def _read(values: Tensor, matrices: Tensor) -> Tensor:
+    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns)."""
+    if matrices.shape[1:] == (1, 1):
+        return values * matrices[:, 0]
+    return torch.bmm(values.movedim(1, 0), matrices.transpose(1, 2)).movedim(0, 1)
 
 
 def _groups(channels: int | None, outputs: int, inputs: int) -> int:
@@ -319,9 +369,13 @@ def _groups(channels: int | None, outputs: int, inputs: int) -> int:
 def _folded(x: _Signal, groups: int, inputs: int, columns: int) -> Tensor:
     """(samples, groups, columns): what a layer reads, summed over the copies of a column."""
     if x.values is not None and groups == 1 and x.channels == inputs and x.values.shape[1] == columns:
-        times = inputs // columns + (torch.arange(columns) < inputs % columns)
-        return (x.values * times)[:, None]
+        times = inputs // columns
+        if rest := inputs % columns:
+            return (x.values * (times + (torch.arange(columns) < rest)))[:, None]
+        return (x.values if times == 1 else x.values * times)[:, None]
     values = x.sampled(groups * inputs).view(SAMPLES, groups, inputs)
+    if inputs == columns:
+        return values
     return torch.nn.functional.pad(values, (0, -inputs % columns)).unflatten(2, (-1, columns)).sum(2)
 
 
