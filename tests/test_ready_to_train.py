@@ -165,13 +165,65 @@ def test_a_bare_transposed_convolution_is_kept_and_says_why(ghn: GHN) -> None:
     assert {row.name: row.reason for row in plan(built(Decoder), ghn, scale="own").rows}["bare.weight"] == ""
 
 
-def test_what_reads_a_layer_norm_is_kept_and_says_why(ghn: GHN) -> None:
-    layers = [nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 10)]
-    rows = {
-        row.name: row for row in plan(nn.Sequential(*layers), ghn, example_input=(2, 12), strict=True).rows
+class SkipConnected(nn.Module):
+    """A U-Net of one level, whose image may be enlarged before the network reads it."""
+
+    def __init__(self, up: nn.Module, *, images: float = 1) -> None:
+        super().__init__()
+        self.images, self.left, self.bottom, self.up = images, block(3, 8), block(8, 16), up
+        self.joined = nn.Sequential(block(16, 8), block(8, 8))
+        self.last = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = self.left(nn.functional.interpolate(x, scale_factor=self.images))
+        up = self.up(self.bottom(nn.functional.max_pool2d(left, 2)))
+        return self.last(self.joined(torch.cat([up, left], 1)))
+
+
+@pytest.mark.parametrize(
+    "up",
+    [
+        lambda: nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8)),
+        lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 8, 1)),
+        lambda: nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2)),
+    ],
+)
+@pytest.mark.parametrize("enlarged", [1, 2])
+def test_what_is_behind_a_skip_connection_to_a_decoder_is_kept_and_says_why(
+    up: Callable[[], nn.Module], enlarged: float, ghn: GHN
+) -> None:
+    rows = plan(built(lambda: SkipConnected(up(), images=enlarged)), ghn).rows
+    weights = {row.name: row.reason for row in rows if row.node == "conv"}
+    behind = {
+        name
+        for name, why in weights.items()
+        if why == "it is behind a skip connection to a decoder (scale='auto')"
     }
-    assert rows["2.weight"].reason == "it reads a layer norm (scale='auto')"
-    assert (rows["0.weight"].action, rows["4.weight"].action) == ("predicted", "predicted")
+    assert behind == {"joined.0.0.weight", "joined.1.0.weight"}
+    assert {name for name, why in weights.items() if why} == {*behind, "last.weight"}
+
+
+def test_joins_without_a_decoder_and_decoders_without_a_join_are_predicted(ghn: GHN) -> None:
+    assert not [row for row in plan(built(Branched), ghn).rows if row.node == "conv" and row.reason]
+    decoder = nn.Sequential(block(3, 16), nn.Upsample(scale_factor=2), block(16, 8), nn.Conv2d(8, 3, 1))
+    assert [row.name for row in plan(decoder, ghn).rows if row.node == "conv" and row.reason] == ["3.weight"]
+
+
+def test_what_reads_a_layer_norm_or_the_input_before_it_is_kept_and_says_why(ghn: GHN) -> None:
+    widths = ((12, 16), (16, 16), (16, 16), (16, 10))
+    first, second, *others = (nn.Linear(*width) for width in widths)
+    layers = [first, nn.GELU(), others[0], nn.LayerNorm(16), second, nn.GELU(), others[1]]
+    planned = plan(nn.Sequential(*layers), ghn, example_input=(2, 12), strict=True)
+    reasons = {row.name: row.reason for row in planned.rows if row.node != "ln"}
+    layers_kept = {
+        "0": "it reads the input of a network with layer norms (scale='auto')",
+        "2": "",
+        "4": "it reads a layer norm (scale='auto')",
+        "6": "",
+    }
+    assert reasons == {
+        f"{path}.{name}": why for path, why in layers_kept.items() for name in ("weight", "bias")
+    }
 
 
 def gated() -> nn.Module:

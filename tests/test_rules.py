@@ -498,3 +498,25 @@ def test_a_graph_tells_what_goes_through_a_rectifier(
 ) -> None:
     graph = drawn(lambda t: t.conv("c", t.call(activation, t.conv("b", t.conv("a")), **options)))
     assert graph.rectified == ({2} if rectifies else set())
+
+
+@pytest.mark.parametrize(
+    ("resize", "arguments", "enlarges"),
+    [
+        (F.interpolate, {"scale_factor": 2}, True),
+        (F.interpolate, {"size": (8, 9)}, True),
+        (F.interpolate, {"size": (8, 8)}, False),
+        (F.interpolate, {"scale_factor": 0.5}, False),
+        (F.pixel_shuffle, {"upscale_factor": 2}, True),
+        (torch.ops.aten.upsample_nearest2d.default, {"output_size": [16, 16]}, True),
+        (F.max_pool2d, {"kernel_size": 2}, False),
+    ],
+)
+def test_a_graph_tells_what_is_enlarged(
+    resize: Callable[..., Any], arguments: dict[str, Any], *, enlarges: bool
+) -> None:
+    def build(tape: Tape) -> fx.Node:
+        larger = tape.call(resize, tape.conv("b", tape.conv("a")), **arguments)
+        return tape.conv("c", larger, 1 if resize is F.pixel_shuffle else 4)
+
+    assert drawn(build).enlarged == ({2} if enlarges else set())

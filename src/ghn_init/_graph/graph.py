@@ -90,6 +90,8 @@ class Graph:
         name: What was traced, for messages: the model's class.
         rectified: Indices of the nodes whose output goes through an activation such as ReLU or SiLU. A GHN
             does not see them: activations have no nodes (arXiv 2110.13100, section 3).
+        enlarged: Indices of the nodes whose output is enlarged, by interpolation or a shuffle of pixels. A
+            GHN does not see that either.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -100,6 +102,7 @@ class Graph:
     unmatched: tuple[UnmatchedParameter, ...] = ()
     name: str = "graph"
     rectified: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    enlarged: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

@@ -108,6 +108,7 @@ class Sketch:
         predecessors: For each of them where its edges come from.
         roles: What parameters without a node were found to be.
         rectified: The nodes whose output goes through an activation, see `Graph`.
+        enlarged: The nodes whose output is enlarged, see `Graph`.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,6 +116,7 @@ class Sketch:
         self.predecessors: list[tuple[int, ...]] = [()]
         self.roles: dict[str, str] = {}
         self.rectified: set[int] = set()
+        self.enlarged: set[int] = set()
         self.shapes = shapes
         self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
         self._ends: tuple[int, ...] | None = None
@@ -202,8 +204,10 @@ class Sketch:
             for param, shape in self.shapes.items()
             if param not in covered
         )
-        rectified = frozenset(number[old] for old in live & self.rectified)
-        return Graph(nodes, edges, unmatched, name, rectified)
+        rectified, enlarged = (
+            frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
+        )
+        return Graph(nodes, edges, unmatched, name, rectified, enlarged)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

@@ -44,7 +44,9 @@ _MOST_COPIES: Final = 64
 """How often the prediction of a weight without batch norm repeats at most, in such a network: copies add up
 to one another."""
 
+_BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
+_BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
@@ -137,14 +139,23 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
 
 
 def _strange(graph: Graph) -> Mapping[str | None, str]:
-    """Parameters that are left alone, by name, with the reason."""
-    normalised = _normalised(graph)
+    """Layers that are left alone, weight and bias, by parameter with the reason."""
+    normalised, behind = _normalised(graph), _behind_skips(graph)
+    layer_norms = any(node.type == "ln" for node in graph.nodes)
     found: dict[str | None, str] = {}
     for index, node in enumerate(graph.nodes):
+        if node.type == "bias":
+            layer = next((graph.nodes[source].param for source in graph.predecessors[index]), None)
+            if layer in found:
+                found[node.param] = found[layer]
         if node.type not in WEIGHT_TYPES or node.param is None:
             continue
         if any(graph.nodes[source].type == "ln" for source in graph.predecessors[index]):
             found[node.param] = _BEHIND_LAYER_NORM
+        elif layer_norms and 0 in graph.predecessors[index]:
+            found[node.param] = _BEFORE_LAYER_NORMS
+        elif behind[index]:
+            found[node.param] = _BEHIND_SKIP
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[node.param] = _BARE_TRANSPOSED
     return found
@@ -162,6 +173,21 @@ def _normalised(graph: Graph) -> list[bool]:
             follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
         )
     return found
+
+
+def _behind_skips(graph: Graph) -> list[bool]:
+    """For every node whether it reads, or is, a join of feature maps that were enlarged with others.
+
+    There a U-Net's decoder begins. A GHN has learned from classifiers, whose maps only become smaller.
+    """
+    enlarged = graph.enlarged - {0}  # images that are enlarged before anything reads them are images
+    decoding: list[bool] = []
+    behind: list[bool] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        branches = {decoding[s] or s in enlarged for s in sources if graph.nodes[s].type != "pos_enc"}
+        decoding.append(True in branches or (node.transposed and len(node.shape or ()) > 2))
+        behind.append(len(branches) > 1 or any(behind[s] for s in sources))
+    return behind
 
 
 def _classifies(graph: Graph) -> bool:

@@ -55,6 +55,17 @@ def addmm(op: Operation) -> Carried:
     return add_layer(op, x, weight, bias, "conv", transposed=True)
 
 
+@rule("interpolate", "upsample", "pixel_shuffle",
+      "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+      "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")  # fmt: skip
+def resized(op: Operation) -> Carried:
+    """No node; the sketch notes it where a feature map (N, C, *sizes) becomes larger."""
+    value, sizes = op.passed_on(), op.shape(op.operands()[0])[2:]
+    if isinstance(value, Flow) and op.shape(op.node)[2:].numel() > sizes.numel():
+        op.sketch.enlarged.update(value.sources)
+    return value
+
+
 @rule("embedding", "embedding_bag")
 def embedding(op: Operation) -> Carried:
     """A table of embeddings: no node type fits; positions looked up in it are a positional encoding."""
