@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
+from ghn_init._writing.statistics import SAMPLES, SMOOTHNESS, _convolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -319,6 +321,22 @@ def test_the_norms_own_weight_counts(ghn: GHN) -> None:
 
     one, ten = (plan(scaled(factor), ghn).statistics["1.1.running_var"] for factor in (1.0, 10.0))
     torch.testing.assert_close(ten, 100 * one)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "taps"),
+    [(1, 5, 3, 9), (3, 4, 2, 9), (6, 1, 1, 25), (6, 2, 1, 9), (1, 4, 3, 90)],
+)
+def test_a_kernels_places_see_what_other_samples_have(
+    groups: int, rows: int, columns: int, taps: int
+) -> None:
+    values, kernels = torch.randn(SAMPLES, groups, columns), torch.randn(groups, rows, columns, taps)
+    varied = values - values.mean(0)
+    expected = torch.zeros(SAMPLES, groups, rows)
+    for tap in range(taps):
+        seen = math.sqrt(SMOOTHNESS) * varied + math.sqrt(1 - SMOOTHNESS) * varied.roll(-1 - tap, 0)
+        expected += torch.einsum("sgc,grc->sgr", values.mean(0) + seen, kernels[..., tap])
+    torch.testing.assert_close(_convolution(values, kernels), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_copies_of_a_channel_have_the_same_statistics(ghn: GHN) -> None:

@@ -17,7 +17,7 @@ from ghn_init import GHN, GHNConfig, OutOfDistributionWarning, PredictError, pla
 from ghn_init._hypernetwork.tile import Prior, Tile, tile_to
 from ghn_init._meta import scales as initial
 from ghn_init._network import scale as scaling
-from ghn_init._network.scale import Scale, scales_of
+from ghn_init._network.scale import Scale, constants_of, scales_of
 from ghn_init._writing import scale as writing
 
 if TYPE_CHECKING:
@@ -256,6 +256,7 @@ def test_ends_of_rows_that_are_all_one_number_are_those_of_the_tensor() -> None:
         torch.tensor(3.0),
     ]
     assert [scale.constant for scale in scales_of(tensors)] == [None, 0.0, 1.0, 3.0]
+    assert constants_of(tensors) == [None, 0.0, 1.0, 3.0]
 
 
 def test_the_largest_eigenvalue_is_that_of_torch() -> None:
@@ -396,7 +397,7 @@ def test_scales_are_those_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None
     assert [scale.rms for scale in found] == pytest.approx([rms(tensor) for tensor in tensors], rel=NEAR)
     assert [scale.constant for scale in found] == [None] * 4 + [-2.0, 0.0, 5.0, 1.0, None, None]
     first_row_alike = torch.cat([torch.zeros(1, 4), torch.ones(2, 4)])
-    assert scales_of([first_row_alike])[0].constant is None
+    assert scales_of([first_row_alike])[0].constant is constants_of([first_row_alike])[0] is None
     assert not math.isfinite(scales_of([torch.tensor([1.0, float("inf"), float("nan")])])[0].rms)
 
 

@@ -60,23 +60,35 @@ def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
     Each is read once, and no copy of it is made. Of a DTensor it is that of the whole: its ranks add up a few
     numbers for each of theirs, so that all have to call this.
     """
-    found = _facts([tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors])
-    sharded = {index: tensor for index, tensor in enumerate(tensors) if is_sharded(tensor)}
-    for index, row in _over_ranks(sharded, found).items():
-        found[index] = row
+    facts = _facts(tensors, sums=True)
     return [
-        Scale.of_sum(squares, t.numel(), *ends) for t, (squares, *ends) in zip(tensors, found, strict=True)
+        Scale.of_sum(squares, t.numel(), *ends) for t, (squares, *ends) in zip(tensors, facts, strict=True)
     ]
 
 
-def _facts(tensors: Sequence[Tensor]) -> list[tuple[float, float, float]]:
-    """(sum of squares, least value, largest value) of every tensor.
+@torch.no_grad()
+def constants_of(tensors: Sequence[Tensor]) -> list[float | None]:
+    """`Scale.constant` of every tensor, for which most need not be read."""
+    return [low if low == high else None for _, low, high in _facts(tensors, sums=False)]
+
+
+def _facts(tensors: Sequence[Tensor], *, sums: bool) -> list[tuple[float, float, float]]:
+    """(sum of squares or 0, least value, largest value) of every tensor."""
+    found = _own_facts([tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors], sums=sums)
+    sharded = {index: tensor for index, tensor in enumerate(tensors) if is_sharded(tensor)}
+    for index, row in _over_ranks(sharded, found).items():
+        found[index] = row
+    return found
+
+
+def _own_facts(tensors: Sequence[Tensor], *, sums: bool) -> list[tuple[float, float, float]]:
+    """The same of plain tensors.
 
     Where the first row already has different values its ends stand for those of the tensor.
     """
     found = [(0.0, math.inf, -math.inf)] * len(tensors)  # what a rank's empty share has
     there = [index for index, tensor in enumerate(tensors) if tensor.numel()]
-    parts = {index: _parts(tensors[index]) for index in there}
+    parts = {index: _parts(tensors[index]) if sums else () for index in there}
     norms = iter(_numbers([_norm(part) for index in there for part in parts[index]]))
     ends = ends_of([tensors[index][0] if tensors[index].ndim > 1 else tensors[index] for index in there])
     alike = [n for n, (low, high) in enumerate(ends) if low == high and tensors[there[n]].ndim > 1]

@@ -66,7 +66,7 @@ class Entry:
         computed: The weight that is computed from it, which is what is predicted; or None.
         decision: What is to be done with it.
         rms: The root mean square that its values have and keep; None where the prediction's own counts.
-        own: The root mean square of its values before the call, where that was looked at.
+        own: The root mean square that its module would give it, if it is on the meta device.
         tile: What is predicted, once it is.
     """
 

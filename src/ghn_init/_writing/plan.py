@@ -162,9 +162,8 @@ class Plan(Generic[ModelT]):
 
     def __str__(self) -> str:
         name = type(self.model).__name__
-        text = (
-            f"{name}, weights {self.weights}\n{table_of(self.rows)}\n\n{summary_of(self.rows, self.counts())}"
-        )
+        table = table_of(self.rows, own_scale=self.options.own_scale)
+        text = f"{name}, weights {self.weights}\n{table}\n\n{summary_of(self.rows, self.counts())}"
         if self.statistics:
             text += f"\nrunning statistics of {len(self.statistics) // 2} batch norms: from the weights"
         return f"{text}\n{described(name, self.unfamiliar)}" if self.unfamiliar else text

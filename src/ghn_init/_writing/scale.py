@@ -30,7 +30,7 @@ import torch
 
 from ghn_init._graph.graph import NORM_TYPES
 from ghn_init._meta.scales import initial_scales, usual_scale
-from ghn_init._network.scale import Scale, rounded, scales_of
+from ghn_init._network.scale import Scale, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.entry import spare, to_write
 
@@ -56,14 +56,17 @@ _NORM: Final = "norm layer (scale='own')"
 _SQUARINGS: Final = 7
 """Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
 
+_NORMALISED: Final = 4
+"""Squarings after which a trace is made 1 again: of 64 equal eigenvalues the power 16 is then 1e-29 each."""
+
 
 def with_own_scales(
     network: nn.Module, graph: Graph, entries: Sequence[Entry], options: Options
 ) -> list[Entry]:
-    """The same entries with the scale of the values before the call (`Entry.own`), or kept for what they are.
+    """The same entries; kept are norm layers and values that are all one number.
 
-    Nothing has to be decoded for that. Where the ranks of a sharded network hold parts of a parameter, all
-    have to call this: they exchange sums.
+    Nothing has to be decoded for that. Those on the meta device get their scale (`Entry.own`). Where the
+    ranks of a sharded network hold parts of a parameter, all have to call this: they exchange a few numbers.
 
     Args:
         network: The network, with the values whose scale counts.
@@ -78,9 +81,14 @@ def with_own_scales(
         for entry in entries
     ]
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
-    scales = _present_scales(predicted) | _lost_scales(network, graph, predicted, options.seed)
+    scales = _lost_scales(network, graph, predicted, options.seed)
+    present = {source: _own_values(entry) for source, entry in predicted.items() if not _is_lost(entry)}
+    constants = dict(zip(present, constants_of(list(present.values())), strict=True))
+    constants |= {source: scale.constant for source, scale in scales.items()}
     return [
-        _settled(entry, scales[entry.source]) if entry.decision.predict and entry.source in scales else entry
+        _settled(entry, constants[entry.source], scales.get(entry.source))
+        if entry.decision.predict and entry.source in constants
+        else entry
         for entry in entries
     ]
 
@@ -88,12 +96,6 @@ def with_own_scales(
 def _is_lost(entry: Entry) -> bool:
     """Whether it is on the meta device, without values that could be kept."""
     return any(location.get().is_meta for location in entry.locations)
-
-
-def _present_scales(entries: Mapping[str, Entry]) -> dict[str, Scale]:
-    """Scales of the values that are there, by `Entry.source`."""
-    present = {source: _own_values(entry) for source, entry in entries.items() if not _is_lost(entry)}
-    return dict(zip(present, scales_of(list(present.values())), strict=True))
 
 
 def _own_values(entry: Entry) -> Tensor:
@@ -119,26 +121,33 @@ def _lost_scales(
     return found
 
 
-def _settled(entry: Entry, scale: Scale) -> Entry:
-    """The entry with its scale, or kept; as it was if its values have no scale (NaN)."""
+def _settled(entry: Entry, constant: float | None, scale: Scale | None) -> Entry:
+    """The entry with its scale, if that is known, or kept."""
     if entry.node in NORM_TYPES:
         return replace(entry, decision=spare(_NORM))
-    if scale.constant is not None:
-        return replace(entry, decision=spare(f"all its values are {scale.constant:g} (scale='own')"))
-    return replace(entry, own=scale.rms) if 0 < scale.rms < math.inf else entry
+    if constant is not None:
+        return replace(entry, decision=spare(f"all its values are {constant:g} (scale='own')"))
+    return entry if scale is None else replace(entry, own=scale.rms)
 
 
 def at_own_scale(entries: Sequence[Entry], options: Options) -> list[Entry]:
-    """The same entries, predictions multiplied to have the parameter's own scale, where that is known.
+    """The same entries, predictions multiplied to have the parameter's own scale, where it has one (not NaN).
+
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this.
 
     Args:
         entries: From `with_predictions`, of what `with_own_scales` gave.
         options: The caller's choices.
     """
+    wanted = to_write(entries)
+    present = [entry for entry in wanted if not _is_lost(entry)]
+    own = {entry.source: entry.own for entry in wanted if entry.own is not None}
+    for entry, scale in zip(present, scales_of(list(map(_own_values, present))), strict=True):
+        own[entry.source] = scale.rms
     found = [
-        _Pair(entry.source, entry.tile, entry.own, _own_gram(entry, entry.tile))
-        for entry in to_write(entries)
-        if entry.tile is not None and entry.own is not None
+        _Pair(entry.source, entry.tile, own[entry.source], _own_gram(entry, entry.tile))
+        for entry in wanted
+        if entry.tile is not None and 0 < own.get(entry.source, 0.0) < math.inf
     ]
     written = _rescaled(found, options)
     return [
@@ -230,10 +239,11 @@ def _largest_eigenvalues(grams: Sequence[Tensor]) -> list[float]:
         logarithm = torch.zeros(len(indices), device=power.device)
         for step in range(_SQUARINGS + 1):
             last = step == _SQUARINGS  # the trace of a symmetric matrix's square takes no product
-            trace = power.square().sum((1, 2)) if last else power.diagonal(dim1=1, dim2=2).sum(1)
-            trace = trace.clamp_min(torch.finfo(power.dtype).tiny)
-            logarithm += trace.log() / 2**step
-            if not last:
+            if last or step % _NORMALISED == 0:
+                trace = power.square().sum((1, 2)) if last else power.diagonal(dim1=1, dim2=2).sum(1)
+                trace = trace.clamp_min(torch.finfo(power.dtype).tiny)
+                logarithm += trace.log() / 2**step
+            if step % _NORMALISED == 0:
                 power = power / trace[:, None, None]
             if step < _SQUARINGS - 1:
                 power = power @ power

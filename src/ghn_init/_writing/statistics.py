@@ -135,14 +135,15 @@ class _Norm:
     channels: int
     dtype: torch.dtype
     fresh: bool
-    gain: Tensor | float = 1.0
-    shift: Tensor | float = 0.0
+    gain: Tensor | float
+    shift: Tensor | float
 
     def buffers(self, statistics: Tensor) -> dict[str, Tensor]:
         """Mean and variance, (2, period), by name and as the buffers have them."""
-        largest = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
-        values = _repeated(statistics, self.channels).clamp(-largest, largest).to(self.dtype)
-        return {self.prefix + name: value for name, value in zip(_BUFFERS, values, strict=True)}
+        values, largest = _repeated(statistics, self.channels), torch.finfo(self.dtype).max
+        if largest < torch.finfo(values.dtype).max:
+            values = values.clamp(-largest, largest)
+        return dict(zip((f"{self.prefix}{name}" for name in _BUFFERS), values.to(self.dtype), strict=True))
 
 
 _BUFFERS: Final = ("running_mean", "running_var")
@@ -150,32 +151,36 @@ _BUFFERS: Final = ("running_mean", "running_var")
 
 def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
     """Batch norms that stand at one place and keep running statistics, by the weight's name."""
-    found: dict[str | None, _Norm] = {}
-    affine: list[tuple[str | None, str, Tensor]] = []
-    for entry in entries:
-        if entry.node != "bn":
-            continue
-        place = entry.locations[0]
+    places = {entry.key: entry.locations[0] for entry in entries if entry.node == "bn" and _is_alone(entry)}
+    affine = {
+        (key, name): param.detach()
+        for key, place in places.items()
+        for name in ("weight", "bias")
+        if (param := getattr(place.module, name)) is not None
+        if not param.is_meta and not is_sharded(param)  # else nobody knows yet
+    }
+    ends = ends_of(list(affine.values()))
+    numbers = {
+        name: low if low == high else values.to("cpu", torch.float32)
+        for (name, values), (low, high) in zip(affine.items(), ends, strict=True)
+    }
+    found = {}
+    for key, place in places.items():
         norm = place.module
-        alone = len({id(location.module) for location in entry.locations}) == 1
-        if not alone or not isinstance(norm, _BatchNorm):
-            continue
+        assert isinstance(norm, _BatchNorm)  # see `_is_alone`
         variance, count = norm.running_var, norm.num_batches_tracked
-        if variance is None or is_sharded(variance):
-            continue
-        fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
-        prefix = f"{place.path}." if place.path else ""
-        found[entry.key] = _Norm(prefix, variance.numel(), variance.dtype, fresh)
-        affine += [
-            (entry.key, name, param.detach())
-            for name, param in (("gain", norm.weight), ("shift", norm.bias))
-            if param is not None and not param.is_meta and not is_sharded(param)  # else nobody knows yet
-        ]
-    ends = ends_of([values for _, _, values in affine])
-    for (key, name, values), (low, high) in zip(affine, ends, strict=True):
-        value = low if low == high else values.to("cpu", torch.float32)
-        found[key] = replace(found[key], **{name: value})
+        if variance is not None and not is_sharded(variance):
+            fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
+            prefix = f"{place.path}." if place.path else ""
+            gain, shift = numbers.get((key, "weight"), 1.0), numbers.get((key, "bias"), 0.0)
+            found[key] = _Norm(prefix, len(variance), variance.dtype, fresh, gain, shift)
     return found
+
+
+def _is_alone(entry: Entry) -> bool:
+    """Whether it belongs to one batch norm and to nothing else."""
+    modules = {id(location.module) for location in entry.locations}
+    return len(modules) == 1 and isinstance(entry.locations[0].module, _BatchNorm)
 
 
 def _is_initial(norm: _BatchNorm) -> bool:

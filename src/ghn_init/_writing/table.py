@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from ghn_init._writing.entry import Action, Entry
 
 
-def table_of(entries: Sequence[Entry]) -> str:
-    """One line for every parameter: what happens to it, and why."""
-    return _aligned([("parameter", "shape", "node", "action", ""), *map(_cells, entries)])
+def table_of(entries: Sequence[Entry], *, own_scale: bool) -> str:
+    """One line for every parameter: what happens to it, and why; of two scales which, where there are two."""
+    rows = (_cells(entry, own_scale=own_scale) for entry in entries)
+    return _aligned([("parameter", "shape", "node", "action", ""), *rows])
 
 
 def summary_of(entries: Sequence[Entry], counts: Mapping[Action, tuple[int, int]]) -> str:
@@ -27,18 +28,13 @@ def summary_of(entries: Sequence[Entry], counts: Mapping[Action, tuple[int, int]
     return "\n".join([_aligned(lines, right=(1, 2, 3)), *kept])
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: Entry, *, own_scale: bool) -> tuple[str, ...]:
     tied = f"tied to {', '.join(entry.also)}" if entry.also else ""
     through = f"through {entry.through}" if entry.through and entry.action != "kept" else ""
-    note = ", ".join(filter(None, (entry.reason, _scale(entry), through, tied)))
+    chosen = own_scale and entry.action != "kept"
+    scale = "predicted scale" if entry.rms is None else f"own scale {entry.rms:.3g}"
+    note = ", ".join(filter(None, (entry.reason, scale if chosen else "", through, tied)))
     return entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.node or "-", entry.action, note
-
-
-def _scale(entry: Entry) -> str:
-    """Which scale the prediction has, where one of two was chosen."""
-    if entry.action == "kept" or (entry.rms is None and entry.own is None):
-        return ""
-    return "predicted scale" if entry.rms is None else f"own scale {entry.rms:.3g}"
 
 
 def _aligned(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

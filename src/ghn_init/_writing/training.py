@@ -76,6 +76,8 @@ def worth_predicting(
 def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
     """The same entries, their predictions at the scale that is good for training.
 
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this.
+
     Args:
         graph: The network's graph.
         entries: From `with_predictions`, of what `worth_predicting` gave.
