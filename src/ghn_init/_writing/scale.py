@@ -61,36 +61,64 @@ _NORMALISED: Final = 4
 
 
 def with_own_scales(
-    network: nn.Module, graph: Graph, entries: Sequence[Entry], options: Options
+    network: nn.Module,
+    graph: Graph,
+    entries: Sequence[Entry],
+    options: Options,
+    strange: Mapping[str | None, str],
 ) -> list[Entry]:
-    """The same entries; kept are norm layers and values that are all one number.
+    """The same entries; kept are norm layers, what is strange, and values that are all one number.
 
-    Nothing has to be decoded for that. Those on the meta device get their scale (`Entry.own`). Where the
-    ranks of a sharded network hold parts of a parameter, all have to call this: they exchange a few numbers.
+    Nothing has to be decoded for that. Those on the meta device get their scale (`Entry.own`), and are not
+    kept if nobody would give them a value. Where the ranks of a sharded network hold parts of a parameter,
+    all have to call this: they exchange a few numbers.
 
     Args:
         network: The network, with the values whose scale counts.
         graph: Its graph.
         entries: From `select`.
         options: The caller's choices.
+        strange: What else is kept, by `Entry.key`, with the reason.
     """
-    entries = [
-        replace(entry, decision=spare(_NORM))
-        if entry.decision.predict and entry.node in NORM_TYPES and not _is_lost(entry)
-        else entry
-        for entry in entries
-    ]
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
-    scales = _lost_scales(network, graph, predicted, options.seed)
-    present = {source: _own_values(entry) for source, entry in predicted.items() if not _is_lost(entry)}
-    constants = dict(zip(present, constants_of(list(present.values())), strict=True))
-    constants |= {source: scale.constant for source, scale in scales.items()}
+    initial = _initial_scales(network, predicted, options.seed)
+    reasons = {
+        source: _NORM if entry.node in NORM_TYPES else strange[entry.key]
+        for source, entry in predicted.items()
+        if entry.node in NORM_TYPES or entry.key in strange
+        if source not in initial or initial[source] is not None
+    }
+    read = {source: _own_values(e) for source, e in predicted.items() if source not in reasons | initial}
+    constants = dict(zip(read, constants_of(list(read.values())), strict=True))
+    constants |= {source: scale.constant for source, scale in initial.items() if scale is not None}
+    for source, constant in constants.items():
+        if constant is not None:
+            reasons.setdefault(source, f"all its values are {constant:g} (scale='own')")
+    shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
+    for source in [source for source, scale in initial.items() if scale is None]:
+        shape, norm = shapes.get(predicted[source].key), predicted[source].node in NORM_TYPES
+        if shape is not None and len(shape) > 1 and not norm:  # a norm or bias is as predicted
+            initial[source] = usual_scale(shape)
     return [
-        _settled(entry, constants[entry.source], scales.get(entry.source))
-        if entry.decision.predict and entry.source in constants
-        else entry
+        entry
+        if not entry.decision.predict
+        else _settled(entry, reasons.get(entry.source), initial.get(entry.source))
         for entry in entries
     ]
+
+
+def _settled(entry: Entry, reason: str | None, scale: Scale | None) -> Entry:
+    """The entry kept for this reason, or with this scale."""
+    if reason is not None:
+        return replace(entry, decision=spare(reason))
+    return entry if scale is None else replace(entry, own=scale.rms)
+
+
+def _initial_scales(network: nn.Module, entries: Mapping[str, Entry], seed: int) -> dict[str, Scale | None]:
+    """Scales that modules give what is on the meta device, by `Entry.source`; None where nobody does."""
+    lost = {entry.name: entry for entry in entries.values() if _is_lost(entry)}
+    initial = initial_scales(network, lost, seed) if lost else {}
+    return {entry.source: initial.get(name) for name, entry in lost.items()}
 
 
 def _is_lost(entry: Entry) -> bool:
@@ -100,34 +128,6 @@ def _is_lost(entry: Entry) -> bool:
 
 def _own_values(entry: Entry) -> Tensor:
     return entry.param if entry.computed is None else entry.computed.value()
-
-
-def _lost_scales(
-    network: nn.Module, graph: Graph, entries: Mapping[str, Entry], seed: int
-) -> dict[str, Scale]:
-    """Scales that the modules would give what is on the meta device, by `Entry.source`."""
-    lost = {entry.name: entry for entry in entries.values() if _is_lost(entry)}
-    if not lost:
-        return {}
-    initial = initial_scales(network, lost, seed)
-    shapes = {node.param: node.shape for node in reversed(graph.nodes)}
-    found: dict[str, Scale] = {}
-    for name, entry in lost.items():
-        shape = shapes.get(entry.key)
-        if name in initial:
-            found[entry.source] = initial[name]
-        elif shape is not None and len(shape) > 1:  # a norm or bias that nobody initialises is as predicted
-            found[entry.source] = usual_scale(shape)
-    return found
-
-
-def _settled(entry: Entry, constant: float | None, scale: Scale | None) -> Entry:
-    """The entry with its scale, if that is known, or kept."""
-    if entry.node in NORM_TYPES:
-        return replace(entry, decision=spare(_NORM))
-    if constant is not None:
-        return replace(entry, decision=spare(f"all its values are {constant:g} (scale='own')"))
-    return entry if scale is None else replace(entry, own=scale.rms)
 
 
 def at_own_scale(entries: Sequence[Entry], options: Options) -> list[Entry]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._network.scale import rounded
-from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.scale import at_own_scale, with_own_scales
 
@@ -64,13 +63,7 @@ def worth_predicting(
         options: The caller's choices.
     """
     strange = {} if options.scale == "own" else _strange(graph)
-    entries = [
-        replace(entry, decision=spare(strange[entry.key]))
-        if entry.decision.predict and entry.key in strange
-        else entry
-        for entry in entries
-    ]
-    return with_own_scales(network, graph, entries, options)
+    return with_own_scales(network, graph, entries, options, strange)
 
 
 def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
