@@ -3,7 +3,9 @@
 Every figure of a row comes from the same process and the same model object: medians of warm runs for
 tracing, the GHN and writing; `total` is `predict` itself, timed on its own; `kaiming` is
 `torch.nn.init.kaiming_normal_` over all weight matrices. `extra` is what the first `predict` needs at
-its peak beyond the model (Linux). 1000 classes, the head is predicted too, so that every weight is written.
+its peak beyond the model (Linux). `--classes`, 1000 unless given; the head is predicted too, so that every
+weight is written. `default` and its `extra` are those of `predict` without options, beside which stands
+`whole`, all of `scale="predicted"`.
 
     python benchmarks/predict.py --threads 2 --json predict.json
 """
@@ -40,7 +42,7 @@ _RANDOM = {"random": ghn_init.GHNConfig.ghn2()} | {
 }
 """Configurations whose weights are drawn here."""
 
-MILLISECONDS = ("trace_ms", "ghn_ms", "write_ms", "total_ms", "kaiming_ms")
+MILLISECONDS = ("trace_ms", "ghn_ms", "write_ms", "total_ms", "kaiming_ms", "default_ms", "whole_ms")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Result:
     write_ms: float
     total_ms: float
     kaiming_ms: float
+    default_ms: float
+    whole_ms: float
     extra_mb: float | None
+    default_extra_mb: float | None
     largest_mb: float
 
 
@@ -73,12 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_environment(options.weights, options.repeats))
     print(
         _line(
-            ("model", "params/M", "nodes", "trace", "GHN", "write", "total", "kaiming", "ratio", "extra/MB")
+            (
+                *(
+                    "model",
+                    "params/M",
+                    "nodes",
+                    "trace",
+                    "GHN",
+                    "write",
+                    "total",
+                    "kaiming",
+                    "default",
+                    "whole",
+                ),
+                *("ratio", "extra/MB", "(default)"),
+            )
         )
     )
     results = []
     for name in names:
-        results.append(measure(name, ghn, options.repeats))
+        results.append(measure(name, ghn, options.repeats, options.classes))
         print(_row(results[-1]), flush=True)
     print(_means(results))
     if options.json:
@@ -90,12 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, ghn: ghn_init.GHN, repeats: int) -> Result:
+def measure(name: str, ghn: ghn_init.GHN, repeats: int, classes: int) -> Result:
     """All figures of one torchvision model."""
     with _uninitialised():
-        model = torchvision.models.get_model(name, num_classes=1000)
+        model = torchvision.models.get_model(name, num_classes=classes)
     matrices = [param for param in model.parameters() if param.dim() > 1]
     kaiming_ms = _median_ms(lambda: _kaiming(matrices), repeats)
+    default_extra_mb = _peak_extra_mb(lambda: ghn_init.predict(model, ghn))
+    default_ms = _median_ms(lambda: ghn_init.predict(model, ghn), repeats)
+    whole_ms = _median_ms(lambda: ghn_init.predict(model, ghn, scale="predicted"), repeats)
     extra_mb = _peak_extra_mb(lambda: ghn_init.predict(model, ghn, head="predict"))
     graph = ghn_init.trace(model)
     plan = ghn_init.plan(model, ghn, head="predict")
@@ -108,7 +130,10 @@ def measure(name: str, ghn: ghn_init.GHN, repeats: int) -> Result:
         write_ms=_median_ms(plan.apply, repeats),
         total_ms=_median_ms(lambda: ghn_init.predict(model, ghn, head="predict"), repeats),
         kaiming_ms=kaiming_ms,
+        default_ms=default_ms,
+        whole_ms=whole_ms,
         extra_mb=extra_mb,
+        default_extra_mb=default_extra_mb,
         largest_mb=max(param.numel() * param.element_size() for param in model.parameters()) / 1e6,
     )
 
@@ -134,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
         help='what ghn_init.load takes, or "random"; "random-t", "-s", "-l" or "-xl" is a GHN-3 of a '
         "published size with random weights (default: ghn2-cifar10)",
     )
+    parser.add_argument(
+        "--classes", type=int, default=1000, metavar="N", help="width of the classifier (default: 1000)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser
 
@@ -158,10 +186,10 @@ def _environment(weights: str, repeats: int) -> str:
 
 @contextlib.contextmanager
 def _uninitialised() -> Iterator[None]:
-    """Building a model here does not initialise it, which would take longer than all measurements."""
+    """Building a model here draws no numbers for it, which would take longer than all measurements."""
     with contextlib.ExitStack() as stack:
         for name in dir(nn.init):
-            if name.endswith("_") and not name.startswith("_"):
+            if name.endswith("_") and name.partition("_")[0] not in ("", "constant", "ones", "zeros"):
                 stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         yield
 
@@ -207,9 +235,9 @@ def _status_mb(status: Path, key: str) -> float:
 
 def _row(result: Result) -> str:
     times = [f"{getattr(result, key):.1f}" for key in MILLISECONDS]
-    extra = "-" if result.extra_mb is None else f"{result.extra_mb:.0f}"
+    extra = ["-" if mb is None else f"{mb:.0f}" for mb in (result.extra_mb, result.default_extra_mb)]
     ratio = f"{result.total_ms / result.kaiming_ms:.2f}"
-    return _line((result.model, f"{result.parameters / 1e6:.1f}", str(result.nodes), *times, ratio, extra))
+    return _line((result.model, f"{result.parameters / 1e6:.1f}", str(result.nodes), *times, ratio, *extra))
 
 
 def _means(results: Sequence[Result]) -> str:
@@ -222,7 +250,7 @@ def _means(results: Sequence[Result]) -> str:
     )
     slowest = max(results, key=lambda result: result.total_ms)
     lines = [
-        _line(("geometric mean", "", "", *(f"{mean:.1f}" for mean in means), f"{ratio:.2f}", "")),
+        _line(("geometric mean", "", "", *(f"{mean:.1f}" for mean in means), f"{ratio:.2f}")),
         f"slowest: {slowest.model}, {slowest.total_ms:.0f} ms",
     ]
     if extra is not None:

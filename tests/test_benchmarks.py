@@ -34,7 +34,7 @@ def test_predict_measures_a_model(tmp_path: Path) -> None:
     (result,) = json.loads(report.read_text())["results"]
     assert result["model"] == "squeezenet1_1"
     assert result["parameters"] == 1_235_496
-    assert all(result[key] > 0 for key in ("trace_ms", "ghn_ms", "write_ms", "total_ms", "kaiming_ms"))
+    assert all(result[key] > 0 for key in result if key.endswith("_ms"))
 
 
 def test_predict_refuses_unknown_models() -> None:
