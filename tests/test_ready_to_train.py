@@ -206,9 +206,19 @@ def test_what_is_behind_a_skip_connection_to_a_decoder_is_kept_and_says_why(
 
 
 def test_joins_without_a_decoder_and_decoders_without_a_join_are_predicted(ghn: GHN) -> None:
-    assert not [row for row in plan(built(Branched), ghn).rows if row.node == "conv" and row.reason]
+    kept = {row.name for row in plan(built(Branched), ghn).rows if row.node == "conv" and row.reason}
+    assert kept == {"squeeze.weight", "excite.weight"}
     decoder = nn.Sequential(block(3, 16), nn.Upsample(scale_factor=2), block(16, 8), nn.Conv2d(8, 3, 1))
     assert [row.name for row in plan(decoder, ghn).rows if row.node == "conv" and row.reason] == ["3.weight"]
+
+
+def test_gates_are_kept_and_say_why(ghn: GHN) -> None:
+    rows = [row for row in plan(built(gated), ghn).rows if row.reason == "it is a gate (scale='auto')"]
+    assert [row.name for row in rows] == [
+        f"1.{layer}.{name}" for layer in ("squeeze", "excite") for name in ("weight", "bias")
+    ]
+    planned = plan(built(gated), ghn, scale="own")
+    assert {row.reason for row in planned.rows if row.name == "1.squeeze.weight"} == {""}
 
 
 def test_what_reads_a_layer_norm_or_the_input_before_it_is_kept_and_says_why(ghn: GHN) -> None:

@@ -259,20 +259,27 @@ def test_a_positional_encoding_feeds_a_sum() -> None:
 # -- gates --------------------------------------------------------------------------------------
 
 
-def test_a_gate_of_every_channel_is_a_cse() -> None:
+@pytest.mark.parametrize("side", [8, 1])
+def test_a_gate_of_every_channel_is_a_cse_however_small_the_image_is(side: int) -> None:
     def build(tape: Tape) -> fx.Node:
         y = tape.conv("stem")
         mean = tape.call(F.adaptive_avg_pool2d, y, 1)
         gate = tape.call(torch.sigmoid, tape.conv("up", tape.call(F.relu, tape.conv("down", mean))))
         return tape.call(operator.mul, y, gate)
 
-    check(drawn(build), "conv(stem) glob_avg conv(down) conv(up) cse",
+    check(drawn(build, (2, 4, side, side)), "conv(stem) glob_avg conv(down) conv(up) cse",
           {(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (1, 5)})  # fmt: skip
 
 
-def test_a_product_of_two_feature_maps_is_none() -> None:
-    graph = drawn(lambda t: t.conv("out", t.call(operator.mul, t.conv("a"), t.conv("b"))))
-    check(graph, "conv(a) conv(b) conv(out)", {(0, 1), (0, 2), (1, 3), (2, 3)})
+@pytest.mark.parametrize("side", [8, 1])
+def test_a_product_of_two_feature_maps_is_none(side: int) -> None:
+    def build(tape: Tape) -> fx.Node:
+        x = tape.call(F.adaptive_avg_pool2d, tape.x, 1) if side == 1 else tape.x
+        return tape.conv("out", tape.call(operator.mul, tape.conv("a", x), tape.conv("b", x)))
+
+    nodes, first = ("glob_avg ", 1) if side == 1 else ("", 0)
+    edges = {(first, first + 1), (first, first + 2), (first + 1, first + 3), (first + 2, first + 3)}
+    check(drawn(build), f"{nodes}conv(a) conv(b) conv(out)", edges | {(0, first)} - {(0, 0)})
 
 
 def test_a_product_with_a_parameter_scales() -> None:

@@ -46,6 +46,7 @@ to one another."""
 _BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
 _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
+_GATE: Final = "it is a gate (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
@@ -135,7 +136,7 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
 
 def _strange(graph: Graph) -> Mapping[str | None, str]:
     """Layers that are left alone, weight and bias, by parameter with the reason."""
-    normalised, behind = _normalised(graph), _behind_skips(graph)
+    normalised, behind, gates = _normalised(graph), _behind_skips(graph), _gates(graph)
     layer_norms = any(node.type == "ln" for node in graph.nodes)
     found: dict[str | None, str] = {}
     for index, node in enumerate(graph.nodes):
@@ -151,6 +152,8 @@ def _strange(graph: Graph) -> Mapping[str | None, str]:
             found[node.param] = _BEFORE_LAYER_NORMS
         elif behind[index]:
             found[node.param] = _BEHIND_SKIP
+        elif gates[index]:
+            found[node.param] = _GATE
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[node.param] = _BARE_TRANSPOSED
     return found
@@ -158,14 +161,31 @@ def _strange(graph: Graph) -> Mapping[str | None, str]:
 
 def _normalised(graph: Graph) -> list[bool]:
     """For every node whether all that it gives goes through a batch norm before another weight reads it."""
-    followers: list[list[int]] = [[] for _ in graph.nodes]
-    for source, target in graph.edges:
-        followers[source].append(target)
+    followers = _followers(graph)
     found = [False] * len(graph)
     for index in range(len(graph) - 1, -1, -1):
         after = [(graph.nodes[target].type, found[target]) for target in followers[index]]
         found[index] = bool(after) and all(
             follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
+        )
+    return found
+
+
+def _followers(graph: Graph) -> list[list[int]]:
+    """For every node the indices of the nodes that its edges lead to."""
+    followers: list[list[int]] = [[] for _ in graph.nodes]
+    for source, target in graph.edges:
+        followers[source].append(target)
+    return followers
+
+
+def _gates(graph: Graph) -> list[bool]:
+    """For every node whether it serves to compute a gate: of what a `cse` joins the one that comes last."""
+    found = [False] * len(graph)
+    for index, after in reversed(list(enumerate(_followers(graph)))):
+        found[index] = bool(after) and all(
+            found[target] or (graph.nodes[target].type == "cse" and graph.predecessors[target][0] != index)
+            for target in after
         )
     return found
 

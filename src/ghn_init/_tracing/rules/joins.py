@@ -116,7 +116,10 @@ def _scaled(op: Operation, value: Flow, factors: tuple[Any, Any], carried: tuple
         if a is b:
             return Flow(value.sources, "square")
         shapes = op.shape(a), op.shape(b)
-        gated = value.role != "normalised" and (_gates(*shapes) or _gates(*reversed(shapes)))
+        of_channels = _gates(*shapes) or _gates(*reversed(shapes))
+        if shapes[0] == shapes[1] and len(shapes[0]) > 2 and shapes[0][2:].numel() == 1:  # a small image
+            of_channels = _squeezes(op, of_a, of_b) or _squeezes(op, of_b, of_a)
+        gated = value.role != "normalised" and of_channels
         return joined(op, "cse", value.sources) if gated else value
     if not takes_vector(op, value, of_b if isinstance(of_a, Flow) else of_a, "param"):
         note_others(op, [of_a, of_b], "scale of the attention" if value.role == "scores" else "layer scale")
@@ -130,3 +133,18 @@ def _gates(gate: torch.Size, features: torch.Size) -> bool:
     first = gate[1] == features[1] and all(size == 1 for size in gate[2:])
     last = gate[-1] == features[-1] and all(size == 1 for size in gate[1:-1])
     return (first or last) and gate.numel() > gate[0]
+
+
+def _squeezes(op: Operation, gate: Flow, features: Flow) -> bool:
+    """Whether a gate is computed from the mean of the features that it meets, told where shapes do not."""
+    sketch = op.sketch
+    seen: set[int] = set(features.sources)
+    stack = [source for source in gate.sources if source not in seen]
+    while stack:
+        node = stack.pop()
+        before = sketch.predecessors[node]
+        if sketch.nodes[node].type == "glob_avg" and before == features.sources:
+            return True
+        stack.extend(source for source in before if source not in seen)
+        seen.update(before)
+    return False
