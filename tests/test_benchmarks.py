@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ghn_init import GHN, GHNConfig, load
 from ghn_init.training.data import CIFAR10, Images
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -242,3 +243,25 @@ def test_networks_of_the_panel_start_at_the_loss_of_guessing(
     loss = task.loss(member.build(size)(x), y).item()
     guessed = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3}[member.kind]
     assert 0.5 * guessed < loss < 1.7 * guessed
+
+
+def test_an_average_has_the_mean_of_the_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ghns = [GHN(GHNConfig.mlp()) for _ in range(3)]
+    for number, ghn in enumerate(ghns):
+        ghn.save_pretrained(tmp_path / str(number))
+    folders = [str(tmp_path / str(number)) for number in range(3)]
+    done = run(*folders, "-o", str(tmp_path / "mean"), script="average.py")
+    assert done.returncode == 0, done.stderr
+    for name, value in load(tmp_path / "mean").named_parameters():
+        expected = sum(ghn.get_parameter(name) for ghn in ghns) / 3
+        torch.testing.assert_close(value, expected)
+
+
+def test_ghns_of_different_configurations_have_no_average(tmp_path: Path) -> None:
+    GHN(GHNConfig.mlp()).save_pretrained(tmp_path / "a")
+    GHN(GHNConfig.mlp(hid=8)).save_pretrained(tmp_path / "b")
+    done = run(str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "mean"), script="average.py")
+    assert done.returncode == 1
+    assert "different configurations" in done.stderr
+    assert not (tmp_path / "mean").exists()
