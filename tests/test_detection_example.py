@@ -40,7 +40,7 @@ def test_both_starts_are_trained_on_a_folder_of_boxes(
     told = capsys.readouterr().out
     assert "4 images to train on, 2 held out, 2 classes" in told
     (tiled,) = (line for line in told.splitlines() if line.startswith("  tiled"))
-    assert int(tiled.split()[1]) > 50
+    assert int(tiled.split()[1]) > 40  # the convolutions: gates, and what is behind skips, are kept
 
 
 def test_boxes_come_from_a_list_or_from_masks(detection: ModuleType, tmp_path: Path) -> None:
