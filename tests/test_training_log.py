@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ghn_init._errors import TrainingError
+from ghn_init._hypernetwork.batch import GraphBatch
 from ghn_init.cli import app
+from ghn_init.deepnets import Architecture
 from ghn_init.training._curve import PICTURE, Point, draw_curve, picture, read_curves
 from ghn_init.training._log import LOG, TENSORBOARD, Log, Record
+from ghn_init.training._meta_batches import MetaBatches, Task
+from ghn_init.training._ranks import Ranks
 from training_runs import tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
@@ -133,6 +141,55 @@ def test_the_command_draws_a_run(folder: Path) -> None:
     done = CliRunner().invoke(app, ["curve", str(folder), "-o", str(folder / "mine.svg")])
     assert (done.exit_code, done.stdout.strip()) == (0, str(folder / "mine.svg"))
     assert (folder / "mine.svg").read_text().startswith("<?xml")
+
+
+# Networks of large loss
+
+
+def test_networks_of_large_loss_are_named_so_that_they_are_built_again(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_config(steps=2), log_every=2)
+    with torch.no_grad():  # classifiers' weights become large, and with them the outputs
+        trainer.ghn.decoder.class_layer_predictor[1].weight.mul_(30)
+    predictor = copy.deepcopy(trainer.ghn)
+    sequence = MetaBatches(trainer.config, trainer.image_size).tasks()
+    tasks = {task.index: task for task in itertools.islice(sequence, 16)}
+    assert trainer.run()
+    line = json.loads((tmp_path / LOG).read_text().splitlines()[0])
+    first = [entry for entry in line["largest"] if entry["step"] == 1]
+    assert first
+    for entry in first:
+        architecture = Architecture.from_net_args(entry["net_args"])
+        assert architecture == tasks[entry["index"]].architecture
+        assert (entry["nodes"], entry["params"]) == (
+            architecture.num_nodes(),
+            architecture.num_params(10, 16),
+        )
+        graph = architecture.graph(10, trainer.image_size)
+        (params,) = predictor(GraphBatch.from_graphs([graph], trainer.config.ghn))
+        network = Task(entry["index"], architecture).build(10, trainer.image_size)
+        result = trainer.engine.run(network, params, *trainer._batch(0)[:2], entry["index"])
+        assert entry["loss"] == pytest.approx(result.loss, rel=1e-3)
+        assert entry["loss"] > 2 * math.log(10)
+
+
+def test_networks_of_all_processes_are_named_and_others_are_not(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_config(meta_batch=4))
+    trainer.ranks = Ranks(0, 2)
+    batch = next(iter(MetaBatches(trainer.config, 16, ranks=trainer.ranks)))
+    indices = [task.index for task in batch.group]
+    assert [task.index for task in batch.tasks] == indices[::2]
+    found = trainer._large(batch, [[4.0, 5.0], [math.nan, 4.6]])
+    assert [(entry["index"], entry["loss"]) for entry in found] == [(indices[2], 5.0), (indices[1], None)]
+
+
+def test_a_line_counts_networks_of_large_loss_and_names_the_largest(tmp_path: Path) -> None:
+    with Log(tmp_path, every=2) as log:
+        for step in range(1, 5):
+            losses = [5.0, None, 9.0, 7.0] if step == 2 else [6.0] if step == 1 else []
+            log.step(record(step, 2.0), [{"loss": loss} for loss in losses])
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [line["large"] for line in lines] == [5, 0]
+    assert [[entry["loss"] for entry in line["largest"]] for line in lines] == [[None, 9, 7], []]
 
 
 # TensorBoard

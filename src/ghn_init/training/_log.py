@@ -13,6 +13,7 @@ from ghn_init._files import write_bytes
 from ghn_init.training._records import read_records
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch.utils.tensorboard import SummaryWriter
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
 
+_NAMED = 3
+"""Networks of large loss that a line names; one is half a kilobyte."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Figures of one step: `loss` and `accuracy` are means over its networks, `seconds` since the start."""
+    """Figures of one step.
+
+    `loss` and `accuracy` are means over its networks, `losses` those of this process's networks, `seconds` go
+    from the start.
+    """
 
     step: int
     loss: float
@@ -35,6 +43,7 @@ class Record:
     seconds: float
     step_seconds: float
     networks: int
+    losses: tuple[float, ...] = ()
     done: float
 
 
@@ -50,6 +59,7 @@ class Log:
     ) -> None:
         self._path = folder / LOG if folder else None
         self._every, self._pending = every, list[Record]()
+        self._large: list[dict[str, Any]] = []
         self._board: SummaryWriter | None = None
         if folder is not None and self._path is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,9 +79,10 @@ class Log:
         if self._board is not None:
             self._board.close()
 
-    def step(self, record: Record) -> None:
-        """Take up one step; write a line if it is time."""
+    def step(self, record: Record, large: Sequence[dict[str, Any]] = ()) -> None:
+        """Take up one step, and its networks of large "loss" (None: not finite); write if it is time."""
         self._pending.append(record)
+        self._large += large
         if record.step % self._every == 0:
             self._flush()
 
@@ -89,12 +100,15 @@ class Log:
             "accuracy": _mean([record.accuracy for record in records]),
             "networks_per_second": sum(record.networks for record in records) / spent,
             "step_seconds": spent / count,
+            "large": len(self._large),
+            "largest": sorted(self._large, key=_loss, reverse=True)[:_NAMED],
         }
+        del line["losses"]
         rounded = {
             key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()
         }
         self._emit(rounded)
-        self._pending = []
+        self._pending, self._large = [], []
 
     def _emit(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -118,6 +132,11 @@ def summary_writer() -> type[SummaryWriter]:
             "pip install 'ghn-init[tensorboard]', or leave the option out"
         ) from error
     return SummaryWriter
+
+
+def _loss(network: dict[str, Any]) -> float:
+    """What a network of large loss is sorted by."""
+    return math.inf if network["loss"] is None else network["loss"]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -63,13 +63,31 @@ class Task:
         with torch.device("meta"):
             return self.architecture.build(num_classes, image_size, running_stats=False)
 
+    def identity(self, num_classes: int, image_size: int) -> dict[str, Any]:
+        """Its place and size, and what `Architecture.from_net_args` makes it from; JSON-ready."""
+        architecture = self.architecture
+        return {
+            "index": self.index,
+            "nodes": architecture.num_nodes(),
+            "params": architecture.num_params(num_classes, image_size),
+            "net_args": architecture.to_net_args(),
+        }
+
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """The networks of one step, their graphs as arrays, and where the sequence goes on after them."""
+    """The networks of one step.
+
+    Attributes:
+        tasks: Those of this process.
+        graphs: Their graphs as arrays.
+        group: Those of all processes, see `Ranks.share`.
+        stop: Where the sequence goes on after them.
+    """
 
     tasks: tuple[Task, ...]
     graphs: GraphBatch
+    group: tuple[Task, ...]
     stop: int
 
 
@@ -104,7 +122,7 @@ class MetaBatches:
                 self.position = (window + 1) * size if last else window * size + turn + 1
                 if sum(task.architecture.num_nodes() for task in groups[turn]) <= self.config.max_nodes:
                     fruitless = 0
-                    yield self._meta_batch(self.ranks.share(groups[turn]))
+                    yield self._meta_batch(groups[turn])
             self.position = (window + 1) * size
         raise TrainingError(
             f"{_PATIENCE * size} networks without a meta-batch that passes "
@@ -129,7 +147,8 @@ class MetaBatches:
         """Graphs of the first `count` of `tasks`."""
         return [self._graph(task) for task in itertools.islice(self.tasks(), count)]
 
-    def _meta_batch(self, tasks: list[Task]) -> MetaBatch:
+    def _meta_batch(self, group: list[Task]) -> MetaBatch:
+        tasks = self.ranks.share(group)
         try:
             batch = GraphBatch.from_graphs([self._graph(task) for task in tasks], self.config.ghn)
         except Exception as error:  # so that the run ends with a checkpoint, whatever it is
@@ -138,7 +157,7 @@ class MetaBatches:
                 f"networks {indices} of the sequence of seed {self.config.seed} cannot be prepared: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return MetaBatch(tuple(tasks), batch, self.position)
+        return MetaBatch(tuple(tasks), batch, tuple(group), self.position)
 
     def _graph(self, task: Task) -> Graph:
         return task.architecture.graph(self.config.ghn.num_classes, self.image_size)

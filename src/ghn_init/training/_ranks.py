@@ -84,14 +84,15 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def agree(self, values: Sequence[float]) -> list[float]:
-        """The first process's values, for decisions (its clock, say) that all must take alike."""
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every process's values, equally many; the first one's (its clock, say) decide for all."""
         if self.world == 1:
-            return list(values)
+            return [list(values)]
         tensor = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
         with self._exchange():
-            dist.broadcast(tensor, 0)
-        return tensor.tolist()
+            dist.all_gather(gathered, tensor)
+        return [part.tolist() for part in gathered]
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 _LOST = 50
 """Steps in a row without a finite loss or gradient after which the weights are taken for lost."""
 
+_LARGE = 2.0
+"""Times the loss of guessing, log(classes), above which the log names a network."""
+
 _WHITENED = 5_000
 """Training images, about, from which the filters of a GHN with `whitening` are taken."""
 
@@ -159,7 +162,7 @@ class Trainer:
             TrainingError: Many steps in a row without a finite loss; another rank died. A checkpoint is
                 written before.
         """
-        (step,) = self.ranks.agree([self.state.step])
+        step = self.ranks.gather([self.state.step])[0][0]
         if step != self.state.step:
             raise TrainingError(
                 f"process {self.ranks.rank} found a checkpoint of step {self.state.step} in "
@@ -190,13 +193,14 @@ class Trainer:
         with log, closing(ahead(made, self.config.prefetch)) as batches, Termination() as termination:
             stop = False
             while self.done < 1 and not stop:
-                record = self.step(next(batches))
+                record = self.step(batch := next(batches))
+                told = self.ranks.gather([time.monotonic() - started, termination.asked, *record.losses])
                 # All processes go by the first one's clock, or they would not stop at the same step.
-                elapsed, asked = self.ranks.agree([time.monotonic() - started, termination.asked])
+                elapsed, asked = told[0][:2]
                 stop = bool(asked) or (options.time_limit is not None and elapsed >= options.time_limit)
                 state.seconds = before + elapsed
                 record = replace(record, seconds=state.seconds, done=self.done)
-                log.step(record)
+                log.step(record, self._large(batch, [losses for _, _, *losses in told]) if first else [])
                 on_step(record)
                 now = time.monotonic()
                 if now - saved >= options.save_every:
@@ -233,8 +237,22 @@ class Trainer:
         return Record(
             step=state.step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, skipped=state.skipped,
             dropped=state.dropped, seconds=state.seconds, step_seconds=time.monotonic() - started,
-            networks=networks, done=self.done,
+            networks=networks, losses=tuple(result.loss for result in results), done=self.done,
         )  # fmt: skip
+
+    def _large(self, batch: MetaBatch, losses: list[list[float]]) -> list[dict[str, Any]]:
+        """The networks of the last step whose loss is large or not finite, from every process's losses."""
+        classes, world = self.config.ghn.num_classes, self.ranks.world
+        return [
+            {
+                "step": self.state.step,
+                "loss": loss if math.isfinite(loss) else None,
+                **task.identity(classes, self.image_size),
+            }
+            for rank, theirs in enumerate(losses)
+            for task, loss in zip(Ranks(rank, world).share(batch.group), theirs, strict=True)
+            if not loss <= _LARGE * math.log(classes)
+        ]
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Augmented and normalised images of a step, (B, 3, H, W) float, their labels, and soft targets."""
