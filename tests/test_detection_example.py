@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import ghn_init
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -37,10 +39,22 @@ def test_both_starts_are_trained_on_a_folder_of_boxes(
     found = detection.main([str(tmp_path), "--steps", "2", "--size", "64"])
     assert set(found) == {"default", "predicted"}
     assert all(0 <= value <= 100 for value in found.values())
-    told = capsys.readouterr().out
-    assert "4 images to train on, 2 held out, 2 classes" in told
-    (tiled,) = (line for line in told.splitlines() if line.startswith("  tiled"))
-    assert int(tiled.split()[1]) > 40  # the convolutions: gates, and what is behind skips, are kept
+    assert "4 images to train on, 2 held out, 2 classes" in capsys.readouterr().out
+
+
+def test_the_convolutions_are_predicted_but_for_gates_and_the_outputs_of_the_pyramid(
+    detection: ModuleType,
+) -> None:
+    backbone = detection.build("fasterrcnn_mobilenet_v3_large_320_fpn", 3, 64).backbone
+    convolutions = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Conv2d)}
+    gates = {f"body.{i}.block.2.{fc}" for i in (4, 5, 6, 11, 12, 13, 14, 15) for fc in ("fc1", "fc2")}
+    outputs = {"fpn.layer_blocks.0.0", "fpn.layer_blocks.1.0"}
+    predicted = {
+        row.key.removesuffix(".weight") for row in ghn_init.plan(backbone).rows if row.decision.predict
+    }
+    assert gates | outputs <= convolutions
+    assert predicted == convolutions - gates - outputs
+    assert predicted > {"body.0.0", "body.4.block.0.0", "body.16.0", "fpn.inner_blocks.1.0"}
 
 
 def test_boxes_come_from_a_list_or_from_masks(detection: ModuleType, tmp_path: Path) -> None:
