@@ -200,8 +200,11 @@ def test_the_command_goes_on_where_it_stopped(ghn_dir: Path, data: Path, tmp_pat
     output = tmp_path / "measured.jsonl"
     command = ["measure", str(data), "-o", str(output), "--weights", str(ghn_dir), "--steps", "2"]
     command += ["--batch-size", "4", "--images", "8", "--width", "8", "--max-activations", "0.07"]
-    done = CliRunner().invoke(app, [*command, "--sample", "1", "--workers", "1"])
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": "120"}  # progress bars are shown
+    done = CliRunner(env=terminal).invoke(app, [*command, "--sample", "1", "--workers", "1"])
     assert done.exit_code == 0, done.output
+    assert "1/1" in done.stderr
+    assert "chosen from " in done.stderr
     one = output.read_text()
     done = CliRunner().invoke(app, [*command, "--sample", "2", "--workers", "2"])
     assert done.exit_code == 0, done.output

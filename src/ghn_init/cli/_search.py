@@ -12,7 +12,7 @@ from ghn_init.cli._options import DEFAULT_WEIGHTS, argument, option
 from ghn_init.cli._output import check_output, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ghn_init.search import Candidate, Measurement, Measurer, Recorder
 
@@ -88,8 +88,6 @@ def measure(
 ) -> None:
     """Measure architectures of a split: with predicted weights, trained for a while, and their speed."""
     check_output(output)
-    from itertools import islice
-
     from ghn_init import load
     from ghn_init.search import Header, Measurer, Recipe, Recorder, candidates
     from ghn_init.training import hold_out, load_images
@@ -105,11 +103,25 @@ def measure(
     found = candidates(
         split, recipe, max_params=max_params, max_activations=max_activations, num_classes=len(train.classes)
     )
-    chosen = list(islice(found, sample))
+    chosen = _first(found, sample)
     measurer = Measurer(ghn, train, validation, recipe)
     _measure_missing(measurer, chosen, recorder, workers)
     done = [recorder.measurements[candidate.index] for candidate in chosen]
     say(f"{output}: {len(done)} architectures of {split}, {_means(done)}")
+
+
+def _first(found: Iterator[Candidate], sample: int) -> list[Candidate]:
+    """The first `sample` of them, with a progress bar: where limits are narrow, many are passed over."""
+    from itertools import islice
+
+    from ghn_init.cli._bars import Bar
+
+    chosen: list[Candidate] = []
+    with Bar(sample, "choosing") as bar:
+        for candidate in islice(found, sample):
+            chosen.append(candidate)
+            bar.advance(label=f"chosen from {candidate.index + 1:,}")
+    return chosen
 
 
 def _measure_missing(
@@ -204,8 +216,6 @@ def search(
 ) -> None:
     """Rank many architectures by a predicted property, and measure the first of them."""
     check_output(output, [regressors])
-    from itertools import islice
-
     from ghn_init import load
     from ghn_init.cli._bars import Bar
     from ghn_init.search import Header, Measurer, Properties, Recorder, candidates, rank
@@ -224,7 +234,7 @@ def search(
         num_classes=len(train.classes),
     )  # fmt: skip
     known = set(fitted.indices) if split == fitted.split else set()
-    chosen = list(islice((candidate for candidate in found if candidate.index not in known), sample))
+    chosen = _first((candidate for candidate in found if candidate.index not in known), sample)
     with Bar(len(chosen), "embedding") as bar:
         ranked = rank(chosen, fitted, ghn, by, workers=workers or cores(), on_part=bar.advance)[:top]
     _measure_missing(measurer, [entry.candidate for entry in ranked], recorder, workers)
