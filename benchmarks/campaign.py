@@ -18,9 +18,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -161,28 +164,60 @@ def parts_of(run: Path) -> list[Part]:
     return [Part.read(file.parent) for file in sorted(run.glob(f"*/{PART}"))]
 
 
-def command(part: Part, data: Path, limit: float, processes: int) -> list[str]:
-    """What trains a part, or goes on with it, for `limit` seconds at most."""
-    many = next(
-        n
-        for n in range(min(processes, part.config["meta_batch"]), 0, -1)
-        if not part.config["meta_batch"] % n
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many), "-m", "ghn_init"]
+def sharing(part: Part, processes: int) -> int:
+    """How many of so many processes can share the part's meta-batches evenly."""
+    most = min(processes, part.config["meta_batch"])
+    return next(n for n in range(most, 0, -1) if not part.config["meta_batch"] % n)
+
+
+def command(part: Part, data: Path, limit: float) -> list[str]:
+    """What trains a part, or goes on with it, for `limit` seconds at most, in each of its processes."""
     options = ["-o", str(part.folder), "--config", str(part.folder / CONFIG), "--time-limit", f"{limit:.0f}s"]
     options += ["--from", part.start] if part.start else []
-    return [sys.executable, *launch, "train", str(data), *options, *VALIDATION]
+    return [sys.executable, "-m", "ghn_init", "train", str(data), *options, *VALIDATION]
 
 
-def start(arguments: list[str]) -> None:
-    """Run a command; SIGTERM is passed on to it, so that a run ends after its step with a checkpoint."""
-    process = subprocess.Popen(arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+def start(arguments: list[str], processes: int) -> bool:
+    """Run a command in processes that meet; SIGTERM and Ctrl-C end it after its step, with a checkpoint.
+
+    The first process decides for all. (torchrun would print a traceback, and kill a long validation.)
+
+    Returns:
+        False if it was asked to end.
+
+    Raises:
+        SystemExit: A process failed; the others are ended.
+    """
+    asked = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    running: list[subprocess.Popen[bytes]] = []
+
+    def stop(*_: object) -> None:
+        asked.set()
+        for process in running[:1]:
+            process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        if code := process.wait():
-            sys.exit(code)
+        for rank in range(processes):
+            place = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running.append(subprocess.Popen(arguments, env=os.environ | meeting | place))
+        if asked.is_set():  # before there was a process
+            stop()
+        with ThreadPoolExecutor(processes) as waiting:
+            for ended in as_completed([waiting.submit(process.wait) for process in running]):
+                if ended.result():
+                    for process in running:
+                        process.terminate()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in running]
+    # A process that does not yet take note of SIGTERM is ended by it.
+    if any(code and not (asked.is_set() and code == -signal.SIGTERM) for code in codes):
+        raise SystemExit(f"training failed: its processes ended with status {codes}, see above")
+    return not asked.is_set()
 
 
 def publish(part: Part) -> Position:
@@ -219,10 +254,12 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
         return deadline - time.monotonic()
 
     def train(part: Part) -> bool:
-        start(command(part, data, max(left(), 1.0), processes))
+        whole = start(command(part, data, max(left(), 1.0)), sharing(part, processes))
         if part.over:
             publish(part)
-        return part.over
+        if not whole:
+            print(f"{run}: stopped; the same command goes on", file=sys.stderr)
+        return whole and part.over
 
     if not all(train(part) for part in unfinished(run)):
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from ghn_init.training import TrainConfig
+from ghn_init.training._checkpoint import load, newest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -35,7 +38,7 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     now = [0.0]
     monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
 
-    def start(arguments: list[str]) -> None:
+    def start(arguments: list[str], processes: int) -> bool:
         folder = Path(arguments[arguments.index("-o") + 1])
         config = json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
         limit = float(arguments[arguments.index("--time-limit") + 1].rstrip("s"))
@@ -45,7 +48,7 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
         now[0] += seconds
         commands.append({"name": folder.name, "from": first, "seconds": seconds, "arguments": arguments})
         if earlier + seconds < config["duration"] - 1:
-            return
+            return True
         (folder / "ghn").mkdir()
         for name in ("model.safetensors", "config.json"):
             (folder / "ghn" / name).write_text(f"{folder.name} {next(clock)}")
@@ -54,6 +57,7 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
         (folder / "log.jsonl").write_text(
             json.dumps({"step": 1, "validation": 20.0, "accuracies": []}) + "\n"
         )
+        return True
 
     monkeypatch.setattr(campaign, "start", start)
     return commands
@@ -115,13 +119,42 @@ def test_a_new_machine_goes_on_from_what_was_kept(
 
 def test_fewer_processes_share_a_meta_batch(campaign: Any, tmp_path: Path) -> None:
     part = campaign.next_part(tmp_path, campaign.Position(), None, 3600.0, 1200.0, 6)
-    for processes, used in ((6, "6"), (4, "3"), (1, "1"), (9, "6")):
-        command = campaign.command(part, Path("data"), 60, processes)
-        assert command[command.index("--nproc-per-node") + 1] == used
+    assert [campaign.sharing(part, processes) for processes in (6, 4, 1, 9)] == [6, 3, 1, 6]
 
 
-def test_a_command_that_fails_ends_the_campaign(campaign: Any) -> None:
-    campaign.start([sys.executable, "-c", ""])
-    with pytest.raises(SystemExit) as ended:
-        campaign.start([sys.executable, "-c", "raise SystemExit(3)"])
-    assert ended.value.code == 3
+def test_a_process_that_fails_ends_the_others_and_the_campaign(campaign: Any) -> None:
+    assert campaign.start([sys.executable, "-c", ""], 2)
+    waits = "import os, signal; signal.pause() if os.environ['RANK'] == '0' else exit(3)"
+    with pytest.raises(SystemExit, match=r"training failed: .* status \[-15, 3\]"):
+        campaign.start([sys.executable, "-c", waits], 2)
+
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from ghn_init.training._ranks import Ranks
+from training_runs import tiny_config, tiny_trainer
+
+def on_step(record):
+    if record.step == 2 and ranks.first:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+ranks = Ranks.join()
+tiny_trainer(Path(sys.argv[1]), tiny_config(steps=10_000)).run(on_step)
+"""
+
+
+def test_sigterm_ends_a_campaign_with_a_checkpoint_and_one_line(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setattr(campaign, "command", lambda part, *_: [sys.executable, "-c", RUN, str(part.folder)])
+    before = signal.getsignal(signal.SIGTERM)
+    hours(campaign, tmp_path / "run", 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err == f"{tmp_path / 'run'}: stopped; the same command goes on\n"
+    (part,) = campaign.parts_of(tmp_path / "run")
+    assert not part.over
+    checkpoint = newest(part.folder)
+    assert checkpoint is not None
+    assert load(checkpoint).state["state"]["step"] >= 2
