@@ -527,3 +527,38 @@ def test_a_graph_tells_what_is_enlarged(
         return tape.conv("c", larger, 1 if resize is F.pixel_shuffle else 4)
 
     assert drawn(build).enlarged == ({2} if enlarges else set())
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((1, 1), (5, 5), {"padding": 2}),
+        ((2, 2), (5, 5), {"padding": 2, "stride": 2}),
+        ((2, 3), (3, 5), {"padding": (1, 2)}),
+        ((4, 4), (3, 3), {"padding": 2, "dilation": 2}),
+        ((3, 2), (4, 4), {"padding": "same"}),
+        ((2, 9), (3, 1), {"padding": (3, 0)}),
+        ((8, 8), (3, 3), {"padding": 1}),
+        ((2, 2), (1, 1), {}),
+        ((3, 3), (3, 3), {}),
+    ],
+)
+def test_a_graph_tells_what_of_a_filter_lies_in_the_image(
+    shape: tuple[int, int], kernel: tuple[int, int], options: dict[str, Any]
+) -> None:
+    """Compared with a filter for every tap, which says where its tap reads a one."""
+    taps = torch.eye(kernel[0] * kernel[1]).view(-1, 1, *kernel)
+    seen = F.conv2d(torch.ones(1, 1, *shape), taps, **options)[0]
+    graph = drawn(
+        lambda t: t.call(F.conv2d, t.conv("a"), t.weight("w", 4, 4, *kernel), **options), (2, 4, *shape)
+    )
+    if seen.mean() > 0.75:
+        assert not graph.cropped
+        return
+    found = torch.zeros_like(seen)
+    rows, columns = graph.cropped[2]
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            found[:, i, j].view(kernel)[top:bottom, left:right] = 1
+    assert torch.equal(found, seen)

@@ -17,7 +17,7 @@ from ghn_init._errors import GraphError
 from ghn_init._graph.draw import draw
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from os import PathLike
 
     import numpy.typing as npt
@@ -92,6 +92,9 @@ class Graph:
             does not see them: activations have no nodes (arXiv 2110.13100, section 3).
         enlarged: Indices of the nodes whose output is enlarged, by interpolation or a shuffle of pixels. A
             GHN does not see that either.
+        cropped: Of the convolutions of whose filters much lies beside the image, by the node's index: for
+            every axis, and for every place of the output along it, the first row of the filter that lies in
+            the image and the one after the last. A GHN does not see the image's size.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -103,6 +106,9 @@ class Graph:
     name: str = "graph"
     rectified: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     enlarged: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    cropped: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

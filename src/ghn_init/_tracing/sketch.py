@@ -109,6 +109,7 @@ class Sketch:
         roles: What parameters without a node were found to be.
         rectified: The nodes whose output goes through an activation, see `Graph`.
         enlarged: The nodes whose output is enlarged, see `Graph`.
+        cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -117,6 +118,7 @@ class Sketch:
         self.roles: dict[str, str] = {}
         self.rectified: set[int] = set()
         self.enlarged: set[int] = set()
+        self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.shapes = shapes
         self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
         self._ends: tuple[int, ...] | None = None
@@ -207,7 +209,8 @@ class Sketch:
         rectified, enlarged = (
             frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
         )
-        return Graph(nodes, edges, unmatched, name, rectified, enlarged)
+        cropped = {number[old]: rows for old, rows in self.cropped.items() if old in live}
+        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

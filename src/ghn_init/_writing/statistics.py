@@ -7,7 +7,8 @@ to 1e-10 in a MobileNet. So the statistics that belong to the weights are comput
 a mean-field argument (compare Poole et al. 2016, arXiv 1606.05340) with a sample in the place of a formula,
 because channels that are copies vary together: some dozens of vectors of activations, without the image's
 extent, go through the graph, and through the blocks of predicted weights as they are, before they are
-repeated. Evaluation mode then gives what training mode gives, up to a factor that docs/familiarity.md has.
+repeated. Of a filter that is wider than its image those places count that lie in it. Evaluation mode then
+gives what training mode gives, up to a factor that docs/familiarity.md has.
 
 Activation functions are ReLUs here (`Graph.rectified` tells where), weights that are kept independent
 values of their scale.
@@ -95,12 +96,13 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             if found is not None and norm is not None and norm.fresh:
                 statistics |= norm.buffers(found)
         else:
-            signal = _through(node, inputs, weights)
+            signal = _through(node, inputs, weights, _taps(graph, index))
         if node.param in heads and node.param is not None:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
         if signal.values is None:
             signal = replace(signal, seed=index)
-        signals[index] = _rectified(signal) if index in graph.rectified else signal
+        told = signal.told or any(x.told for x in inputs)
+        signals[index] = replace(_rectified(signal) if index in graph.rectified else signal, told=told)
         for source in sources:  # of a wide network all of them together would be larger than a layer
             readers[source] -= 1
             if not readers[source]:
@@ -129,6 +131,7 @@ class _Norm:
         fresh: It has seen no data, so that its statistics are ours to set, once more too.
         gain: Its weight: one number, or float32 on the CPU, (channels,).
         shift: Its bias, likewise.
+        eps: What it adds to a variance. In a MobileNet that is 30 times what depthwise filters give.
     """
 
     prefix: str
@@ -137,6 +140,7 @@ class _Norm:
     fresh: bool
     gain: Tensor | float
     shift: Tensor | float
+    eps: float
 
     def buffers(self, statistics: Tensor) -> dict[str, Tensor]:
         """Mean and variance, (2, period), by name and as the buffers have them."""
@@ -173,7 +177,7 @@ def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
             fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
             prefix = f"{place.path}." if place.path else ""
             gain, shift = numbers.get((key, "weight"), 1.0), numbers.get((key, "bias"), 0.0)
-            found[key] = _Norm(prefix, len(variance), variance.dtype, fresh, gain, shift)
+            found[key] = _Norm(prefix, len(variance), variance.dtype, fresh, gain, shift, norm.eps)
     return found
 
 
@@ -199,6 +203,7 @@ class _Signal:
         channels: Their number, where it is known.
         colours: It is the network's input, perhaps pooled.
         positive: An activation function has been there.
+        told: A predicted weight is among what they depend on.
         seed: Of values that stand for independent ones.
     """
 
@@ -207,6 +212,7 @@ class _Signal:
     channels: int | None = None
     colours: bool = False
     positive: bool = False
+    told: bool = False
     seed: int = 0
 
     def sampled(self, channels: int) -> Tensor:
@@ -237,19 +243,28 @@ def _repeated(values: Tensor, channels: int) -> Tensor:
 
 
 def _flattened(values: Tensor, channels: int) -> Tensor:
-    """The same where the image's places have become channels: each as often as it goes."""
+    """The same where the image's places have become channels, each as often as it goes; or fewer are read.
+
+    Of those the graph does not say which. Taken are some of all parts, as after a shuffle.
+    """
     have = values.shape[1]
     if have == channels:
         return values
+    if have > channels:
+        return values[:, torch.arange(channels) * have // channels]
     return values.repeat_interleave(-(-channels // have), 1)[:, :channels]
 
 
 def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, Tensor | None]:
     """What a batch norm gives, and the statistics that belong to its input; None where its own are right."""
-    gain, shift = (1.0, 0.0) if norm is None else (norm.gain, norm.shift)
+    gain, shift, eps = (1.0, 0.0, 0.0) if norm is None else (norm.gain, norm.shift, norm.eps)
     if x.values is None:
-        square = x.square if norm is None or norm.fresh else 1.0
-        return _Signal(square * _square(gain) + _square(shift), None, x.channels), None
+        ours = norm is not None and norm.fresh and x.told and 0 < x.square < math.inf
+        square = x.square / (x.square + eps) if ours else x.square
+        if norm is not None and not norm.fresh:
+            square = 1.0
+        statistics = torch.tensor([[0.0], [x.square]]) if ours else None
+        return _Signal(square * _square(gain) + _square(shift), None, x.channels), statistics
     mean = x.values.mean(0)
     values = x.values - mean
     variance = values.square().sum(0) / (SAMPLES - 1)  # ten times faster than `var`
@@ -257,7 +272,7 @@ def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, Tensor | None]
     if not 0 < usual < math.inf:
         return _Signal(0.0, None, x.channels), None
     variance = variance.clamp_min(_LEAST * usual)
-    values /= variance.sqrt()
+    values /= (variance + eps).sqrt()
     for number in (gain, shift):
         if isinstance(number, torch.Tensor):
             values = _repeated(values, len(number))
@@ -273,13 +288,27 @@ def _square(number: Tensor | float) -> float:
     return float(number.square().mean()) if isinstance(number, torch.Tensor) else number**2
 
 
-def _through(node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None, Entry]) -> _Signal:
-    """What a node that is no batch norm gives."""
+def _taps(graph: Graph, index: int) -> Tensor | None:
+    """(samples, taps): 1 for what lies in the image at a sample's place; None if (nearly) all of it does."""
+    if index not in graph.cropped:
+        return None
+    sizes, masks = (graph.nodes[index].shape or ())[2:], torch.ones(1, 1)
+    for size, rows in zip(sizes, graph.cropped[index], strict=True):
+        first, end = torch.tensor(rows).T[..., None]
+        axis = (torch.arange(size) >= first) & (torch.arange(size) < end)
+        masks = (masks[:, None, :, None] * axis[:, None]).flatten(2).flatten(0, 1)
+    return masks[torch.arange(SAMPLES) * len(masks) // SAMPLES]
+
+
+def _through(
+    node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None, Entry], taps: Tensor | None
+) -> _Signal:
+    """What a node that is no batch norm gives; `taps` of its filter are in the image."""
     if not inputs:
         return _Signal(colours=True)
     x, entry = inputs[0], weights.get(node.param)
     if node.type in WEIGHT_TYPES - {"pos_enc"}:
-        return _convolved(node, x, entry)
+        return _convolved(node, x, entry, taps)
     if node.type == "bias":
         return _biased(x, entry)
     if node.type == "sum":
@@ -294,14 +323,15 @@ def _through(node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None,
     return x
 
 
-def _convolved(node: Node, x: _Signal, entry: Entry | None) -> _Signal:
+def _convolved(node: Node, x: _Signal, entry: Entry | None, taps: Tensor | None) -> _Signal:
     """A convolution or linear layer; one that is kept has independent weights, whatever their scale."""
     if node.shape is None:
         return x
     if entry is not None and entry.tile is not None:
-        return _Signal(values=_product(entry.tile, x), channels=node.shape[0])
+        return _Signal(values=_product(entry.tile, x, taps), channels=node.shape[0], told=True)
     square = x.square if x.values is None else float(x.values.square().mean())
-    return _Signal(square * math.prod(node.shape[1:]) * _mean_square(node.shape, entry), None, node.shape[0])
+    read = math.prod(node.shape[1:]) * (1.0 if taps is None else float(taps.mean()))
+    return _Signal(square * read * _mean_square(node.shape, entry), None, node.shape[0])
 
 
 def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:
@@ -321,33 +351,40 @@ def _amplification(entry: Entry, x: _Signal, y: _Signal) -> float:
     return math.sqrt(float(y.values.square().mean()) / independent) if independent > 0 else 1.0
 
 
-def _product(tile: Tile, x: _Signal) -> Tensor:
+def _product(tile: Tile, x: _Signal, taps: Tensor | None) -> Tensor:
     """(samples, period) of a weight's outputs; the channels may be several groups of its inputs.
 
     Copies of a block's columns read the sum of their channels, and copies of its rows give the same. A
     kernel's places see the same value, up to what neighbours in an image differ by: what another sample has.
+    Those beside the image see nothing: of a 5x5 filter on one pixel 24.
     """
     outputs, inputs = tile.shape[:2]
     block = _kernels(tile)
-    rows, columns, taps = block.shape
+    rows, columns, size = block.shape
     groups = _groups(x.channels, outputs, inputs)
     values = _folded(x, groups, inputs, columns)
     of_group = outputs // groups
     if groups > 1 and rows < outputs:
         block = block[(torch.arange(groups)[:, None] * of_group + torch.arange(min(of_group, rows))) % rows]
-    matrices = block.view(groups, -1, columns, taps)
-    y = _read(values, matrices[..., 0]) if taps == 1 else _convolution(values, matrices)
+    matrices = block.view(groups, -1, columns, size)
+    y = _read(values, matrices[..., 0]) if size == 1 else _convolution(values, matrices, taps)
     return y[:, 0] if groups == 1 else _repeated(y, of_group).flatten(1)
 
 
-def _convolution(values: Tensor, kernels: Tensor) -> Tensor:
-    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns, taps), taps > 1."""
+def _convolution(values: Tensor, kernels: Tensor, seen: Tensor | None = None) -> Tensor:
+    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns, taps), taps > 1.
+
+    `seen` are the taps that count, (samples, taps); None: all.
+    """
     common, own = math.sqrt(SMOOTHNESS), math.sqrt(1 - SMOOTHNESS)
     taps = kernels.shape[3]
     # mean + common * (values - mean) + own * (others - mean), and each of these times its weights
     everywhere = common * values + (1 - common - own) * values.mean(0)
-    y = _read(everywhere, kernels.sum(3))
     others = values[torch.arange(1, SAMPLES + taps) % SAMPLES]
+    if seen is not None:
+        windows = (everywhere[..., None] + own * others.unfold(0, taps, 1)) * seen[:, None, None]
+        return _read(windows.flatten(2), kernels.flatten(2))
+    y = _read(everywhere, kernels.sum(3))
     if kernels.shape[1:3] == (1, 1):  # depthwise, where products of matrices are slow
         for tap, weights in enumerate((own * kernels[:, 0]).permute(2, 0, 1).contiguous()):
             y.addcmul_(others[tap : tap + SAMPLES], weights)
@@ -365,10 +402,11 @@ def _read(values: Tensor, matrices: Tensor) -> Tensor:
 
 def _groups(channels: int | None, outputs: int, inputs: int) -> int:
     """In how many groups a layer reads so many channels."""
-    if channels is None:
-        return outputs if inputs == 1 else 1
-    groups = channels // inputs
-    return groups if channels % inputs == 0 and groups > 1 and outputs % groups == 0 else 1
+    if channels == inputs:
+        return 1
+    if channels is not None and channels % inputs == 0 and outputs % (channels // inputs) == 0:
+        return channels // inputs
+    return outputs if inputs == 1 else 1  # the graph does not say which of the channels are read
 
 
 def _folded(x: _Signal, groups: int, inputs: int, columns: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Final
 
 from torch import fx
 
@@ -11,12 +12,56 @@ from ghn_init._tracing.carried import Carried, Flow, merged
 from ghn_init._tracing.rules.nodes import add_layer, note_others
 from ghn_init._tracing.sketch import Operation, rule
 
+_WHOLE: Final = 0.75
+"""Share of a filter that is in the image, on average, from which on it counts as all of it."""
+
+_WIDE: Final = 4
+"""Of an image that is so many times wider than the filters there is no need to count."""
+
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(op: Operation) -> Carried:
-    """A convolution: `conv`, grouped `sep_conv`, grouped and dilated `dil_conv`; then `bias`."""
+    """A convolution: `conv`, grouped `sep_conv`, grouped and dilated `dil_conv`; then `bias`.
+
+    The sketch notes what lies in the image of filters of which much lies beside it.
+    """
     node_type = conv_type(op.arg(5, "dilation", 1), op.arg(6, "groups", 1))
-    return add_layer(op, op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias"), node_type)
+    index = len(op.sketch.nodes)
+    value = add_layer(op, op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias"), node_type)
+    if index < len(op.sketch.nodes) and (rows := _rows_in_the_image(op)):
+        op.sketch.cropped[index] = rows
+    return value
+
+
+def _rows_in_the_image(op: Operation) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """What `Graph.cropped` has of a convolution; nothing where hardly anything of its filter lies outside."""
+    padding, taps = op.arg(4, "padding", 0), op.shape(op.arg(1, "weight"))[2:]
+    n = len(taps)
+    sizes, places = op.shape(op.arg(0, "input"))[-n:], op.shape(op.node)[-n:]
+    strides, dilations = (as_tuple(op.arg(i, k, 1), n) for i, k in ((3, "stride"), (5, "dilation")))
+    extents = [d * (k - 1) for d, k in zip(dilations, taps, strict=True)]
+    if not any(extents) or all(size > _WIDE * extent for size, extent in zip(sizes, extents, strict=True)):
+        return ()
+    if isinstance(padding, str):  # torch pads "same" less at the front where the sum is odd
+        same = padding == "same"
+        pads = tuple(extent // 2 if same else 0 for extent in extents)
+    else:
+        pads = as_tuple(padding, n)
+    axes = zip(sizes, taps, places, strides, dilations, pads, strict=True)
+    rows = tuple(_rows(*map(int, axis)) for axis in axes)
+    seen = (sum(end - start for start, end in axis) / max(1, len(axis)) for axis in rows)
+    return () if math.prod(seen) > _WHOLE * taps.numel() else rows
+
+
+def _rows(
+    size: int, taps: int, places: int, stride: int, dilation: int, padding: int
+) -> tuple[tuple[int, int], ...]:
+    """Along an axis, for every place of the output: the first tap in the image, the one after the last."""
+    found = []
+    for start in range(-padding, places * stride - padding, stride):
+        first = min(taps, max(0, -(start // dilation)))
+        found.append((first, max(first, min(taps, -((start - size) // dilation)))))
+    return tuple(found)
 
 
 def conv_type(dilation: Any, groups: int) -> str:
