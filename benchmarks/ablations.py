@@ -192,7 +192,7 @@ def train(name: str, data: Path, runs: Path, pairs: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
         options = ["-o", str(folder), "--config", str(folder / CONFIG), *VALIDATION]
-        start([sys.executable, "-m", "ghn_init", "train", str(data), *options])
+        start([sys.executable, "-m", "ghn_init", "train", str(data), *options], processes=1)
         if not finished.exists():
             raise SystemExit(f"{folder}: stopped; the same command goes on from there")
     if TrainConfig.from_dict(json.loads(finished.read_text())["config"]) != config:

@@ -61,7 +61,8 @@ class Stubs:
         self.measured: list[Network] = []
         self.stop, self.limit = False, 10**9
 
-    def start(self, arguments: list[str]) -> None:
+    def start(self, arguments: list[str], processes: int) -> None:
+        assert processes == 1
         folder = Path(arguments[arguments.index("-o") + 1])
         config = TrainConfig.from_dict(
             json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
