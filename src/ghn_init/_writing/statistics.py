@@ -432,10 +432,16 @@ def _kernels(tile: Tile) -> Tensor:
 
 
 def _biased(x: _Signal, entry: Entry | None) -> _Signal:
-    """A bias; one that is kept is taken to be zero."""
-    if entry is None or entry.tile is None:
+    """A bias; one that is kept and not at hand, or that no prediction is before, is taken to be zero."""
+    if entry is None:
         return x
-    bias, outputs = entry.tile.values.to("cpu", torch.float32).flatten(), entry.numel
+    if entry.tile is not None:
+        bias = entry.tile.values
+    elif x.told and entry.computed is None and not (entry.param.is_meta or is_sharded(entry.param)):
+        bias = entry.param.detach()
+    else:
+        return x
+    bias, outputs = bias.to("cpu", torch.float32).flatten(), entry.numel
     values = x.values
     if values is None or values.shape[1] != len(bias) or x.channels != outputs:
         values, bias = x.sampled(outputs), _repeated(bias, outputs)

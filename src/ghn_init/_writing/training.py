@@ -47,6 +47,7 @@ _BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto'
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
 _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
 _GATE: Final = "it is a gate (scale='auto')"
+_ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
@@ -137,6 +138,7 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
 def _strange(graph: Graph) -> Mapping[str | None, str]:
     """Layers that are left alone, weight and bias, by parameter with the reason."""
     normalised, behind, gates = _normalised(graph), _behind_skips(graph), _gates(graph)
+    one_pixel, ends = _of_one_pixel(graph), {weight for weight, _ in graph.heads}
     layer_norms = any(node.type == "ln" for node in graph.nodes)
     found: dict[str | None, str] = {}
     for index, node in enumerate(graph.nodes):
@@ -154,6 +156,8 @@ def _strange(graph: Graph) -> Mapping[str | None, str]:
             found[node.param] = _BEHIND_SKIP
         elif gates[index]:
             found[node.param] = _GATE
+        elif one_pixel[index] and index not in ends:
+            found[node.param] = _ONE_PIXEL
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[node.param] = _BARE_TRANSPOSED
     return found
@@ -187,6 +191,21 @@ def _gates(graph: Graph) -> list[bool]:
             found[target] or (graph.nodes[target].type == "cse" and graph.predecessors[target][0] != index)
             for target in after
         )
+    return found
+
+
+def _of_one_pixel(graph: Graph) -> list[bool]:
+    """For every node whether it is, or is behind, a filter that is wider than its image and gives one pixel.
+
+    Only in networks of other layers than plain ones: a ResNet's last stage is worth predicting there, too.
+    """
+    found = [False] * len(graph)
+    if all(node.type in _PLAIN for node in graph.nodes):
+        return found
+    for index, sources in enumerate(graph.predecessors):
+        rows = graph.cropped.get(index)
+        gives_one = rows is not None and all(len(places) == 1 for places in rows)
+        found[index] = gives_one or any(found[source] for source in sources)
     return found
 
 
