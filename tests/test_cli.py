@@ -222,6 +222,7 @@ def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
     [
         (["model.py", "--no-such-option"], "--no-such-option"),
         (["model.py", "extra"], "extra"),
+        (["embed", "model.py"], "'embed' is no command, and names no model"),
         (["model.py:"], "FILE.py:NAME"),
         (["model.py", "--set", "width"], "KEY=VALUE"),
         (["model.py", "--head", "maybe"], "maybe"),

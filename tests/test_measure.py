@@ -180,8 +180,17 @@ def test_files_of_other_measurements_are_refused(ghn: GHN, measurer: Measurer, t
         read_records(path)
     for text in ("", "[]\n", '{"some": "json"}\n', "no json\n"):
         path.write_text(text)
-        with pytest.raises(TrainingError, match="not a file of measurements"):
+        with pytest.raises(TrainingError, match=r"measured\.jsonl: (not a file of|expected a JSON object)"):
             read_records(path)
+    path.unlink()
+    with pytest.raises(TrainingError, match=r"measured\.jsonl: no such file; .* `ghn-init measure`"):
+        read_records(path)
+
+
+def test_a_file_is_not_begun_before_there_is_a_measurement(ghn: GHN, tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    Recorder(path, header(ghn))
+    assert not path.exists()
 
 
 @pytest.fixture
@@ -213,6 +222,11 @@ def test_the_command_goes_on_where_it_stopped(ghn_dir: Path, data: Path, tmp_pat
     expected = islice(candidates("search", records.header.recipe, max_activations=0.07), 2)
     assert sorted(records.measurements) == [candidate.index for candidate in expected]
     assert "2 architectures of search, on average" in done.stderr
+    other = tmp_path / "other.jsonl"
+    nothing = ["--split", "test", "--max-params", "0.001", "-o", str(other)]
+    done = CliRunner().invoke(app, [*command, *nothing])
+    assert "no architecture of the split is within the limits" in done.stderr
+    assert not other.exists()
     done = CliRunner().invoke(app, [*command, "--steps", "3"])
     assert isinstance(done.exception, SystemExit)
     assert "other recipe.steps" in done.stderr

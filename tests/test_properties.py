@@ -132,6 +132,14 @@ def test_plain_numbers_say_what_scikit_learn_says(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_property_that_is_equal_for_all_is_predicted_and_read_back(kind: Kind) -> None:
+    x = np.random.default_rng(4).normal(size=(20, 6))
+    regressor = fit(kind, x, np.full(20, -6.0))
+    again = Regressor.from_dict(json.loads(json.dumps(regressor.to_dict())))
+    np.testing.assert_allclose(again(x), -6.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nobody_is_predicted_by_a_regressor_that_has_seen_him(kind: Kind) -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(25, 4)), rng.normal(size=25)
@@ -206,8 +214,11 @@ def test_architectures_of_another_split_may_be_held_out(records: Records, ghn: G
     slower = dataclasses.replace(other.header, recipe=dataclasses.replace(RECIPE, steps=9))
     with pytest.raises(TrainingError, match="steps=9"):
         fit_properties(records, ghn, "mine", dataclasses.replace(other, header=slower))
-    with pytest.raises(TrainingError, match="expected at least 10"):
-        fit_properties(made_up("search", 9, ghn), ghn, "mine", other)
+    for count, held_out, message in ((12, other, "12 of 12"), (17, None, "12 of 17")):
+        with pytest.raises(
+            TrainingError, match=f"{message} architectures .* at least 13 to fit regressors to"
+        ):
+            fit_properties(made_up("search", count, ghn), ghn, "mine", held_out)
 
 
 def test_regressors_are_kept_as_numbers_and_read_back(fits: Fits, ghn: GHN, tmp_path: Path) -> None:
@@ -228,6 +239,9 @@ def test_regressors_are_kept_as_numbers_and_read_back(fits: Fits, ghn: GHN, tmp_
         path.write_text(text)
         with pytest.raises(TrainingError, match="no regressors"):
             Properties.load(path)
+    path.unlink()
+    with pytest.raises(TrainingError, match=r"properties\.json cannot be read: No such file or directory"):
+        Properties.load(path)
 
 
 def test_ranking_is_by_what_the_regressor_says(records: Records, fits: Fits, ghn: GHN) -> None:

@@ -51,8 +51,9 @@ def _root(
 ) -> None:
     """Initialise any PyTorch network with weights that a graph hypernetwork predicts.
 
-    `ghn-init SPEC` is short for `ghn-init predict SPEC`. SPEC is a file (model.py),
-    something in it (model.py:build_model) or in a module (torchvision.models:resnet50).
+    `ghn-init SPEC` is short for `ghn-init predict SPEC`. SPEC is a file
+    (model.py), something in it (model.py:build_model) or in a module
+    (torchvision.models:resnet50).
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,12 @@ class CommandGroup(_PlainFlags, TyperGroup):
             args = [DEBUG, *(arg for arg in args if arg != DEBUG)]
         own = {option for param in self.get_params(ctx) for option in param.opts}
         position = next((index for index, arg in enumerate(args) if arg not in own), len(args))
-        if position < len(args) and args[position] not in self.commands:
+        if position < len(args) and (word := args[position]) not in self.commands:
+            if re.fullmatch(r"[A-Za-z]\w*", word):
+                ctx.fail(
+                    f"{word!r} is no command, and names no model; write FILE.py, FILE.py:NAME or "
+                    "MODULE:NAME, e.g. torchvision.models:resnet50"
+                )
             args = [*args[:position], DEFAULT_COMMAND, *args[position:]]
         return super().parse_args(ctx, args)
 

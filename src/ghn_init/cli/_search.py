@@ -111,9 +111,14 @@ def measure(
 
 
 def _first(found: Iterator[Candidate], sample: int) -> list[Candidate]:
-    """The first `sample` of them, with a progress bar: where limits are narrow, many are passed over."""
+    """The first `sample` of them, with a progress bar: where limits are narrow, many are passed over.
+
+    Raises:
+        ArchitectureError: There is none.
+    """
     from itertools import islice
 
+    from ghn_init._errors import ArchitectureError
     from ghn_init.cli._bars import Bar
 
     chosen: list[Candidate] = []
@@ -121,6 +126,10 @@ def _first(found: Iterator[Candidate], sample: int) -> list[Candidate]:
         for candidate in islice(found, sample):
             chosen.append(candidate)
             bar.advance(label=f"chosen from {candidate.index + 1:,}")
+    if not chosen:
+        raise ArchitectureError(
+            "no architecture of the split is within the limits; raise --max-params or --max-activations"
+        )
     return chosen
 
 
@@ -181,6 +190,8 @@ def properties(
     if picture is not None:
         draw_properties(fitted, picture)
     typer.echo(properties_table(fitted))
+    if equal := [found.prop.name for found in fitted if len(set(found.measured.tolist())) == 1]:
+        say(f"the same for all architectures, so that nothing is predicted: {', '.join(equal)}")
     kinds = ", ".join(f"{found.prop.name}: {found.best.name}" for found in fitted)
     say(f"{output}: regressors fitted to {len(kept.indices)} architectures ({kinds})")
 

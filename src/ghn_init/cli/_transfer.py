@@ -31,7 +31,7 @@ _MEASURING: Final = "What is compared, and measured"
 def transfer(
     data: opt.Data,
     more_shots: Annotated[
-        list[int] | None, typer.Argument(metavar="[N]...", hidden=True, help="Give --shots several numbers.")
+        list[int] | None, typer.Argument(metavar="N", hidden=True, help="Give --shots several numbers.")
     ] = None,
     *,
     network: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import write_bytes
+from ghn_init._files import reason, write_bytes
 from ghn_init.search._embeddings import embed_architectures
 from ghn_init.search._kendall import Correlation, correlation
 from ghn_init.search._recipe import Measurement, Recipe
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     Measurements = Sequence[Measurement]
 
 _FORMAT: Final = "ghn-init properties 1"
+
+_LEAST: Final = 13
+"""Architectures to fit to, of which ten are in any four of five folds."""
 
 HELD_OUT: Final = 0.25
 """Share of the architectures that is held out where there is no other file for that."""
@@ -152,9 +155,13 @@ class Properties:
             values["regressors"] = {n: Regressor.from_dict(v) for n, v in values["regressors"].items()}
             values["recipe"], values["indices"] = Recipe(**values["recipe"]), tuple(values["indices"])
             return Properties(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, TrainingError) as error:
+        except OSError as error:
             raise TrainingError(
-                f"{path}: no regressors ({error!r}); expected a file of `ghn-init properties`"
+                f"{path} cannot be read: {reason(error)}; expected a file of `ghn-init properties`"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, TrainingError) as error:
+            raise TrainingError(
+                f"{path}: no regressors ({error}); expected a file of `ghn-init properties`"
             ) from error
 
 
@@ -185,6 +192,11 @@ def fit_properties(
                 f"{held_out.header.recipe}; expected another split than {records.header.split} and {recipe}"
             )
         known, others = measured, list(held_out.measurements.values())
+    if len(known) < _LEAST:
+        raise TrainingError(
+            f"{len(known)} of {len(measured)} architectures are not held out; expected at least {_LEAST} to "
+            "fit regressors to: measure more, with a larger --sample"
+        )
     if len(others) < 2:
         raise TrainingError(f"{len(others)} architectures are held out; expected at least 2")
     x, x_others = (

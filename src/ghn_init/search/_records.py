@@ -73,12 +73,14 @@ def read_records(path: Path) -> Records:
     Raises:
         TrainingError: It is none, or damaged; the message names the line.
     """
+    if not path.exists():
+        raise TrainingError(f"{path}: no such file; expected one of `ghn-init measure`")
+    first, *others = _records.read_records(path) or [{}]
     try:
-        first, *others = _records.read_records(path) or [{}]
         header = Header.from_dict(first)
     except (KeyError, TypeError, TrainingError) as error:
         raise TrainingError(
-            f"{path}: not a file of measurements ({error!r}); expected one of `ghn-init measure`"
+            f"{path}: not a file of measurements (first line: {error}); expected one of `ghn-init measure`"
         ) from error
     found: dict[int, Measurement] = {}
     for number, values in enumerate(others, 2):
@@ -94,18 +96,17 @@ class Recorder:
     """Appends measurements to a file, which is taken over if it is there.
 
     Args:
-        path: The file; made if need be.
+        path: The file; made with the first measurement if need be.
         header: How is measured now.
 
     Raises:
-        TrainingError: The file is something else, was measured in another way, or cannot be written.
+        TrainingError: The file is something else, or was measured in another way.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self._path, self.split = path, header.split
+        self._path, self._header, self.split = path, header, header.split
         self.measurements: dict[int, Measurement] = {}
         if not path.exists():
-            _records.add_record(path, asdict(header))
             return
         records = read_records(path)
         if different := records.header.differences(header):
@@ -116,6 +117,12 @@ class Recorder:
         self.measurements = records.measurements
 
     def add(self, measurement: Measurement) -> None:
-        """Take up and keep one more."""
+        """Take up and keep one more.
+
+        Raises:
+            TrainingError: The file cannot be written.
+        """
         self.measurements[measurement.index] = measurement
+        if not self._path.exists():
+            _records.add_record(self._path, asdict(self._header))
         _records.add_record(self._path, measurement.to_dict())

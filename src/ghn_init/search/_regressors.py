@@ -71,11 +71,15 @@ class Regressor:
         """
         try:
             arrays = {k: np.array(values[k], dtype=np.float64) for k in ("mean", "std", "weights", "support")}
+            d, m = len(arrays["mean"]), len(arrays["weights"])
+            if not arrays[
+                "support"
+            ].size:  # of ridge, or where all values were equal: JSON has no shape for it
+                arrays["support"] = np.empty((0, d))
             found = Regressor(**{**values, **arrays})
-            d, m = len(found.mean), len(found.weights)
             expected = {"mean": (d,), "std": (d,), "weights": (m,), "support": (m, d)}
             if found.kind == "ridge":
-                expected |= {"weights": (d,), "support": (0,)}
+                expected |= {"weights": (d,), "support": (0, d)}
             shapes = {name: array.shape for name, array in arrays.items()}
             numbers = [*arrays.values(), np.array([found.offset, found.gamma], dtype=np.float64)]
             good = found.kind in KINDS and all(np.isfinite(array).all() for array in numbers)
@@ -107,7 +111,7 @@ def fit(kind: Kind, embeddings: npt.ArrayLike, values: npt.ArrayLike) -> Regress
     y_mean, y_std = float(y.mean()), float(_deviation(y))
     found = _search(kind, (x - mean) / std, (y - y_mean) / y_std)
     if kind == "ridge":
-        weights, support, gamma = found.coef_, np.empty(0), 0.0
+        weights, support, gamma = found.coef_, np.empty((0, x.shape[1])), 0.0
     else:
         weights, support, gamma = found.dual_coef_[0], found.support_vectors_, found.gamma
     offset = float(np.ravel(found.intercept_)[0])
