@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ghn_init
+from ghn_init._graph.graph import graph_from_edges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +113,21 @@ def measured(name: str) -> dict[str, Any]:
     }
 
 
+def attention() -> int:
+    """What a GHN-3 as wide as XL takes to embed 1,000 nodes; its layers come one after another, two do."""
+    ghn = ghn_init.GHN(ghn_init.GHNConfig.ghn3("xl", layers=2, max_shape=(16, 16, 16, 16))).eval()
+    ghn_init.embed(shortcuts(10), ghn)
+    graph = shortcuts(1000)
+    return peak_beyond(lambda: ghn_init.embed(graph, ghn))
+
+
+def shortcuts(count: int) -> ghn_init.Graph:
+    """So many nodes one after another, with an edge past every third."""
+    edges = [*pairwise(range(count)), *((node, node + 2) for node in range(0, count - 2, 3))]
+    return graph_from_edges([ghn_init.Node("input"), *[ghn_init.Node("sum")] * (count - 1)], edges)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)
-    print(json.dumps({name: measured(name) for name in CASES}))
+    print(json.dumps({"predicting": {name: measured(name) for name in CASES}, "attention": attention()}))
