@@ -85,6 +85,7 @@ def report(folder: Path, ghn_dir: Path, *options: str) -> str:
     command = ["model.py", "--weights", str(ghn_dir), "--report", "page.html", *options]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
+    assert done.stderr.endswith("report: page.html\n")
     return (folder / "page.html").read_text(encoding="utf-8")
 
 

@@ -99,6 +99,8 @@ def predict(
     if as_json:
         typer.echo(json.dumps({**_report(found, plan, steps), "file": str(opened), "bytes": size}))
     say(summary(found, plan, steps.milliseconds, opened, size))
+    if report is not None:
+        say(f"report: {report}")
 
 
 def inspect(
