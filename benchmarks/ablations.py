@@ -1,6 +1,6 @@
 """The ablations of GHN-2 at a small scale: one table of variants that were trained on equally many networks.
 
-    python benchmarks/ablations.py DATA RUNS [--pairs 8000] [--only NAME ...] [--networks 20] [--images 1000]
+    python benchmarks/ablations.py DATA RUNS [--pairs 8000] [--only NAME ...] [--networks 20] [--images 256]
 
 Each of `VARIANTS` is trained in a folder of its own under RUNS by `ghn-init train`, one process, from
 scratch and with the same seed, for `--pairs` (network, batch) pairs of small networks on images of 16 x 16;
@@ -54,6 +54,9 @@ META_BATCH: Final = 8
 NODES: Final = 150
 """Nodes of the largest network that is trained on."""
 
+PAIRS, NETWORKS, IMAGES = 8000, 20, 256
+"""Defaults: (network, batch) pairs of a training, networks measured of every split, test images."""
+
 SHARED: Final[dict[str, Any]] = {
     "seed": FIRST_SEED, "image_size": SIZE, "max_params": 1, "lr": 1e-3, "schedule": "linear", "warmup": 100,
     "crop_padding": 1, "precision": "float32", "meta_batch": META_BATCH,
@@ -72,6 +75,10 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "no-meta-batch": {"ghn": GHNConfig.ghn2(), "meta_batch": 1},
     "extensions": {"ghn": GHNConfig.ghn2(**GHN), "optimizer": RECIPE["optimizer"]},
     "GHN-3": {"ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape)},
+    "GHN-3-extensions": {
+        "ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape, **GHN),
+        "optimizer": RECIPE["optimizer"],
+    },
 }
 """In what each differs from `SHARED`; GHN-1 was published without meta-batches, GHN-3 is the tiny one."""
 
@@ -256,10 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("data", type=Path, help="images, as for `ghn-init train`")
     parser.add_argument("runs", type=Path, help="folder of the trainings")
-    parser.add_argument("--pairs", type=int, default=8000, help="(network, batch) pairs of a training")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="(network, batch) pairs of a training")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--networks", type=int, default=20, help="of every split")
-    parser.add_argument("--images", type=int, default=1000, help="test images")
+    parser.add_argument("--networks", type=int, default=NETWORKS, help="of every split")
+    parser.add_argument("--images", type=int, default=IMAGES, help="test images")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder of the figures (%(default)s)")
     given = parser.parse_args(arguments)
     if given.pairs < META_BATCH or given.pairs % META_BATCH:
