@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from campaign import CONFIG, FIRST_SEED, GHN, RECIPE, start
+from campaign import CONFIG, FIRST_SEED, PRIORS, RECIPE, start
 from recipes import Run
 
 from ghn_init import GHNConfig, GHNInitError, load
@@ -73,10 +73,10 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "no-virtual-edges": {"ghn": GHNConfig.ghn2(ve=False)},
     "no-normalisation": {"ghn": GHNConfig.ghn2(weight_norm=False)},
     "no-meta-batch": {"ghn": GHNConfig.ghn2(), "meta_batch": 1},
-    "extensions": {"ghn": GHNConfig.ghn2(**GHN), "optimizer": RECIPE["optimizer"]},
+    "extensions": {"ghn": GHNConfig.ghn2(**PRIORS), "optimizer": RECIPE["optimizer"]},
     "GHN-3": {"ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape)},
     "GHN-3-extensions": {
-        "ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape, **GHN),
+        "ghn": GHNConfig.ghn3("t", 10, max_shape=GHNConfig().max_shape, **PRIORS),
         "optimizer": RECIPE["optimizer"],
     },
 }
