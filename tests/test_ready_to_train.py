@@ -259,6 +259,23 @@ def gated() -> nn.Module:
     return nn.Sequential(block(3, 16), Inverted(16, 64), block(16, 400, 1), *classifier(400))
 
 
+def test_a_classifier_of_many_copies_gives_no_larger_outputs_than_its_own_in_known_networks() -> None:
+    def built(width: int) -> nn.Module:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            return nn.Sequential(block(3, 64), block(64, width), *classifier(width))
+
+    for width, reduced in ((256, False), (1024, True)):
+        network = built(width)
+        rows = {row.name: row for row in plan(network, example_input=images(2)).rows}
+        assert rows["1.0.weight"].rms is None  # at predicted scale
+        assert (rows["4.weight"].rms is not None) == reduced
+        own = output(calibrate_batchnorm(network, [images()]).eval(), images())
+        predicted = predict(built(width), example_input=images(2))
+        got = output(calibrate_batchnorm(predicted, [images()]).eval(), images())
+        assert not reduced or got < 2 * own
+
+
 def test_classifiers_of_unknown_networks_give_outputs_no_larger_than_their_own(tmp_path: Path) -> None:
     """With the bundled weights, whose classifier agrees with the features that it reads."""
     x = images()
