@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
-from ghn_init._writing.statistics import SAMPLES, SMOOTHNESS, _convolution
+from ghn_init._hypernetwork.tile import Tile
+from ghn_init._writing.statistics import SAMPLES, SMOOTHNESS, _convolution, _product, _repeated, _Signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -462,6 +464,22 @@ def test_copies_of_a_channel_have_the_same_statistics(ghn: GHN) -> None:
     period = plan(built(plain), ghn).rows[4].tile.values.shape[0]  # type: ignore[union-attr]
     assert 36 <= period < 100
     assert torch.equal(variance[period:], variance[: 100 - period])
+
+
+@pytest.mark.parametrize(("period", "rows"), [(8, 8), (4, 8), (8, 4)])
+@pytest.mark.parametrize("seen", [False, True], ids=["whole filters", "in small images"])
+def test_depthwise_filters_that_repeat_as_their_inputs_do_are_followed_once(
+    period: int, rows: int, seen: bool
+) -> None:
+    torch.manual_seed(0)
+    shape = (20, 1, 3, 3)
+    tile = Tile(torch.randn(rows, 1, 3, 3), shape, shape)
+    signal = _Signal(values=torch.randn(SAMPLES, period), channels=20)
+    unrolled = replace(signal, values=_repeated(torch.as_tensor(signal.values), 20))
+    taps = torch.rand(SAMPLES, 9).round() if seen else None
+    found = _product(tile, signal, taps)
+    assert found.shape == (SAMPLES, 8)
+    torch.testing.assert_close(_repeated(found, 20), _product(tile, unrolled, taps))
 
 
 def test_batch_norms_that_have_seen_data_keep_their_statistics(ghn: GHN) -> None:

@@ -239,7 +239,10 @@ def _rectified(x: _Signal) -> _Signal:
 def _repeated(values: Tensor, channels: int) -> Tensor:
     """(..., period) over all the channels."""
     period = values.shape[-1]
-    return values if period == channels else values[..., torch.arange(channels) % period]
+    if period == channels:
+        return values
+    times = -(-channels // period)
+    return values.repeat(*(1,) * (values.ndim - 1), times)[..., :channels]
 
 
 def _flattened(values: Tensor, channels: int) -> Tensor:
@@ -362,6 +365,9 @@ def _product(tile: Tile, x: _Signal, taps: Tensor | None) -> Tensor:
     block = _kernels(tile)
     rows, columns, size = block.shape
     groups = _groups(x.channels, outputs, inputs)
+    if inputs == 1 and groups == outputs == x.channels and (period := _common_period(x, rows)):  # depthwise
+        groups = outputs = period
+        x = replace(x, channels=period)
     values = _folded(x, groups, inputs, columns)
     of_group = outputs // groups
     if groups > 1 and rows < outputs:
@@ -369,6 +375,15 @@ def _product(tile: Tile, x: _Signal, taps: Tensor | None) -> Tensor:
     matrices = block.view(groups, -1, columns, size)
     y = _read(values, matrices[..., 0]) if size == 1 else _convolution(values, matrices, taps)
     return y[:, 0] if groups == 1 else _repeated(y, of_group).flatten(1)
+
+
+def _common_period(x: _Signal, rows: int) -> int | None:
+    """After how many channels values and so many filters, one for each, begin anew together; None if late."""
+    if x.values is None:
+        return None
+    period = x.values.shape[1]
+    longer, shorter = max(period, rows), min(period, rows)
+    return longer if longer % shorter == 0 else None
 
 
 def _convolution(values: Tensor, kernels: Tensor, seen: Tensor | None = None) -> Tensor:
