@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (12, 12)])
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (12, 12), (513, 300), (300, 513)])
 def test_orthogonalising_keeps_the_directions_and_evens_out_the_lengths(shape: tuple[int, int]) -> None:
     left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     found = orthogonalise(left @ torch.diag(values.clamp(min=0.1)) @ right)

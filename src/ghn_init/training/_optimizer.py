@@ -17,6 +17,10 @@ _QUINTIC: Final = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon)."""
 
 _ITERATIONS: Final = 5
+
+_MIRRORED: Final = 256
+"""Side of a symmetric product from which on only three quarters of it are computed."""
+
 _MOMENTUM: Final = 0.95
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
@@ -67,7 +71,7 @@ class Muon(Optimizer):
                     continue
                 state = self.state[parameter]
                 update = _orthogonal(gradient, state) if group["orthogonal"] else _adam(gradient, state)
-                parameter.mul_(1 - lr * decay).add_(update.view_as(parameter), alpha=-lr)
+                _step(parameter, update, lr, decay)
         return loss
 
 
@@ -75,12 +79,19 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.squeeze().ndim == 2 and "embed" not in name
 
 
+def _step(parameter: Tensor, update: Tensor, lr: float, decay: float) -> None:
+    """Move a parameter; a decay that is too small for its dtype to tell takes no time."""
+    if lr * decay > torch.finfo(parameter.dtype).eps / 4:
+        parameter.mul_(1 - lr * decay)
+    parameter.add_(update.view_as(parameter), alpha=-lr)
+
+
 def _orthogonal(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
     if not state:
         state["momentum_buffer"] = torch.zeros_like(gradient)
     momentum = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
     matrix = gradient.lerp(momentum, _MOMENTUM).flatten(1)  # Nesterov's
-    return orthogonalise(matrix) * (_ADAM_RMS * max(matrix.shape) ** 0.5)
+    return orthogonalise(matrix).mul_(_ADAM_RMS * max(matrix.shape) ** 0.5)
 
 
 def _adam(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -97,20 +108,36 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: singular values come out between 0.7 and 1.2.
 
     The iteration `X <- aX + b(XX^T)X + c(XX^T)^2 X` only ever multiplies X from the left, so its factors
-    are collected in a matrix of the smaller side's size: two products with the long side, not fifteen.
+    are collected in a matrix of the smaller side's size: two products with the long side, not fifteen. They
+    are polynomials in X X^T: symmetric, and their order does not count.
 
     Args:
         matrix: (m, n).
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / wide.norm().clamp(min=1e-12)
+    tall = matrix.shape[0] > matrix.shape[1]
+    square = matrix.square().sum().clamp(min=1e-24)  # of its Frobenius norm, by which it is divided
+    gram = (_symmetric(matrix.mT, matrix) if tall else _symmetric(matrix, matrix.mT)) / square
     a, b, c = _QUINTIC
-    gram = x @ x.mT
-    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    left = identity
-    for _ in range(_ITERATIONS):
-        factor = a * identity + b * gram + c * (gram @ gram)
-        left = factor @ left
-        gram = factor @ gram @ factor  # factor is symmetric and commutes with gram
-    result = left @ x
-    return result if wide is matrix else result.mT
+    factor = torch.add(b * gram, _symmetric(gram, gram), alpha=c)
+    factor.diagonal().add_(a)
+    together = factor
+    for _ in range(_ITERATIONS - 1):
+        gram = _symmetric(factor, _symmetric(factor, gram))
+        factor = torch.add(b * gram, _symmetric(gram, gram), alpha=c)
+        factor.diagonal().add_(a)
+        together = _symmetric(factor, together)
+    together = together / square.sqrt()
+    return matrix @ together if tall else together @ matrix
+
+
+def _symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices, which is known to be symmetric: of large ones a part is mirrored."""
+    n = len(left)
+    if n < _MIRRORED:
+        return left @ right
+    half, product = n // 2, left.new_empty(n, n)
+    product[:half, :half] = _symmetric(left[:half], right[:, :half])
+    product[half:, half:] = _symmetric(left[half:], right[:, half:])
+    product[:half, half:] = left[:half] @ right[:, half:]
+    product[half:, :half] = product[:half, half:].mT
+    return product
