@@ -20,6 +20,7 @@ from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, load
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork import decoder
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch
+from ghn_init._hypernetwork.decoder import _PlacesLinear
 from ghn_init._hypernetwork.gates import without_gate_poolings
 from ghn_init._hypernetwork.transformer import Transformer
 from ghn_init.cli import app
@@ -230,8 +231,22 @@ def test_kernels_are_the_middle_of_what_is_decoded(size: int, places: list[int])
     whole = {"num_classes": 5, "hid": 8, "heads": 2, "max_shape": (2, 2, 16, 16)}
     ghn = GHN(GHNConfig.ghn3("t", **whole))
     x = torch.randn(1, 8)
-    every = ghn.decoder.features(x, (16, 16))
-    torch.testing.assert_close(ghn.decoder.features(x, (size, 1)), every[:, places][:, :, [8]])
+    every, part = ghn.decoder.features([x, x], [(16, 16), (size, 1)])
+    torch.testing.assert_close(part, every[:, places][:, :, [8]])
+
+
+def test_places_of_several_kernels_have_the_gradients_that_autograd_gives() -> None:
+    weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 5, 2), (3, 5, 5)))
+    inputs = [torch.randn(n, 2, requires_grad=True) for n in (4, 1)]
+    spans = [(slice(1, 4), slice(0, 5)), (slice(2, 3), slice(2, 4))]
+    found = _PlacesLinear.apply(weight, bias, spans, *inputs)
+    whole = [torch.einsum("nd,chwd->nhwc", x, weight) + bias.permute(1, 2, 0) for x in inputs]
+    wanted = [x[:, rows, columns] for x, (rows, columns) in zip(whole, spans, strict=True)]
+    torch.testing.assert_close(found, tuple(wanted))
+    weights = [torch.randn_like(x) for x in wanted]
+    leaves = [weight, bias, *inputs]
+    ours, theirs = (torch.autograd.grad(list(values), leaves, weights) for values in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_larger_kernels_are_interpolated_along_the_axes_that_are_too_long() -> None:
@@ -245,7 +260,7 @@ def test_larger_kernels_are_interpolated_along_the_axes_that_are_too_long() -> N
     for index, (name, shape) in enumerate(shapes.items(), 1):
         x = features[batch.nodes[0][index]][None]
         kernel = (4 if name in ("square", "fits") else 1, 4)
-        hidden = ghn.decoder.features(x, kernel)
+        (hidden,) = ghn.decoder.features([x], [kernel])
         last: Any = ghn.decoder.conv[2]
         small = F.conv2d(hidden.permute(0, 3, 1, 2), last.weight, last.bias).view(3, 4, *kernel)
         size = (1, *shape[2:]) if len(shape) == 3 else shape[2:]

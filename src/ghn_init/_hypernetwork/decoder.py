@@ -55,9 +55,10 @@ class ConvDecoder(nn.Module):
         hidden: list[Tensor] = []
         blocks: list[list[ParamGroup]] = []
         by_kernel = grouped(groups, lambda key: (key.kind, key.kernel))
-        for part, alike in zip(split_rows(x, by_kernel), by_kernel, strict=True):
+        kernels = [alike[0].key.kernel for alike in by_kernel]
+        for part, alike in zip(self.features(split_rows(x, by_kernel), kernels), by_kernel, strict=True):
             by_block = grouped(alike, lambda key: key.block)
-            hidden += split_rows(self.features(part, alike[0].key.kernel), by_block)
+            hidden += split_rows(part, by_block)
             blocks += by_block
         decoded = self._decoded(hidden, blocks) if torch.is_grad_enabled() else self._in_parts(hidden, blocks)
         for values, block in decoded:
@@ -89,22 +90,20 @@ class ConvDecoder(nn.Module):
         layer, most = cast("nn.Conv2d", self.conv[2]), self.max_shape[:2]
         return layer.weight.view(*most, -1), _bias(layer).view(most)
 
-    def features(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel."""
-        rows, columns = (self._span(size) for size in kernel)
+    def features(self, inputs: Sequence[Tensor], kernels: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+        """Node features (n, d) to the hidden features (n, h, w, 8d) of every place of the kernel, of each."""
         layer, conv = cast("nn.Linear", self.fc[0]), cast("nn.Conv2d", self.conv[0])
         side = self.max_shape[3]
         channels = layer.weight.shape[0] // side**2
-        # Rows of the layer are (4d, K, K); take the wanted places, channels last.
-        weight = layer.weight.view(channels, side, side, -1)[:, rows, columns].permute(1, 2, 0, 3)
-        bias = layer.bias.view(channels, side, side)[:, rows, columns].permute(1, 2, 0)
-        if torch.is_grad_enabled() or weight.numel() * weight.element_size() <= _PART:
-            places = F.linear(x, weight.flatten(0, 2), bias.flatten())
-        else:  # place by place, which copies nothing
-            every = itertools.product(*map(range, kernel))
-            places = torch.stack([F.linear(x, weight[place], bias[place]) for place in every], dim=1)
-        places = F.relu(places).view(-1, channels)
-        return F.relu(F.linear(places, conv.weight.flatten(1), conv.bias)).view(len(x), *kernel, -1)
+        weight, bias = layer.weight.view(channels, side, side, -1), layer.bias.view(channels, side, side)
+        spans = [(self._span(height), self._span(width)) for height, width in kernels]
+        if torch.is_grad_enabled():
+            every = _PlacesLinear.apply(weight, bias, spans, *inputs)
+        else:
+            every = (_places_linear(x, weight, bias, span) for x, span in zip(inputs, spans, strict=True))
+        for places in every:
+            hidden = F.linear(F.relu(places).view(-1, channels), conv.weight.flatten(1), conv.bias)
+            yield F.relu(hidden).view(*places.shape[:3], -1)
 
     def _span(self, size: int) -> slice:
         """The places of a kernel's axis that make `size` of it: the first, or in GHN-3 the middle ones."""
@@ -121,6 +120,46 @@ class ConvDecoder(nn.Module):
     def _corner(self, key: ParamKey) -> tuple[int, ...]:
         """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
         return (self.max_shape[0], key.block[1]) if key.kind == _CLASS_WEIGHT else key.block
+
+
+class _PlacesLinear(torch.autograd.Function):
+    """A linear layer with outputs (C, K, K), of which each input gets a part of the kernel, channels last.
+
+    In one function for the reason that `_CornerLinear` gives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, spans: Sequence[tuple[slice, slice]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Weight (C, K, K, d), bias (C, K, K), inputs (n, d) to outputs (n, h, w, C)."""
+        ctx.spans = spans
+        ctx.save_for_backward(weight, *inputs)
+        return tuple(_places_linear(x, weight, bias, span) for x, span in zip(inputs, spans, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:3])
+        dinputs = []
+        for x, (rows, columns), grad in zip(inputs, ctx.spans, grads, strict=True):
+            part, outputs = weight[:, rows, columns].permute(1, 2, 0, 3), grad.reshape(len(x), -1)
+            dinputs.append(outputs @ part.flatten(0, 2))
+            dweight[:, rows, columns] += (outputs.T @ x).view(part.shape).permute(2, 0, 1, 3)
+            dbias[:, rows, columns] += outputs.sum(0).view(part.shape[:3]).permute(2, 0, 1)
+        return dweight, dbias, None, *dinputs
+
+
+def _places_linear(x: Tensor, weight: Tensor, bias: Tensor, span: tuple[slice, slice]) -> Tensor:
+    """Inputs (n, d) to the outputs (n, h, w, C) of a part of the kernel of weight (C, K, K, d)."""
+    rows, columns = span
+    weight, bias = weight[:, rows, columns].permute(1, 2, 0, 3), bias[:, rows, columns].permute(1, 2, 0)
+    if weight.numel() * weight.element_size() <= _PART:
+        return F.linear(x, weight.flatten(0, 2), bias.flatten()).view(len(x), *bias.shape)
+    every = itertools.product(*map(range, bias.shape[:2]))  # place by place, which copies nothing
+    places = [F.linear(x, weight[place], bias[place]) for place in every]
+    return torch.stack(places, 1).view(len(x), *bias.shape)
 
 
 class _CornerLinear(torch.autograd.Function):
