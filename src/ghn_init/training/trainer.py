@@ -296,11 +296,10 @@ class Trainer:
             lr: Learning rate.
             figures: Averaged in place.
         """
-        decay = 2 * self.config.param_decay
         pairs = [
-            (tensor, torch.add(grad.to(tensor.dtype), tensor.detach(), alpha=decay) / networks)
+            (params[name], self._share(params[name], grad, networks))
             for params, grads in kept
-            for tensor, grad in ((params[name], grad) for name, grad in grads.items())
+            for name, grad in grads.items()
         ]
         self.optimizer.zero_grad(set_to_none=True)
         if pairs:
@@ -309,14 +308,23 @@ class Trainer:
             if parameter.grad is None:  # no network of this step used it
                 parameter.grad = torch.zeros_like(parameter)
         self.ranks.average([figures, *(p.grad for p in self.ghn.parameters() if p.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.config.clip or math.inf).item()
-        if not (math.isfinite(norm) and figures[-1]):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.ghn.parameters() if p.grad is not None])
+        if not (norm.isfinite() and figures[-1]):
             return None
+        if 0 < self.config.clip < norm:
+            torch.nn.utils.clip_grads_with_norm_(self.ghn.parameters(), self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self._average()
-        return norm
+        return norm.item()
+
+    def _share(self, tensor: Tensor, grad: Tensor, networks: int) -> Tensor:
+        """What a predicted parameter contributes to the gradient of a mean over networks, decay included."""
+        grad = grad.to(tensor.dtype)
+        if decay := 2 * self.config.param_decay:
+            grad = torch.add(grad, tensor.detach(), alpha=decay)
+        return grad if networks == 1 else grad / networks
 
     def _average(self) -> None:
         """Moving average of the weights; its decay grows to `ema` so that the first weights fade."""
