@@ -14,7 +14,15 @@ from torch import nn
 
 from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
 from ghn_init._hypernetwork.tile import Tile
-from ghn_init._writing.statistics import SAMPLES, SMOOTHNESS, _convolution, _product, _repeated, _Signal
+from ghn_init._writing.statistics import (
+    SAMPLES,
+    SMOOTHNESS,
+    _convolution,
+    _pooled,
+    _product,
+    _repeated,
+    _Signal,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -480,6 +488,24 @@ def test_depthwise_filters_that_repeat_as_their_inputs_do_are_followed_once(
     found = _product(tile, signal, taps)
     assert found.shape == (SAMPLES, 8)
     torch.testing.assert_close(_repeated(found, 20), _product(tile, unrolled, taps))
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("largest", [False, True], ids=["average", "largest"])
+def test_pooling_makes_of_a_mean_square_what_it_makes_of_samples(positive: bool, largest: bool) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(SAMPLES, 5000)
+    if positive:
+        values = math.sqrt(2) * values.relu()
+    found = _pooled(_Signal(values=values), 9, largest=largest).values
+    assert found is not None
+    expected = _pooled(_Signal(1.0, positive=positive), 9, largest=largest).square
+    if positive and not largest:
+        expected += (1 - SMOOTHNESS) * (1 - 1 / 9) / math.pi  # their mean stays whole
+    assert float(found.square().mean()) == pytest.approx(expected, rel=0.06)
+    alone = _pooled(_Signal(values=values), 1, largest=largest).values
+    assert alone is not None
+    assert float(alone.square().mean()) == pytest.approx(1, rel=0.06)
 
 
 def test_batch_norms_that_have_seen_data_keep_their_statistics(ghn: GHN) -> None:

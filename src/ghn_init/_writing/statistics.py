@@ -49,6 +49,10 @@ behind depthwise filters come out too small, because many of those are differenc
 COLOURS: Final = 0.7
 """Correlation of the input's channels, as the colours of an image have."""
 
+_LARGEST, _LARGEST_POSITIVE = 1.47, 2.78
+"""What the largest of 3 x 3 values makes of their mean square: of normally distributed ones, and of their
+positive parts. (Those of a place share sqrt(SMOOTHNESS) of their deviation.)"""
+
 _LEAST: Final = 1e-3
 """Of a layer's mean variance: no channel's variance is taken to be less."""
 
@@ -320,6 +324,8 @@ def _through(
         return _joined(inputs)
     if node.type == "cse" and len(inputs) > 1:
         return _gated(x, inputs[-1])
+    if node.type in ("max_pool", "avg_pool") and not x.colours:
+        return _pooled(x, math.prod((node.shape or ())[2:]), largest=node.type == "max_pool")
     if node.type == "ln":
         values = None if x.values is None else torch.nn.functional.layer_norm(x.values, x.values.shape[1:])
         return _Signal(1.0, values, x.channels)
@@ -391,21 +397,40 @@ def _convolution(values: Tensor, kernels: Tensor, seen: Tensor | None = None) ->
 
     `seen` are the taps that count, (samples, taps); None: all.
     """
-    common, own = math.sqrt(SMOOTHNESS), math.sqrt(1 - SMOOTHNESS)
     taps = kernels.shape[3]
-    # mean + common * (values - mean) + own * (others - mean), and each of these times its weights
-    everywhere = common * values + (1 - common - own) * values.mean(0)
-    others = values[torch.arange(1, SAMPLES + taps) % SAMPLES]
+    everywhere, others = _neighbours(values, taps)
     if seen is not None:
-        windows = (everywhere[..., None] + own * others.unfold(0, taps, 1)) * seen[:, None, None]
+        windows = (everywhere[..., None] + others.unfold(0, taps, 1)) * seen[:, None, None]
         return _read(windows.flatten(2), kernels.flatten(2))
     y = _read(everywhere, kernels.sum(3))
     if kernels.shape[1:3] == (1, 1):  # depthwise, where products of matrices are slow
-        for tap, weights in enumerate((own * kernels[:, 0]).permute(2, 0, 1).contiguous()):
+        for tap, weights in enumerate(kernels[:, 0].permute(2, 0, 1).contiguous()):
             y.addcmul_(others[tap : tap + SAMPLES], weights)
         return y
-    windows = others.unfold(0, taps, 1).flatten(2)
-    return y.add_(_read(windows, kernels.flatten(2)), alpha=own)
+    return y.add_(_read(others.unfold(0, taps, 1).flatten(2), kernels.flatten(2)))
+
+
+def _pooled(x: _Signal, places: int, *, largest: bool) -> _Signal:
+    """The largest value or the average of a window, whose places differ as those of a filter do."""
+    places = min(places, SAMPLES)
+    if x.values is None:
+        factor = SMOOTHNESS + (1 - SMOOTHNESS) / places
+        if largest and places > 1:
+            factor = _LARGEST_POSITIVE if x.positive else _LARGEST
+        return replace(x, square=x.square * factor)
+    everywhere, others = _neighbours(x.values, places)
+    windows = others.unfold(0, places, 1)
+    return replace(x, values=everywhere + (windows.amax(-1) if largest else windows.mean(-1)))
+
+
+def _neighbours(values: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """What all places of a window have in common, and what each has of its own: samples i to i + places - 1.
+
+    Their sum is the mean + common * (values - mean) + own * (what another sample has - mean).
+    """
+    common, own = math.sqrt(SMOOTHNESS), math.sqrt(1 - SMOOTHNESS)
+    everywhere = common * values + (1 - common - own) * values.mean(0)
+    return everywhere, own * values[torch.arange(1, SAMPLES + places) % SAMPLES]
 
 
 def _read(values: Tensor, matrices: Tensor) -> Tensor:
