@@ -293,6 +293,8 @@ PANEL: Final = (
     Member("resnet18", "classify", _vision("resnet18"), known=True),
     Member("resnet50", "classify", _vision("resnet50"), known=True),
     Member("deepnets-bn", "classify", _deepnets("test", 0), known=True),
+    Member("deepnets-attention", "classify", _deepnets("test", 7), known=True),
+    Member("deepnets-gates", "classify", _deepnets("test", 8), known=True),
     Member("deepnets-bnfree", "classify", _deepnets("bnfree", 0)),
     Member("densenet", "classify", _densenet),
     Member("mobilenet-v3", "classify", _vision("mobilenet_v3_small")),

@@ -67,6 +67,45 @@ def depthwise() -> nn.Module:
     return nn.Sequential(block(3, 16), block(16, 16, groups=16), *classifier(16))
 
 
+def separable(kernel: int = 3, dilation: int = 1) -> nn.Sequential:
+    """As in DARTS' cells: no norm between a depthwise convolution and the one of 1 x 1."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(16, 16, kernel, padding=padding, dilation=dilation, groups=16, bias=False),
+        nn.Conv2d(16, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+    )
+
+
+class Attending(nn.Module):
+    """Attention over pixels, as DeepNets-1M has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48, bias=False)
+        self.out = nn.Linear(16, 16)
+        self.norm2 = nn.LayerNorm(16)
+        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(tokens)).unflatten(2, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        tokens = tokens + self.out(attended)
+        tokens = tokens + self.fc2(nn.functional.gelu(self.fc1(self.norm2(tokens))))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def cells() -> nn.Module:
+    return nn.Sequential(block(3, 16), separable(), separable(5, 2), Attending(), *classifier(16))
+
+
+def without_batch_norm() -> nn.Module:
+    return nn.Sequential(block(3, 16, norm=False), Attending(), *classifier(16))
+
+
 def pixelwise() -> nn.Module:
     return nn.Sequential(block(3, 16), nn.Conv2d(16, 10, 1))
 
@@ -127,6 +166,30 @@ def test_networks_of_plain_convolutions_get_the_predicted_scales_and_keep_their_
     for row in planned.rows:
         expected = before[row.name] if row.node == "bn" else whole.get_parameter(row.name)
         assert torch.equal(model.get_parameter(row.name), expected), row.name
+
+
+def test_networks_of_darts_cells_get_the_predicted_scales_and_layer_norms(ghn: GHN) -> None:
+    model, whole = built(cells), predict(built(cells), ghn, scale="predicted")
+    planned = plan(model, ghn)
+    kept = {row.name for row in planned.rows if row.action == "kept"}
+    assert kept == {f"{norm}.{name}" for norm in ("0.1", "1.3", "2.3") for name in ("weight", "bias")}
+    planned.apply()
+    for name, value in model.named_parameters():
+        assert name in kept or torch.equal(value, whole.get_parameter(name)), name
+
+
+def test_statistics_behind_a_predicted_layer_norm_are_those_of_training(ghn: GHN) -> None:
+    model, x = (
+        predict(built(lambda: nn.Sequential(*built(cells)[:-3], separable(), *classifier(16))), ghn),
+        images(),
+    )
+    at_first = output(model, x)
+    assert 0.5 < at_first / output(calibrate_batchnorm(model, [x]), x) < 2
+
+
+def test_attention_without_batch_norms_keeps_its_own_scale(ghn: GHN) -> None:
+    assert with_predicted_scale(built(cells), ghn)
+    assert with_predicted_scale(built(without_batch_norm), ghn) == set()
 
 
 @pytest.mark.parametrize("build", [deep_without_norm, wide_without_norm, depthwise, pixelwise, signals])

@@ -35,7 +35,7 @@ from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.entry import spare, to_write
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -66,6 +66,7 @@ def with_own_scales(
     entries: Sequence[Entry],
     options: Options,
     strange: Mapping[str | None, str],
+    norms: Collection[str] = NORM_TYPES,
 ) -> list[Entry]:
     """The same entries; kept are norm layers, what is strange, and values that are all one number.
 
@@ -79,20 +80,21 @@ def with_own_scales(
         entries: From `select`.
         options: The caller's choices.
         strange: What else is kept, by `Entry.key`, with the reason.
+        norms: Types of the norm layers that are kept.
     """
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
     initial = _initial_scales(network, predicted, options.seed)
     reasons = {
-        source: _NORM if entry.node in NORM_TYPES else strange[entry.key]
+        source: _NORM if entry.node in norms else strange[entry.key]
         for source, entry in predicted.items()
-        if entry.node in NORM_TYPES or entry.key in strange
+        if entry.node in norms or entry.key in strange
         if source not in initial or initial[source] is not None
     }
     read = {source: _own_values(e) for source, e in predicted.items() if source not in reasons | initial}
     constants = dict(zip(read, constants_of(list(read.values())), strict=True))
     constants |= {source: scale.constant for source, scale in initial.items() if scale is not None}
     for source, constant in constants.items():
-        if constant is not None:
+        if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
             reasons.setdefault(source, f"all its values are {constant:g} (scale='own')")
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:

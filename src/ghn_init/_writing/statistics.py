@@ -327,8 +327,7 @@ def _through(
     if node.type in ("max_pool", "avg_pool") and not x.colours:
         return _pooled(x, math.prod((node.shape or ())[2:]), largest=node.type == "max_pool")
     if node.type == "ln":
-        values = None if x.values is None else torch.nn.functional.layer_norm(x.values, x.values.shape[1:])
-        return _Signal(1.0, values, x.channels)
+        return _layer_normalised(node, x, weights)
     return x
 
 
@@ -497,6 +496,20 @@ def _added(inputs: Sequence[_Signal]) -> _Signal:
     if len(values) < len(inputs) or len({value.shape for value in values}) > 1:
         values = [x.sampled(channels) for x in inputs]
     return _Signal(values=torch.stack(values).sum(0), channels=channels)
+
+
+def _layer_normalised(node: Node, x: _Signal, weights: Mapping[str | None, Entry]) -> _Signal:
+    """What a layer norm gives, with its weight and bias where they are predicted."""
+    values = None if x.values is None else torch.nn.functional.layer_norm(x.values, x.values.shape[1:])
+    gain = weights.get(node.param)
+    if gain is None or gain.tile is None:
+        return _Signal(1.0, values, x.channels)
+    shift, channels = weights.get(f"{(node.param or '').removesuffix('weight')}bias"), gain.numel
+    signal = _Signal(1.0, values, x.channels or channels)
+    scaled = signal.sampled(channels) * _repeated(gain.tile.values.to("cpu", torch.float32), channels)
+    if shift is not None and shift.tile is not None:
+        scaled += _repeated(shift.tile.values.to("cpu", torch.float32), channels)
+    return _Signal(values=scaled, channels=channels)
 
 
 def _joined(inputs: Sequence[_Signal]) -> _Signal:

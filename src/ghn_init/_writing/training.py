@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._network.scale import rounded
 from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.scale import at_own_scale, with_own_scales
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ghn_init._graph.graph import Graph
+    from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
     from ghn_init._writing.options import Options
 
 _PLAIN: Final = frozenset(
     {"input", "conv", "bias", "bn", "sum", "concat", "max_pool", "avg_pool", "glob_avg"}
 )
-"""Types of node of the networks whose scales are predicted. Depthwise convolutions, gates and attention are
-in DeepNets-1M, too, but at their predicted scale MobileNet-V3 and transformers train worse."""
+"""Types of node of plain networks."""
+
+_CELLS: Final = _PLAIN | {"sep_conv", "dil_conv", "cse", "msa", "ln", "pos_enc"}
+"""Types of node of the networks whose scales are predicted, if they are used as DeepNets-1M does."""
 
 _PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
 """Types of node behind which a batch norm still normalises what a weight gives."""
@@ -48,6 +50,7 @@ _FEW_COPIES: Final = 4
 
 _BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
+_BEHIND_ATTENTION: Final = "it reads an attention (scale='auto')"
 _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
 _GATE: Final = "it is a gate (scale='auto')"
 _ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
@@ -67,8 +70,11 @@ def worth_predicting(
         entries: From `select`.
         options: The caller's choices.
     """
-    strange = {} if options.scale == "own" else _strange(graph)
-    return with_own_scales(network, graph, entries, options, strange)
+    if options.scale == "own":
+        return with_own_scales(network, graph, entries, options, {})
+    known = _is_known(graph, entries)
+    norms = {"bn"} if known else NORM_TYPES  # layer norms say how much a block of attention adds
+    return with_own_scales(network, graph, entries, options, _strange(graph, known=known), norms)
 
 
 def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
@@ -136,24 +142,89 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
         graph: The network's graph.
         entries: With what is predicted.
     """
-    plain = all(node.type in _PLAIN and not node.transposed for node in graph.nodes)
-    if not plain or not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
-        return False
-    ends = {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}
-    if not any(entry.tile is not None and entry.key in ends for entry in entries):
-        return False
-    normalised = _normalised(graph)
-    bare = {
+    bare = _bare(graph)
+    copies = max((_copies(entry) for entry in entries if entry.key in bare), default=1.0)
+    return _is_known(graph, entries) and copies <= _MOST_COPIES
+
+
+def _is_known(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """The same before anything is predicted: whatever does not depend on how often predictions repeat."""
+    ends = _ends(graph)
+    classifies = any(entry.decision.predict and entry.key in ends for entry in entries)
+    return classifies and _is_made_of_cells(graph) and len(_bare(graph)) <= _MOST_BARE
+
+
+def _ends(graph: Graph) -> set[str | None]:
+    """The parameters of the classifiers."""
+    return {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}
+
+
+def _bare(graph: Graph) -> set[str | None]:
+    """Weights of convolutions and linear layers whose scale nothing takes out of what they give.
+
+    That is neither a batch norm, if need be behind a second convolution, nor a gate or a block of attention.
+    """
+    normalised, gates, attending = _normalised(graph), _gates(graph), _attending(graph)
+    followers, ends = _followers(graph), _ends(graph)
+    return {
         node.param
         for index, node in enumerate(graph.nodes)
-        if node.type == "conv" and not normalised[index] and node.param not in ends
+        if node.type == "conv" and node.param not in ends
+        if not (normalised[index] or gates[index] or attending[index])
+        if not followers[index]
+        or not all(normalised[after] and graph.nodes[after].type == "conv" for after in followers[index])
     }
-    copies = max((_copies(entry) for entry in entries if entry.key in bare), default=1.0)
-    return len(bare) <= _MOST_BARE and copies <= _MOST_COPIES
 
 
-def _strange(graph: Graph) -> Mapping[str | None, str]:
-    """Layers that are left alone, weight and bias, by parameter with the reason."""
+def _is_made_of_cells(graph: Graph) -> bool:
+    """Whether the network is of the kind that a GHN has learned from, a classifier made as DeepNets-1M's are.
+
+    Those have depthwise convolutions, gates and attention, too, but only as DARTS' cells do: a depthwise
+    convolution goes straight into one of 1 x 1, where MobileNets have a norm between them, and attention
+    is a block with layer norms amid convolutions with batch norms.
+    """
+    kinds = {node.type for node in graph.nodes}
+    if not kinds <= _CELLS or any(node.transposed for node in graph.nodes):
+        return False
+    if not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
+        return False
+    if kinds & {"msa", "ln"} and not {"msa", "ln", "bn"} <= kinds:
+        return False
+    followers = _followers(graph)
+    return all(
+        _is_depthwise(node) and all(_is_pointwise(graph.nodes[target]) for target in followers[index])
+        for index, node in enumerate(graph.nodes)
+        if node.type in ("sep_conv", "dil_conv")
+    )
+
+
+def _is_depthwise(node: Node) -> bool:
+    return node.shape is not None and node.shape[1] == 1
+
+
+def _is_pointwise(node: Node) -> bool:
+    return node.type == "conv" and node.shape is not None and math.prod(node.shape[2:]) == 1
+
+
+def _attending(graph: Graph) -> list[bool]:
+    """For every node whether it is part of a block of attention.
+
+    That is behind a layer norm or an `msa`, up to the sum with what the block reads.
+    """
+    found: list[bool] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        inside = node.type in ("ln", "msa") or any(found[source] for source in sources)
+        found.append(inside and node.type != "sum")
+    return found
+
+
+def _strange(graph: Graph, *, known: bool) -> Mapping[str | None, str]:
+    """Layers that are left alone, weight and bias, by parameter with the reason.
+
+    Args:
+        graph: The network's graph.
+        known: See `_is_known`; then only gates are, and what is behind a skip connection to a decoder.
+    """
     normalised, behind, gates = _normalised(graph), _behind_skips(graph), _gates(graph)
     one_pixel, ends = _of_one_pixel(graph), {weight for weight, _ in graph.heads}
     layer_norms = any(node.type == "ln" for node in graph.nodes)
@@ -165,15 +236,18 @@ def _strange(graph: Graph) -> Mapping[str | None, str]:
                 found[node.param] = found[layer]
         if node.type not in WEIGHT_TYPES or node.param is None:
             continue
-        if any(graph.nodes[source].type == "ln" for source in graph.predecessors[index]):
+        reads = {graph.nodes[source].type for source in graph.predecessors[index]}
+        if not known and "ln" in reads:
             found[node.param] = _BEHIND_LAYER_NORM
-        elif layer_norms and 0 in graph.predecessors[index]:
+        elif not known and "msa" in reads:
+            found[node.param] = _BEHIND_ATTENTION
+        elif not known and layer_norms and 0 in graph.predecessors[index]:
             found[node.param] = _BEFORE_LAYER_NORMS
         elif behind[index]:
             found[node.param] = _BEHIND_SKIP
         elif gates[index]:
             found[node.param] = _GATE
-        elif one_pixel[index] and index not in ends:
+        elif not known and one_pixel[index] and index not in ends:
             found[node.param] = _ONE_PIXEL
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[node.param] = _BARE_TRANSPOSED
