@@ -2,8 +2,8 @@
 
 `scale.py` takes the directions alone, at the layers' own scale, which is the least harm to networks of
 every kind. A GHN also knows the scales of what it has learned from, and there they are worth as much again:
-in the networks of plain convolutions, batch norms, poolings and a classifier of DeepNets-1M. In layers that
-it has not learned from the directions are noise that repeats, and worse than the independent values of an
+in image classifiers of plain convolutions, batch norms and poolings, and of DARTS' cells, as in DeepNets-1M.
+In layers that it has not learned from the directions are noise that repeats, and worse than the independent values of an
 initialisation. The graph tells the one and the other; docs/familiarity.md has the measurements.
 """
 
@@ -134,7 +134,7 @@ def _made_smaller(entry: Entry, factor: float) -> Entry:
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
 
-    Those are image classifiers of plain convolutions, with batch norm or shallow, whose classifier is
+    Those are image classifiers made as DeepNets-1M's, with batch norm or shallow, whose classifier is
     predicted too. One that is kept, because the GHN knows none of its width say, is for another task. Then
     other features have to be learned, and the large predicted weights before batch norms turn slowly.
 
