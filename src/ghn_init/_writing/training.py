@@ -3,8 +3,8 @@
 `scale.py` takes the directions alone, at the layers' own scale, which is the least harm to networks of
 every kind. A GHN also knows the scales of what it has learned from, and there they are worth as much again:
 in image classifiers of plain convolutions, batch norms and poolings, and of DARTS' cells, as in DeepNets-1M.
-In layers that it has not learned from the directions are noise that repeats, and worse than the independent values of an
-initialisation. The graph tells the one and the other; docs/familiarity.md has the measurements.
+In layers that it has not learned from the directions are noise that repeats, and worse than the independent
+values of an initialisation. The graph tells the one and the other; docs/familiarity.md has the measurements.
 """
 
 from __future__ import annotations
