@@ -179,12 +179,18 @@ def test_networks_of_darts_cells_get_the_predicted_scales_and_layer_norms(ghn: G
 
 
 def test_statistics_behind_a_predicted_layer_norm_are_those_of_training(ghn: GHN) -> None:
-    model, x = (
-        predict(built(lambda: nn.Sequential(*built(cells)[:-3], separable(), *classifier(16))), ghn),
-        images(),
-    )
+    model, x = nn.Sequential(*list(built(cells))[:-3], separable(), *classifier(16)), images()
+    predict(model, ghn)
     at_first = output(model, x)
     assert 0.5 < at_first / output(calibrate_batchnorm(model, [x]), x) < 2
+
+
+def test_layer_norms_of_networks_at_their_own_scale_stay_as_they_were(ghn: GHN) -> None:
+    wide = [nn.Conv2d(16, 600, 1), nn.ReLU(), nn.Conv2d(600, 600, 1), nn.ReLU()]
+    copies = nn.Sequential(*list(built(cells))[:-3], *wide, *classifier(600))
+    assert with_predicted_scale(copies, ghn) == set()
+    for planned in (plan(copies, ghn), plan(built(cells), ghn, diversify="orthogonal")):
+        assert {row.action for row in planned.rows if row.node == "ln"} == {"kept"}
 
 
 def test_attention_without_batch_norms_keeps_its_own_scale(ghn: GHN) -> None:

@@ -20,7 +20,7 @@ from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, load
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork import decoder
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch
-from ghn_init._hypernetwork.decoder import _PlacesLinear
+from ghn_init._hypernetwork.decoder import _PartLinear, _places_linear
 from ghn_init._hypernetwork.gates import without_gate_poolings
 from ghn_init._hypernetwork.transformer import Transformer
 from ghn_init.cli import app
@@ -236,11 +236,11 @@ def test_kernels_are_the_middle_of_what_is_decoded(size: int, places: list[int])
 
 
 def test_places_of_several_kernels_have_the_gradients_that_autograd_gives() -> None:
-    weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 5, 2), (3, 5, 5)))
+    weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 5, 3, 2), (5, 5, 3)))
     inputs = [torch.randn(n, 2, requires_grad=True) for n in (4, 1)]
     spans = [(slice(1, 4), slice(0, 5)), (slice(2, 3), slice(2, 4))]
-    found = _PlacesLinear.apply(weight, bias, spans, *inputs)
-    whole = [torch.einsum("nd,chwd->nhwc", x, weight) + bias.permute(1, 2, 0) for x in inputs]
+    found = _PartLinear.apply(_places_linear, weight, bias, spans, *inputs)
+    whole = [torch.einsum("nd,hwcd->nhwc", x, weight) + bias for x in inputs]
     wanted = [x[:, rows, columns] for x, (rows, columns) in zip(whole, spans, strict=True)]
     torch.testing.assert_close(found, tuple(wanted))
     weights = [torch.randn_like(x) for x in wanted]

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _PART: Final = 1 << 24
 """Bytes of a weight that may be copied, and, without gradients, of values that are made at once."""
 
+_Part = tuple[slice, slice]
+"""Of a layer's outputs, along the first two of their dimensions."""
+
 _WEIGHT, _CLASS_WEIGHT, _NORM, _BIAS, _CLASS_BIAS = range(len(KINDS))
 
 
@@ -70,7 +73,7 @@ class ConvDecoder(nn.Module):
     ) -> Iterator[tuple[Tensor, list[ParamGroup]]]:
         """The last layer, differentiably: hidden features (n, h, w, 8d) to (n, h, w, o, i), all at once."""
         corners = [self._corner(block[0].key) for block in blocks]
-        decoded = _CornerLinear.apply(*self._last(), corners, *hidden)
+        decoded = _PartLinear.apply(_corner_linear, *self._last(), corners, *hidden)
         return zip(decoded, blocks, strict=True)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     def _in_parts(
@@ -80,7 +83,7 @@ class ConvDecoder(nn.Module):
         weight, bias = self._last()
         for x, block in zip(hidden, blocks, strict=True):
             corner = self._corner(block[0].key)
-            size = math.prod(corner) * math.prod(x.shape[1:3]) * x.element_size()
+            size = math.prod(part.stop for part in corner) * math.prod(x.shape[1:3]) * x.element_size()
             parts = _parts(block, max(1, _PART // size))
             for rows, part in zip(split_rows(x, parts), parts, strict=True):
                 yield _corner_linear(rows, weight, bias, corner), part
@@ -95,12 +98,14 @@ class ConvDecoder(nn.Module):
         layer, conv = cast("nn.Linear", self.fc[0]), cast("nn.Conv2d", self.conv[0])
         side = self.max_shape[3]
         channels = layer.weight.shape[0] // side**2
-        weight, bias = layer.weight.view(channels, side, side, -1), layer.bias.view(channels, side, side)
-        spans = [(self._span(height), self._span(width)) for height, width in kernels]
+        # Rows of the layer are (4d, K, K); channels go last.
+        weight = layer.weight.view(channels, side, side, -1).permute(1, 2, 0, 3)
+        bias = layer.bias.view(channels, side, side).permute(1, 2, 0)
+        parts = [(self._span(height), self._span(width)) for height, width in kernels]
         if torch.is_grad_enabled():
-            every = _PlacesLinear.apply(weight, bias, spans, *inputs)
+            every = _PartLinear.apply(_places_linear, weight, bias, parts, *inputs)
         else:
-            every = (_places_linear(x, weight, bias, span) for x, span in zip(inputs, spans, strict=True))
+            every = (_places_linear(x, weight, bias, part) for x, part in zip(inputs, parts, strict=True))
         for places in every:
             hidden = F.linear(F.relu(places).view(-1, channels), conv.weight.flatten(1), conv.bias)
             yield F.relu(hidden).view(*places.shape[:3], -1)
@@ -117,44 +122,51 @@ class ConvDecoder(nn.Module):
         conv = cast("nn.Conv2d", self.class_layer_predictor[1])
         return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + _bias(conv)[:classes, None]
 
-    def _corner(self, key: ParamKey) -> tuple[int, ...]:
+    def _corner(self, key: ParamKey) -> _Part:
         """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
-        return (self.max_shape[0], key.block[1]) if key.kind == _CLASS_WEIGHT else key.block
+        outputs, inputs = key.block
+        return slice(self.max_shape[0] if key.kind == _CLASS_WEIGHT else outputs), slice(inputs)
 
 
-class _PlacesLinear(torch.autograd.Function):
-    """A linear layer with outputs (C, K, K), of which each input gets a part of the kernel, channels last.
+class _PartLinear(torch.autograd.Function):
+    """A linear layer with outputs of several dimensions, of which each input gets a part of its own.
 
-    In one function for the reason that `_CornerLinear` gives.
+    In one function, so that the gradients of all parts add up in place in one tensor: autograd would
+    make a weight of zeros around each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, spans: Sequence[tuple[slice, slice]], *inputs: Tensor
+        ctx: Any,
+        linear: Callable[[Tensor, Tensor, Tensor, _Part], Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        parts: Sequence[_Part],
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Weight (C, K, K, d), bias (C, K, K), inputs (n, d) to outputs (n, h, w, C)."""
-        ctx.spans = spans
+        """Weight (*outputs, e), bias (*outputs), inputs (..., e) to (..., *part), by `linear`."""
+        ctx.parts = parts
         ctx.save_for_backward(weight, *inputs)
-        return tuple(_places_linear(x, weight, bias, span) for x, span in zip(inputs, spans, strict=True))
+        return tuple(linear(x, weight, bias, part) for x, part in zip(inputs, parts, strict=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:3])
+        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:-1])
         dinputs = []
-        for x, (rows, columns), grad in zip(inputs, ctx.spans, grads, strict=True):
-            part, outputs = weight[:, rows, columns].permute(1, 2, 0, 3), grad.reshape(len(x), -1)
-            dinputs.append(outputs @ part.flatten(0, 2))
-            dweight[:, rows, columns] += (outputs.T @ x).view(part.shape).permute(2, 0, 1, 3)
-            dbias[:, rows, columns] += outputs.sum(0).view(part.shape[:3]).permute(2, 0, 1)
-        return dweight, dbias, None, *dinputs
+        for x, part, grad in zip(inputs, ctx.parts, grads, strict=True):
+            used = weight[part]
+            rows, outputs = x.flatten(0, -2), grad.reshape(-1, used.shape[:-1].numel())
+            dinputs.append((outputs @ used.flatten(0, -2)).view_as(x))
+            dweight[part] += (outputs.T @ rows).view(used.shape)
+            dbias[part] += outputs.sum(0).view(used.shape[:-1])
+        return None, dweight, dbias, None, *dinputs
 
 
-def _places_linear(x: Tensor, weight: Tensor, bias: Tensor, span: tuple[slice, slice]) -> Tensor:
-    """Inputs (n, d) to the outputs (n, h, w, C) of a part of the kernel of weight (C, K, K, d)."""
-    rows, columns = span
-    weight, bias = weight[:, rows, columns].permute(1, 2, 0, 3), bias[:, rows, columns].permute(1, 2, 0)
+def _places_linear(x: Tensor, weight: Tensor, bias: Tensor, part: _Part) -> Tensor:
+    """Inputs (n, d) to the outputs (n, h, w, C) at some places of the kernel of weight (K, K, C, d)."""
+    weight, bias = weight[part], bias[part]
     if weight.numel() * weight.element_size() <= _PART:
         return F.linear(x, weight.flatten(0, 2), bias.flatten()).view(len(x), *bias.shape)
     every = itertools.product(*map(range, bias.shape[:2]))  # place by place, which copies nothing
@@ -162,41 +174,9 @@ def _places_linear(x: Tensor, weight: Tensor, bias: Tensor, span: tuple[slice, s
     return torch.stack(places, 1).view(len(x), *bias.shape)
 
 
-class _CornerLinear(torch.autograd.Function):
-    """A linear layer with outputs (O, I), of which each input gets its own corner (o, i).
-
-    In one function, so that the gradients of all corners add up in place in one tensor: autograd would
-    make a weight of zeros around each.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, corners: Sequence[tuple[int, int]], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Weight (O, I, e), bias (O, I), inputs (..., e) to outputs (..., o, i)."""
-        ctx.corners = corners
-        ctx.save_for_backward(weight, *inputs)
-        return tuple(
-            _corner_linear(x, weight, bias, corner) for x, corner in zip(inputs, corners, strict=True)
-        )
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
-        dinputs = []
-        for x, (o, i), grad in zip(inputs, ctx.corners, grads, strict=True):
-            rows, outputs = x.flatten(0, -2), grad.reshape(-1, o * i)
-            dinputs.append((outputs @ weight[:o, :i].flatten(0, 1)).view_as(x))
-            dweight[:o, :i] += (outputs.T @ rows).view(o, i, -1)
-            dbias[:o, :i] += outputs.sum(0).view(o, i)
-        return dweight, dbias, None, *dinputs
-
-
-def _corner_linear(x: Tensor, weight: Tensor, bias: Tensor, corner: tuple[int, ...]) -> Tensor:
+def _corner_linear(x: Tensor, weight: Tensor, bias: Tensor, corner: _Part) -> Tensor:
     """Inputs (..., e) to the corner (..., o, i) of the outputs of a layer with weight (O, I, e)."""
-    o, i = corner
+    o, i = (part.stop for part in corner)
     large = o * i * weight.shape[2] * weight.element_size() > _PART
     if not large or (i == weight.shape[1] and x.numel() == x.shape[-1]):
         return F.linear(x, weight[:o, :i].flatten(0, 1), bias[:o, :i].flatten()).unflatten(-1, (o, i))

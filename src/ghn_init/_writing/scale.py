@@ -51,7 +51,7 @@ tiled weight consists of."""
 COHERENT: Final = 0.9
 """Ratio of spectral norms at equal root mean square, below which the prediction is the more coherent one."""
 
-_NORM: Final = "norm layer (scale='own')"
+NORM: Final = "norm layer (scale='own')"
 
 _SQUARINGS: Final = 7
 """Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
@@ -85,7 +85,7 @@ def with_own_scales(
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
     initial = _initial_scales(network, predicted, options.seed)
     reasons = {
-        source: _NORM if entry.node in norms else strange[entry.key]
+        source: NORM if entry.node in norms else strange[entry.key]
         for source, entry in predicted.items()
         if entry.node in norms or entry.key in strange
         if source not in initial or initial[source] is not None

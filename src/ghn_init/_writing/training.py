@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._network.scale import rounded
+from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
-from ghn_init._writing.scale import at_own_scale, with_own_scales
+from ghn_init._writing.scale import NORM, at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def worth_predicting(
     """
     if options.scale == "own":
         return with_own_scales(network, graph, entries, options, {})
-    known = _is_known(graph, entries)
+    known = options.diversify != "orthogonal" and _is_known(graph, entries)
     norms = {"bn"} if known else NORM_TYPES  # layer norms say how much a block of attention adds
     return with_own_scales(network, graph, entries, options, _strange(graph, known=known), norms)
 
@@ -87,9 +88,19 @@ def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> 
         entries: From `with_predictions`, of what `worth_predicting` gave.
         options: The caller's choices.
     """
-    if options.scale == "own" or options.diversify == "orthogonal" or not scales_are_known(graph, entries):
+    if options.scale == "own" or options.diversify == "orthogonal":
         return at_own_scale(entries, options)
+    if not scales_are_known(graph, entries):
+        return at_own_scale([_with_own_layer_norm(entry) for entry in entries], options)
     return _with_own_classifiers(graph, entries, options)
+
+
+def _with_own_layer_norm(entry: Entry) -> Entry:
+    """The same, kept if it is a layer norm's and there are values to keep: it is not of a known network."""
+    lost = entry.own is None and entry.param.is_meta
+    if entry.node != "ln" or entry.tile is None or lost:
+        return entry
+    return replace(entry, decision=spare(NORM), tile=None)
 
 
 def _with_own_classifiers(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
@@ -142,9 +153,10 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
         graph: The network's graph.
         entries: With what is predicted.
     """
+    if not _is_known(graph, entries):
+        return False
     bare = _bare(graph)
-    copies = max((_copies(entry) for entry in entries if entry.key in bare), default=1.0)
-    return _is_known(graph, entries) and copies <= _MOST_COPIES
+    return all(_copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
 
 
 def _is_known(graph: Graph, entries: Sequence[Entry]) -> bool:

@@ -117,17 +117,21 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     square = matrix.square().sum().clamp(min=1e-24)  # of its Frobenius norm, by which it is divided
     gram = (_symmetric(matrix.mT, matrix) if tall else _symmetric(matrix, matrix.mT)) / square
-    a, b, c = _QUINTIC
-    factor = torch.add(b * gram, _symmetric(gram, gram), alpha=c)
-    factor.diagonal().add_(a)
-    together = factor
+    factor = together = _factor(gram)
     for _ in range(_ITERATIONS - 1):
         gram = _symmetric(factor, _symmetric(factor, gram))
-        factor = torch.add(b * gram, _symmetric(gram, gram), alpha=c)
-        factor.diagonal().add_(a)
+        factor = _factor(gram)
         together = _symmetric(factor, together)
     together = together / square.sqrt()
     return matrix @ together if tall else together @ matrix
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """`a + b (XX^T) + c (XX^T)^2`, of X X^T."""
+    a, b, c = _QUINTIC
+    factor = torch.add(b * gram, _symmetric(gram, gram), alpha=c)
+    factor.diagonal().add_(a)
+    return factor
 
 
 def _symmetric(left: Tensor, right: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ class Trainer:
             figures: Averaged in place.
         """
         pairs = [
-            (params[name], self._share(params[name], grad, networks))
+            (params[name], self._contribution(params[name], grad, networks))
             for params, grads in kept
             for name, grad in grads.items()
         ]
@@ -319,7 +319,7 @@ class Trainer:
         self._average()
         return norm.item()
 
-    def _share(self, tensor: Tensor, grad: Tensor, networks: int) -> Tensor:
+    def _contribution(self, tensor: Tensor, grad: Tensor, networks: int) -> Tensor:
         """What a predicted parameter contributes to the gradient of a mean over networks, decay included."""
         grad = grad.to(tensor.dtype)
         if decay := 2 * self.config.param_decay:
