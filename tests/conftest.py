@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 # depend on the number of threads, so fixtures of any scope need the same one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+torch.manual_seed(0)  # modules that are built while the tests are collected have the same weights each time
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
