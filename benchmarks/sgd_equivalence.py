@@ -6,7 +6,8 @@ For 20 test networks of DeepNets-1M and ResNet-50 (arXiv 2110.13100, section 5.2
 CIFAR-10): the accuracy of the whole prediction, never trained; then training from the network's own
 initialisation and from predicted weights (as `predict` writes them by default) over 3 epochs, with
 SGD (momentum 0.9) and Adam at a constant rate, which is chosen on the first network by the training loss of
-its first steps from its own initialisation. Accuracy is that on test images after every few steps, batch norm
+its first steps from its own initialisation. With `--until-equal` there is only the training from its own
+initialisation, which ends where it has the accuracy of the prediction. Accuracy is that on test images after every few steps, batch norm
 on the statistics of batches of 64, as `ghn-init evaluate` measures it. Both starts of a seed see the same
 batches, cropped and mirrored at random.
 
@@ -21,7 +22,7 @@ import math
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -68,6 +69,7 @@ class Setting:
         every: Steps between two measurements of the accuracy.
         images: Test images that it is measured on.
         weights: Name and digest of the GHN; "" for the default start.
+        until: Accuracy in percent at which the training ends early; None if it goes on.
     """
 
     network: str
@@ -81,6 +83,7 @@ class Setting:
     every: int
     images: int
     weights: str
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Bench:
         names = [field.name for field in fields(Setting)]
         self.done: dict[Setting, Training] = {}
         for record in read_records(options.file):
-            setting = Setting(**{name: record["setting"][name] for name in names})
+            setting = Setting(**{name: value for name, value in record["setting"].items() if name in names})
             self.done[setting] = Training(setting, tuple(record["losses"]), tuple(record["accuracies"]))
         self.ghn = ghn_init.load(options.weights).requires_grad_(False)
         self.weights = f"{options.weights} {digest(self.ghn)}"
@@ -181,11 +184,23 @@ class Bench:
     def compared(self, rates: dict[str, float]) -> Iterator[Setting]:
         """The settings of the comparison, network by network."""
         for network in self.names:
-            yield self.setting(network, "untrained", "", 0.0)
+            yield (untrained := self.setting(network, "untrained", "", 0.0))
+            if self.options.until_equal:
+                yield from self.until(untrained, rates)
+                continue
             for seed in range(self.options.seeds):
                 for optimizer, rate in rates.items():
                     for start in ("default", "predicted"):
                         yield self.setting(network, start, optimizer, rate, seed)
+
+    def until(self, untrained: Setting, rates: dict[str, float]) -> Iterator[Setting]:
+        """Trainings from the own initialisation up to the accuracy of the prediction, once that is known."""
+        if untrained in self.done:
+            accuracy = self.done[untrained].accuracies[0]
+            for seed in range(self.options.seeds):
+                for optimizer, rate in rates.items():
+                    whole = self.setting(untrained.network, "default", optimizer, rate, seed)
+                    yield replace(whole, until=accuracy)
 
     def tuning(self, optimizer: str) -> list[Setting]:
         """The trainings of the first network, from its own initialisation, that choose the rate."""
@@ -228,6 +243,8 @@ class Bench:
                 break
             if len(losses) % setting.every == 0:
                 accuracies.append(self._accuracy(network))
+                if setting.until is not None and accuracies[-1] >= setting.until:
+                    break
         return Training(setting, tuple(losses), tuple(accuracies))
 
     def _network(self, name: str) -> nn.Module:
@@ -269,6 +286,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--also", nargs="*", default=["resnet50"], metavar="NAME",
         help="resnet50 of DeepNets-1M, small-resnet, or classifiers of torchvision's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--until-equal", action="store_true",
+        help="train from the own initialisation alone, up to the accuracy of the prediction",
     )  # fmt: skip
     parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")

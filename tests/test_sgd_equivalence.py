@@ -74,6 +74,23 @@ def test_predictions_are_compared_with_training_and_the_comparison_goes_on(tmp_p
     assert file.read_text().count("\n") == len(again)
 
 
+def test_trainings_end_where_they_are_as_good_as_the_prediction(tmp_path: Path) -> None:
+    data, file = labelled_images(tmp_path / "data.npz"), tmp_path / "runs.jsonl"
+    settings = (str(data), str(file), *TINY, "test 4", "--every", "1", "--steps", "60", "--until-equal")
+    done = run(*settings)
+    assert done.returncode == 0, done.stderr
+    untrained, trained = [json.loads(line) for line in file.read_text().splitlines()][4:]
+    assert (untrained["setting"]["start"], trained["setting"]["start"]) == ("untrained", "default")
+    wanted, found = untrained["accuracies"][0], trained["accuracies"]
+    assert trained["setting"]["until"] == wanted
+    assert all(accuracy < wanted for accuracy in found[1:-1])
+    assert found[-1] >= wanted
+    assert len(trained["losses"]) == len(found) - 1 < 60
+    assert f"| test 4 | {wanted:.1f} | {0 if found[0] >= wanted else len(found) - 1} |" in done.stdout
+    assert run(*settings).stdout == done.stdout
+    assert len(file.read_text().splitlines()) == 6
+
+
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
