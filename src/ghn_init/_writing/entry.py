@@ -66,6 +66,7 @@ class Entry:
         computed: The weight that is computed from it, which is what is predicted; or None.
         decision: What is to be done with it.
         rms: The root mean square that its values have and keep; None where the prediction's own counts.
+        factor: What the prediction is multiplied by so that outputs are no larger than a network's own.
         own: The root mean square that its module would give it, if it is on the meta device.
         tile: What is predicted, once it is.
     """
@@ -77,6 +78,7 @@ class Entry:
     computed: Computed | None = field(default=None, compare=False, repr=False)
     decision: Decision = PREDICT
     rms: float | None = field(default=None, compare=False)
+    factor: float = field(default=1.0, compare=False)
     own: float | None = field(default=None, compare=False)
     tile: Tile | None = field(default=None, compare=False, repr=False)
 

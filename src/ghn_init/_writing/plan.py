@@ -19,6 +19,7 @@ from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import traced
+from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
@@ -28,7 +29,7 @@ from ghn_init._writing.select import check_model, forbid_kept, select
 from ghn_init._writing.statistics import followed
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
-from ghn_init._writing.training import ready_to_train, with_calm_classifiers, worth_predicting
+from ghn_init._writing.training import ready_to_train, worth_predicting
 from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Plan(Generic[ModelT]):
                 "also": list(row.also),
                 "through": row.through,
                 "rms": row.rms if row.action != "kept" else None,
+                "factor": row.factor if row.action != "kept" else None,
             }
             for row in self.rows
         ]
@@ -261,7 +263,7 @@ def _planned(
             told = followed(graph, entries)
             statistics = told.statistics
             if options.scale == "auto":
-                entries = with_calm_classifiers(entries, told.amplified)
+                entries = calmed(graph, entries, told)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._meta.scales import usual_scale
 from ghn_init._network.scale import ends_of, scales_of
 from ghn_init._network.sharded import is_sharded
@@ -67,10 +67,12 @@ class Followed:
             predicted weight.
         amplified: For every classifier at the layer's own scale how much larger its outputs are than those
             of independent weights of this scale would be, by `Entry.key`.
+        outputs: For every classifier of a network without norm layers the root mean square of what it gives.
     """
 
     statistics: Mapping[str, Tensor]
     amplified: Mapping[str, float]
+    outputs: Mapping[str, float]
 
 
 def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
@@ -84,10 +86,12 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     """
     weights: dict[str | None, Entry] = {entry.key: entry for entry in entries if entry.key is not None}
     heads = {graph.nodes[weight].param for weight, _ in graph.heads}
-    heads = {key for key in heads if key in weights and weights[key].rms is not None}
+    bare = not any(node.type in NORM_TYPES for node in graph.nodes)
+    heads = {key for key in heads if key in weights and (bare or weights[key].rms is not None)}
     norms = _norms(entries) if any(entry.tile is not None for entry in entries) else {}
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
+    outputs: dict[str, float] = {}
     fresh = {key for key, norm in norms.items() if norm.fresh}
     readers = _readers(graph, heads | fresh)
     signals: dict[int, _Signal] = {}
@@ -103,6 +107,8 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             signal = _through(node, inputs, weights, _taps(graph, index))
         if node.param in heads and node.param is not None:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
+            if bare:
+                outputs[node.param] = math.sqrt(_mean_square_of(signal))
         if signal.values is None:
             signal = replace(signal, seed=index)
         told = signal.told or any(x.told for x in inputs)
@@ -111,7 +117,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             readers[source] -= 1
             if not readers[source]:
                 del signals[source]
-    return Followed(statistics, amplified)
+    return Followed(statistics, amplified, outputs)
 
 
 def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:
@@ -337,9 +343,13 @@ def _convolved(node: Node, x: _Signal, entry: Entry | None, taps: Tensor | None)
         return x
     if entry is not None and entry.tile is not None:
         return _Signal(values=_product(entry.tile, x, taps), channels=node.shape[0], told=True)
-    square = x.square if x.values is None else float(x.values.square().mean())
+    square = _mean_square_of(x)
     read = math.prod(node.shape[1:]) * (1.0 if taps is None else float(taps.mean()))
     return _Signal(square * read * _mean_square(node.shape, entry), None, node.shape[0])
+
+
+def _mean_square_of(x: _Signal) -> float:
+    return x.square if x.values is None else float(x.values.square().mean())
 
 
 def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
-from ghn_init._network.scale import rounded
 from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.scale import NORM, at_own_scale, with_own_scales
@@ -104,7 +103,7 @@ def _with_own_layer_norm(entry: Entry) -> Entry:
 
 
 def _with_own_classifiers(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
-    """The same entries, classifiers of many copies at their own scale, for `with_calm_classifiers` to lessen.
+    """The same entries, classifiers of many copies at their own scale, for `calmed` to lessen.
 
     They read copies of the features, which agree, and so at predicted scale a ResNet-50 begins at a loss of
     4.1, sure of what it does not know. Untrained accuracy is no reason for that scale, since the largest
@@ -119,27 +118,6 @@ def _with_own_classifiers(graph: Graph, entries: Sequence[Entry], options: Optio
 def _copies(entry: Entry) -> float:
     """How often the prediction repeats in the parameter; 1 without one."""
     return 1.0 if entry.tile is None else math.prod(entry.tile.shape) / entry.tile.values.numel()
-
-
-def with_calm_classifiers(entries: Sequence[Entry], amplified: Mapping[str, float]) -> list[Entry]:
-    """The same entries, classifiers at own scale made smaller to give no larger outputs than their own would.
-
-    A spectral norm says what a weight does at most. Predicted features agree with the predicted classifier
-    that reads them, up to nine times more than independent ones would. So a network that the GHN does not
-    know would begin by being sure of what it does not know: a ShuffleNet at a loss of 3.0 instead of 2.5.
-
-    Args:
-        entries: From `ready_to_train`.
-        amplified: See `Followed`.
-    """
-    return [_made_smaller(entry, amplified.get(entry.key or "", 1.0)) for entry in entries]
-
-
-def _made_smaller(entry: Entry, factor: float) -> Entry:
-    if entry.tile is None or entry.rms is None or not 1 < factor < math.inf:
-        return entry
-    rms = rounded(entry.rms / factor)
-    return replace(entry, rms=rms, tile=entry.tile.scaled(rms / entry.rms))
 
 
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:

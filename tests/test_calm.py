@@ -1,0 +1,126 @@
+"""Outputs of networks without norm layers: small enough to begin training."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ghn_init import GHN, load, plan, predict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ghn_init import Plan
+
+
+@pytest.fixture(scope="module")
+def bundled() -> GHN:
+    """The bundled weights: with the priors' large whitening filters."""
+    return load("ghn2-cifar10").requires_grad_(False)
+
+
+def shallow() -> nn.Module:
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10))
+
+
+class SideBySide(nn.Module):
+    """Its second layer reads the image and what the first one made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(35, 32, 3, padding=1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.cat([x, self.first(x).relu()], 1)).relu()
+        return self.head(y.mean((2, 3)))
+
+
+class TwoStems(nn.Module):
+    """Two layers read the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(3, 32, 5, padding=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.left(x).relu() + self.right(x).relu()).mean((2, 3)))
+
+
+def images() -> Tensor:
+    coarse = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return 1.2 * nn.functional.interpolate(coarse, size=32, mode="bilinear")
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def factors(planned: Plan[nn.Module]) -> dict[str, float]:
+    return {row.name: row.factor for row in planned.rows}
+
+
+@pytest.mark.parametrize("build", [shallow, TwoStems])
+def test_outputs_without_norm_layers_become_a_fraction_of_the_whole_predictions(
+    build: Callable[[], nn.Module], bundled: GHN
+) -> None:
+    model = build().eval()
+    whole = copy.deepcopy(model)
+    planned = plan(model, bundled, example_input=(1, 3, 32, 32))
+    with torch.no_grad():
+        predict(whole, bundled, scale="predicted", example_input=(1, 3, 32, 32))
+        large = whole(images())
+        small = planned.apply()(images())
+    assert 0.02 < rms(small) < 0.15
+    assert rms(small) < 0.7 * rms(large)
+    # What each activation shares is one factor, so it is the same function but for that.
+    torch.testing.assert_close(small / rms(small), large / rms(large), rtol=1e-3, atol=1e-3)
+
+
+def test_first_layers_and_the_classifier_share_the_factor_and_biases_go_with_them(bundled: GHN) -> None:
+    planned = plan(shallow(), bundled, example_input=(1, 3, 32, 32))
+    found = factors(planned)
+    early = found["0.weight"]
+    assert 0 < early < 1
+    assert found == {
+        "0.weight": early, "0.bias": early, "2.weight": 1, "2.bias": early,
+        "6.weight": pytest.approx(early), "6.bias": pytest.approx(early**2),
+    }  # fmt: skip
+    assert f"{early:.2g} x predicted scale" in str(planned)
+    assert {row["name"]: row["factor"] for row in planned.to_dict()["rows"]} == found
+
+
+def test_layers_that_read_the_image_side_by_side_share_it(bundled: GHN) -> None:
+    found = factors(plan(TwoStems(), bundled, example_input=(1, 3, 32, 32)))
+    assert found["left.weight"] == found["right.weight"] < 1
+
+
+@pytest.mark.parametrize(("build", "exclude"), [(SideBySide, None), (TwoStems, "left.weight")])
+def test_the_classifier_alone_is_made_smaller_where_first_layers_cannot_be(
+    build: Callable[[], nn.Module], exclude: str | None, bundled: GHN
+) -> None:
+    found = factors(plan(build(), bundled, example_input=(1, 3, 32, 32), exclude=exclude))
+    smaller = {name for name, factor in found.items() if factor != 1}
+    assert smaller == {"head.weight", "head.bias"}
+
+
+def test_other_networks_and_scales_have_no_such_factor(bundled: GHN) -> None:
+    normed = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+    assert set(factors(plan(normed, bundled)).values()) == {1.0}
+    for scale in ("own", "predicted"):
+        assert set(factors(plan(shallow(), bundled, scale=scale)).values()) == {1.0}
+
+
+def test_one_layer_gets_the_whole_factor(bundled: GHN) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 10, 9), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = factors(plan(model, bundled, example_input=(1, 3, 32, 32)))
+    assert found["0.weight"] == found["0.bias"] <= 1
