@@ -14,14 +14,14 @@ from torch import nn
 
 from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
 from ghn_init._hypernetwork.tile import Tile
-from ghn_init._writing.statistics import (
+from ghn_init._writing.signals import (
     SAMPLES,
     SMOOTHNESS,
+    Signal,
     _convolution,
     _pooled,
     _product,
-    _repeated,
-    _Signal,
+    repeated,
 )
 
 if TYPE_CHECKING:
@@ -551,12 +551,12 @@ def test_depthwise_filters_that_repeat_as_their_inputs_do_are_followed_once(
     torch.manual_seed(0)
     shape = (20, 1, 3, 3)
     tile = Tile(torch.randn(rows, 1, 3, 3), shape, shape)
-    signal = _Signal(values=torch.randn(SAMPLES, period), channels=20)
-    unrolled = replace(signal, values=_repeated(torch.as_tensor(signal.values), 20))
+    signal = Signal(values=torch.randn(SAMPLES, period), channels=20)
+    unrolled = replace(signal, values=repeated(torch.as_tensor(signal.values), 20))
     taps = torch.rand(SAMPLES, 9).round() if seen else None
     found = _product(tile, signal, taps)
     assert found.shape == (SAMPLES, 8)
-    torch.testing.assert_close(_repeated(found, 20), _product(tile, unrolled, taps))
+    torch.testing.assert_close(repeated(found, 20), _product(tile, unrolled, taps))
 
 
 @pytest.mark.parametrize("positive", [False, True])
@@ -566,13 +566,13 @@ def test_pooling_makes_of_a_mean_square_what_it_makes_of_samples(positive: bool,
     values = torch.randn(SAMPLES, 5000)
     if positive:
         values = math.sqrt(2) * values.relu()
-    found = _pooled(_Signal(values=values), 9, largest=largest).values
+    found = _pooled(Signal(values=values), 9, largest=largest).values
     assert found is not None
-    expected = _pooled(_Signal(1.0, positive=positive), 9, largest=largest).square
+    expected = _pooled(Signal(1.0, positive=positive), 9, largest=largest).square
     if positive and not largest:
         expected += (1 - SMOOTHNESS) * (1 - 1 / 9) / math.pi  # their mean stays whole
     assert float(found.square().mean()) == pytest.approx(expected, rel=0.06)
-    alone = _pooled(_Signal(values=values), 1, largest=largest).values
+    alone = _pooled(Signal(values=values), 1, largest=largest).values
     assert alone is not None
     assert float(alone.square().mean()) == pytest.approx(1, rel=0.06)
 

@@ -5,13 +5,8 @@ normalises nothing, and what its weights do to the scale of activations goes on 
 filters, which are alike, up to 1e9 at the end of ResNet-50, the initialisation of depthwise convolutions down
 to 1e-10 in a MobileNet. So the statistics that belong to the weights are computed from the weights alone, by
 a mean-field argument (compare Poole et al. 2016, arXiv 1606.05340) with a sample in the place of a formula,
-because channels that are copies vary together: some dozens of vectors of activations, without the image's
-extent, go through the graph, and through the blocks of predicted weights as they are, before they are
-repeated. Of a filter that is wider than its image those places count that lie in it. Evaluation mode then
-gives what training mode gives, up to a factor that docs/familiarity.md has.
-
-Activation functions are ReLUs here (`Graph.rectified` tells where), weights that are kept independent
-values of their scale.
+because channels that are copies vary together (`signals.py`). Evaluation mode then gives what training mode
+gives, up to a factor that docs/familiarity.md has.
 """
 
 from __future__ import annotations
@@ -19,39 +14,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
-from ghn_init._meta.scales import usual_scale
-from ghn_init._network.scale import ends_of, scales_of
+from ghn_init._graph.graph import NORM_TYPES
+from ghn_init._network.scale import ends_of
 from ghn_init._network.sharded import is_sharded
+from ghn_init._writing.signals import SAMPLES, Signal, groups_of, rectified, repeated, taps_of, through
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
-    from ghn_init._graph.graph import Graph, Node
-    from ghn_init._hypernetwork.tile import Tile
+    from ghn_init._graph.graph import Graph
     from ghn_init._writing.entry import Entry
-
-SAMPLES: Final = 64
-"""Vectors of activations from which a variance is estimated: to a sixth, in one standard deviation."""
-
-SMOOTHNESS: Final = 0.7
-"""Correlation of activations at the places of the image that a filter sees. With 0.9, as in images, variances
-behind depthwise filters come out too small, because many of those are differences; with 0.5 too large."""
-
-COLOURS: Final = 0.7
-"""Correlation of the input's channels, as the colours of an image have."""
-
-_LARGEST, _LARGEST_POSITIVE = 1.47, 2.78
-"""What the largest of 3 x 3 values makes of their mean square: of normally distributed ones, and of their
-positive parts. (Those of a place share sqrt(SMOOTHNESS) of their deviation.)"""
 
 _LEAST: Final = 1e-3
 """Of a layer's mean variance: no channel's variance is taken to be less."""
@@ -94,7 +73,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     outputs: dict[str, float] = {}
     fresh = {key for key, norm in norms.items() if norm.fresh}
     readers = _readers(graph, heads | fresh)
-    signals: dict[int, _Signal] = {}
+    signals: dict[int, Signal] = {}
     for index in sorted(readers):
         node, sources = graph.nodes[index], graph.predecessors[index]
         inputs = [signals[source] for source in sources]
@@ -104,15 +83,15 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             if found is not None and norm is not None and norm.fresh:
                 statistics |= norm.buffers(found)
         else:
-            signal = _through(node, inputs, weights, _taps(graph, index))
+            signal = through(node, inputs, weights, taps_of(graph, index))
         if node.param in heads and node.param is not None:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
             if bare:
-                outputs[node.param] = math.sqrt(_mean_square_of(signal))
+                outputs[node.param] = math.sqrt(signal.mean_square)
         if signal.values is None:
             signal = replace(signal, seed=index)
         told = signal.told or any(x.told for x in inputs)
-        signals[index] = replace(_rectified(signal) if index in graph.rectified else signal, told=told)
+        signals[index] = replace(rectified(signal) if index in graph.rectified else signal, told=told)
         for source in sources:  # of a wide network all of them together would be larger than a layer
             readers[source] -= 1
             if not readers[source]:
@@ -154,7 +133,7 @@ class _Norm:
 
     def buffers(self, statistics: Tensor) -> dict[str, Tensor]:
         """Mean and variance, (2, period), by name and as the buffers have them."""
-        values, largest = _repeated(statistics, self.channels), torch.finfo(self.dtype).max
+        values, largest = repeated(statistics, self.channels), torch.finfo(self.dtype).max
         if largest < torch.finfo(values.dtype).max:
             values = values.clamp(-largest, largest)
         return dict(zip((f"{self.prefix}{name}" for name in _BUFFERS), values.to(self.dtype), strict=True))
@@ -203,72 +182,7 @@ def _is_initial(norm: _BatchNorm) -> bool:
     return mean is not None and variance is not None and not mean.any() and bool((variance == 1).all())
 
 
-@dataclass(frozen=True, slots=True)
-class _Signal:
-    """What a node gives.
-
-    Attributes:
-        square: Mean square of the activations, where they are independent of each other.
-        values: (samples, period) where they are not, repeated over the channels as blocks are; or None.
-        channels: Their number, where it is known.
-        colours: It is the network's input, perhaps pooled.
-        positive: An activation function has been there.
-        told: A predicted weight is among what they depend on.
-        seed: Of values that stand for independent ones.
-    """
-
-    square: float = 1.0
-    values: Tensor | None = None
-    channels: int | None = None
-    colours: bool = False
-    positive: bool = False
-    told: bool = False
-    seed: int = 0
-
-    def sampled(self, channels: int) -> Tensor:
-        """(samples, channels): the values, or independent ones in their place."""
-        if self.values is not None:
-            return _flattened(_repeated(self.values, self.channels or channels), channels)
-        generator = torch.Generator().manual_seed(self.seed)
-        values = torch.randn(SAMPLES, channels, generator=generator)
-        if self.colours:
-            common = torch.randn(SAMPLES, 1, generator=generator)
-            values = math.sqrt(COLOURS) * common + math.sqrt(1 - COLOURS) * values
-        if self.positive:  # half of the squares are gone
-            values = math.sqrt(2) * values.relu()
-        return math.sqrt(self.square) * values
-
-
-def _rectified(x: _Signal) -> _Signal:
-    """What a ReLU gives."""
-    if x.values is None:
-        return replace(x, square=x.square / 2, positive=True)
-    return replace(x, values=x.values.relu())
-
-
-def _repeated(values: Tensor, channels: int) -> Tensor:
-    """(..., period) over all the channels."""
-    period = values.shape[-1]
-    if period == channels:
-        return values
-    times = -(-channels // period)
-    return values.repeat(*(1,) * (values.ndim - 1), times)[..., :channels]
-
-
-def _flattened(values: Tensor, channels: int) -> Tensor:
-    """The same where the image's places have become channels, each as often as it goes; or fewer are read.
-
-    Of those the graph does not say which. Taken are some of all parts, as after a shuffle.
-    """
-    have = values.shape[1]
-    if have == channels:
-        return values
-    if have > channels:
-        return values[:, torch.arange(channels) * have // channels]
-    return values.repeat_interleave(-(-channels // have), 1)[:, :channels]
-
-
-def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, Tensor | None]:
+def _normalised(x: Signal, norm: _Norm | None) -> tuple[Signal, Tensor | None]:
     """What a batch norm gives, and the statistics that belong to its input; None where its own are right."""
     gain, shift, eps = (1.0, 0.0, 0.0) if norm is None else (norm.gain, norm.shift, norm.eps)
     if x.values is None:
@@ -277,23 +191,23 @@ def _normalised(x: _Signal, norm: _Norm | None) -> tuple[_Signal, Tensor | None]
         if norm is not None and not norm.fresh:
             square = 1.0
         statistics = torch.tensor([[0.0], [x.square]]) if ours else None
-        return _Signal(square * _square(gain) + _square(shift), None, x.channels), statistics
+        return Signal(square * _square(gain) + _square(shift), None, x.channels), statistics
     mean = x.values.mean(0)
     values = x.values - mean
     variance = values.square().sum(0) / (SAMPLES - 1)  # ten times faster than `var`
     usual = float(variance.mean())
     if not 0 < usual < math.inf:
-        return _Signal(0.0, None, x.channels), None
+        return Signal(0.0, None, x.channels), None
     variance = variance.clamp_min(_LEAST * usual)
     values /= (variance + eps).sqrt()
     for number in (gain, shift):
         if isinstance(number, torch.Tensor):
-            values = _repeated(values, len(number))
+            values = repeated(values, len(number))
     if not isinstance(gain, float) or gain != 1:
         values = values * gain
     if not isinstance(shift, float) or shift:
         values = values + shift
-    return _Signal(values=values, channels=x.channels), torch.stack((mean, variance))
+    return Signal(values=values, channels=x.channels), torch.stack((mean, variance))
 
 
 def _square(number: Tensor | float) -> float:
@@ -301,242 +215,11 @@ def _square(number: Tensor | float) -> float:
     return float(number.square().mean()) if isinstance(number, torch.Tensor) else number**2
 
 
-def _taps(graph: Graph, index: int) -> Tensor | None:
-    """(samples, taps): 1 for what lies in the image at a sample's place; None if (nearly) all of it does."""
-    if index not in graph.cropped:
-        return None
-    sizes, masks = (graph.nodes[index].shape or ())[2:], torch.ones(1, 1)
-    for size, rows in zip(sizes, graph.cropped[index], strict=True):
-        first, end = torch.tensor(rows).T[..., None]
-        axis = (torch.arange(size) >= first) & (torch.arange(size) < end)
-        masks = (masks[:, None, :, None] * axis[:, None]).flatten(2).flatten(0, 1)
-    return masks[torch.arange(SAMPLES) * len(masks) // SAMPLES]
-
-
-def _through(
-    node: Node, inputs: Sequence[_Signal], weights: Mapping[str | None, Entry], taps: Tensor | None
-) -> _Signal:
-    """What a node that is no batch norm gives; `taps` of its filter are in the image."""
-    if not inputs:
-        return _Signal(colours=True)
-    x, entry = inputs[0], weights.get(node.param)
-    if node.type in WEIGHT_TYPES - {"pos_enc"}:
-        return _convolved(node, x, entry, taps)
-    if node.type == "bias":
-        return _biased(x, entry)
-    if node.type == "sum":
-        return _added(inputs)
-    if node.type == "concat":
-        return _joined(inputs)
-    if node.type == "cse" and len(inputs) > 1:
-        return _gated(x, inputs[-1])
-    if node.type in ("max_pool", "avg_pool") and not x.colours:
-        return _pooled(x, math.prod((node.shape or ())[2:]), largest=node.type == "max_pool")
-    if node.type == "ln":
-        return _layer_normalised(node, x, weights)
-    return x
-
-
-def _convolved(node: Node, x: _Signal, entry: Entry | None, taps: Tensor | None) -> _Signal:
-    """A convolution or linear layer; one that is kept has independent weights, whatever their scale."""
-    if node.shape is None:
-        return x
-    if entry is not None and entry.tile is not None:
-        return _Signal(values=_product(entry.tile, x, taps), channels=node.shape[0], told=True)
-    square = _mean_square_of(x)
-    read = math.prod(node.shape[1:]) * (1.0 if taps is None else float(taps.mean()))
-    return _Signal(square * read * _mean_square(node.shape, entry), None, node.shape[0])
-
-
-def _mean_square_of(x: _Signal) -> float:
-    return x.square if x.values is None else float(x.values.square().mean())
-
-
-def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:
-    """Of a weight that is kept; where it is not at hand, as layers usually have it."""
-    at_hand = entry is not None and entry.computed is None and not entry.param.is_meta
-    scale = scales_of([entry.param])[0] if at_hand and entry is not None else usual_scale(shape)
-    return scale.rms**2
-
-
-def _amplification(entry: Entry, x: _Signal, y: _Signal) -> float:
+def _amplification(entry: Entry, x: Signal, y: Signal) -> float:
     """How much larger a weight's outputs `y` of `x` are than those of independent weights of its scale."""
     if entry.tile is None or entry.rms is None or y.values is None:
         return 1.0
     outputs, inputs, *kernel = entry.tile.shape
-    read = x.sampled(_groups(x.channels, outputs, inputs) * inputs).square().mean()
+    read = x.sampled(groups_of(x.channels, outputs, inputs) * inputs).square().mean()
     independent = entry.rms**2 * inputs * math.prod(kernel) * float(read)
     return math.sqrt(float(y.values.square().mean()) / independent) if independent > 0 else 1.0
-
-
-def _product(tile: Tile, x: _Signal, taps: Tensor | None) -> Tensor:
-    """(samples, period) of a weight's outputs; the channels may be several groups of its inputs.
-
-    Copies of a block's columns read the sum of their channels, and copies of its rows give the same. A
-    kernel's places see the same value, up to what neighbours in an image differ by: what another sample has.
-    Those beside the image see nothing: of a 5x5 filter on one pixel 24.
-    """
-    outputs, inputs = tile.shape[:2]
-    block = _kernels(tile)
-    rows, columns, size = block.shape
-    groups = _groups(x.channels, outputs, inputs)
-    if inputs == 1 and groups == outputs == x.channels and (period := _common_period(x, rows)):  # depthwise
-        groups = outputs = period
-        x = replace(x, channels=period)
-    values = _folded(x, groups, inputs, columns)
-    of_group = outputs // groups
-    if groups > 1 and rows < outputs:
-        block = block[(torch.arange(groups)[:, None] * of_group + torch.arange(min(of_group, rows))) % rows]
-    matrices = block.view(groups, -1, columns, size)
-    y = _read(values, matrices[..., 0]) if size == 1 else _convolution(values, matrices, taps)
-    return y[:, 0] if groups == 1 else _repeated(y, of_group).flatten(1)
-
-
-def _common_period(x: _Signal, rows: int) -> int | None:
-    """After how many channels values and so many filters, one for each, begin anew together; None if late."""
-    if x.values is None:
-        return None
-    period = x.values.shape[1]
-    longer, shorter = max(period, rows), min(period, rows)
-    return longer if longer % shorter == 0 else None
-
-
-def _convolution(values: Tensor, kernels: Tensor, seen: Tensor | None = None) -> Tensor:
-    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns, taps), taps > 1.
-
-    `seen` are the taps that count, (samples, taps); None: all.
-    """
-    taps = kernels.shape[3]
-    everywhere, others = _neighbours(values, taps)
-    if seen is not None:
-        windows = (everywhere[..., None] + others.unfold(0, taps, 1)) * seen[:, None, None]
-        return _read(windows.flatten(2), kernels.flatten(2))
-    y = _read(everywhere, kernels.sum(3))
-    if kernels.shape[1:3] == (1, 1):  # depthwise, where products of matrices are slow
-        for tap, weights in enumerate(kernels[:, 0].permute(2, 0, 1).contiguous()):
-            y.addcmul_(others[tap : tap + SAMPLES], weights)
-        return y
-    return y.add_(_read(others.unfold(0, taps, 1).flatten(2), kernels.flatten(2)))
-
-
-def _pooled(x: _Signal, places: int, *, largest: bool) -> _Signal:
-    """The largest value or the average of a window, whose places differ as those of a filter do."""
-    places = min(places, SAMPLES)
-    if x.values is None:
-        factor = SMOOTHNESS + (1 - SMOOTHNESS) / places
-        if largest and places > 1:
-            factor = _LARGEST_POSITIVE if x.positive else _LARGEST
-        return replace(x, square=x.square * factor)
-    everywhere, others = _neighbours(x.values, places)
-    windows = others.unfold(0, places, 1)
-    return replace(x, values=everywhere + (windows.amax(-1) if largest else windows.mean(-1)))
-
-
-def _neighbours(values: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """What all places of a window have in common, and what each has of its own: samples i to i + places - 1.
-
-    Their sum is the mean + common * (values - mean) + own * (what another sample has - mean).
-    """
-    common, own = math.sqrt(SMOOTHNESS), math.sqrt(1 - SMOOTHNESS)
-    everywhere = common * values + (1 - common - own) * values.mean(0)
-    return everywhere, own * values[torch.arange(1, SAMPLES + places) % SAMPLES]
-
-
-def _read(values: Tensor, matrices: Tensor) -> Tensor:
-    """(samples, groups, rows) of (samples, groups, columns) and (groups, rows, columns)."""
-    if matrices.shape[1:] == (1, 1):
-        return values * matrices[:, 0]
-    return torch.bmm(values.movedim(1, 0), matrices.transpose(1, 2)).movedim(0, 1)
-
-
-def _groups(channels: int | None, outputs: int, inputs: int) -> int:
-    """In how many groups a layer reads so many channels."""
-    if channels == inputs:
-        return 1
-    if channels is not None and channels % inputs == 0 and outputs % (channels // inputs) == 0:
-        return channels // inputs
-    return outputs if inputs == 1 else 1  # the graph does not say which of the channels are read
-
-
-def _folded(x: _Signal, groups: int, inputs: int, columns: int) -> Tensor:
-    """(samples, groups, columns): what a layer reads, summed over the copies of a column."""
-    if x.values is not None and groups == 1 and x.channels == inputs and x.values.shape[1] == columns:
-        times = inputs // columns
-        if rest := inputs % columns:
-            return (x.values * (times + (torch.arange(columns) < rest)))[:, None]
-        return (x.values if times == 1 else x.values * times)[:, None]
-    values = x.sampled(groups * inputs).view(SAMPLES, groups, inputs)
-    if inputs == columns:
-        return values
-    return torch.nn.functional.pad(values, (0, -inputs % columns)).unflatten(2, (-1, columns)).sum(2)
-
-
-def _kernels(tile: Tile) -> Tensor:
-    """The block as (rows, columns, places of the kernel), float32 on the CPU."""
-    block = tile.values.to("cpu", torch.float32)
-    for axis in range(2, block.ndim):
-        if (size := tile.shape[axis]) != (have := block.shape[axis]):
-            block = block.index_select(axis, torch.arange(size) % have)
-    return block.reshape(*block.shape[:2], -1)
-
-
-def _biased(x: _Signal, entry: Entry | None) -> _Signal:
-    """A bias; one that is kept and not at hand, or that no prediction is before, is taken to be zero."""
-    if entry is None:
-        return x
-    if entry.tile is not None:
-        bias = entry.tile.values
-    elif x.told and entry.computed is None and not (entry.param.is_meta or is_sharded(entry.param)):
-        bias = entry.param.detach()
-    else:
-        return x
-    bias, outputs = bias.to("cpu", torch.float32).flatten(), entry.numel
-    values = x.values
-    if values is None or values.shape[1] != len(bias) or x.channels != outputs:
-        values, bias = x.sampled(outputs), _repeated(bias, outputs)
-    return _Signal(values=values + bias, channels=outputs)
-
-
-def _added(inputs: Sequence[_Signal]) -> _Signal:
-    channels = max((x.channels or 0 for x in inputs), default=0) or None
-    if channels is None or all(x.values is None for x in inputs):
-        square = sum(x.square for x in inputs)
-        return _Signal(square, None, channels, all(x.colours for x in inputs))
-    values = [x.values for x in inputs if x.channels == channels and x.values is not None]
-    if len(values) < len(inputs) or len({value.shape for value in values}) > 1:
-        values = [x.sampled(channels) for x in inputs]
-    return _Signal(values=torch.stack(values).sum(0), channels=channels)
-
-
-def _layer_normalised(node: Node, x: _Signal, weights: Mapping[str | None, Entry]) -> _Signal:
-    """What a layer norm gives, with its weight and bias where they are predicted."""
-    values = None if x.values is None else torch.nn.functional.layer_norm(x.values, x.values.shape[1:])
-    gain = weights.get(node.param)
-    if gain is None or gain.tile is None:
-        return _Signal(1.0, values, x.channels)
-    shift, channels = weights.get(f"{(node.param or '').removesuffix('weight')}bias"), gain.numel
-    signal = _Signal(1.0, values, x.channels or channels)
-    scaled = signal.sampled(channels) * _repeated(gain.tile.values.to("cpu", torch.float32), channels)
-    if shift is not None and shift.tile is not None:
-        scaled += _repeated(shift.tile.values.to("cpu", torch.float32), channels)
-    return _Signal(values=scaled, channels=channels)
-
-
-def _joined(inputs: Sequence[_Signal]) -> _Signal:
-    """Channels side by side; the input's own are too few to count."""
-    parts = [(x, x.channels) for x in inputs if x.channels is not None]
-    if not parts:
-        return inputs[0]
-    channels = sum(count for _, count in parts)
-    if all(x.values is None for x, _ in parts):
-        square = sum(x.square * count for x, count in parts) / channels
-        return _Signal(square, None, channels, positive=all(x.positive for x, _ in parts))
-    return _Signal(values=torch.cat(list(starmap(_Signal.sampled, parts)), 1), channels=channels)
-
-
-def _gated(x: _Signal, gate: _Signal) -> _Signal:
-    """Channels times the sigmoid of others."""
-    channels = x.channels or (len(x.values[0]) if x.values is not None else None)
-    if channels is None or x.values is None:
-        return replace(x, square=x.square / 4)
-    return _Signal(values=x.sampled(channels) * gate.sampled(channels).sigmoid(), channels=channels)
