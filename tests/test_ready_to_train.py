@@ -63,6 +63,17 @@ def wide_without_norm() -> nn.Module:
     return nn.Sequential(block(3, 600, 1, norm=False), block(600, 600, 1, norm=False), *classifier(600))
 
 
+class Residual(nn.Module):
+    """Its branch added to its input."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
 def depthwise() -> nn.Module:
     return nn.Sequential(block(3, 16), block(16, 16, groups=16), *classifier(16))
 
@@ -154,28 +165,46 @@ def images(count: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", [plain, shallow])
-def test_networks_of_plain_convolutions_get_the_predicted_scales_and_keep_their_norms(
+def test_networks_of_plain_convolutions_get_the_predicted_scales_and_norms(
     build: Callable[[], nn.Module], ghn: GHN
 ) -> None:
     model, whole = built(build), predict(built(build), ghn, scale="predicted")
     planned = plan(model, ghn)
     assert "predicted scale" in str(planned)
     assert planned.to_dict()["scale"] == "auto"
-    before = copy.deepcopy(model.state_dict())
     planned.apply()
-    for row in planned.rows:
-        expected = before[row.name] if row.node == "bn" else whole.get_parameter(row.name)
-        assert torch.equal(model.get_parameter(row.name), expected), row.name
+    for name, value in model.named_parameters():
+        assert torch.equal(value, whole.get_parameter(name)), name
+
+
+def test_norms_that_follow_no_convolution_are_kept_and_say_why(ghn: GHN) -> None:
+    """As in DenseNets, where they read what is concatenated, or in ResNets of version 2."""
+    early = nn.Sequential(*block(3, 16), nn.MaxPool2d(2), nn.BatchNorm2d(16), block(16, 16), *classifier(16))
+    found = {row.name: row.reason for row in plan(early, ghn).rows if row.action == "kept"}
+    assert found == dict.fromkeys(("4.weight", "4.bias"), "a norm that reads no convolution (scale='auto')")
+
+
+def test_norms_whose_weight_is_zero_stay_silent_with_their_biases(ghn: GHN) -> None:
+    branch = Residual(block(16, 16)[:2])
+    network = nn.Sequential(block(3, 16), branch, *classifier(16))
+    nn.init.zeros_(network.get_parameter("1.inner.1.weight"))
+    found = {row.name: row.reason for row in plan(network, ghn).rows if row.action == "kept"}
+    assert found == dict.fromkeys(
+        ("1.inner.1.weight", "1.inner.1.bias"), "its norm layer begins at zero (scale='own')"
+    )
+    predict(network, ghn)
+    x = images(2)[:, :1].repeat(1, 16, 1, 1)
+    assert torch.equal(branch(x), x)
 
 
 def test_networks_of_darts_cells_get_the_predicted_scales_and_layer_norms(ghn: GHN) -> None:
     model, whole = built(cells), predict(built(cells), ghn, scale="predicted")
     planned = plan(model, ghn)
     kept = {row.name for row in planned.rows if row.action == "kept"}
-    assert kept == {f"{norm}.{name}" for norm in ("0.1", "1.3", "2.3") for name in ("weight", "bias")}
+    assert kept == set()
     planned.apply()
     for name, value in model.named_parameters():
-        assert name in kept or torch.equal(value, whole.get_parameter(name)), name
+        assert torch.equal(value, whole.get_parameter(name)), name
 
 
 def test_statistics_behind_a_predicted_layer_norm_are_those_of_training(ghn: GHN) -> None:
@@ -476,7 +505,9 @@ def test_a_branch_that_begins_at_zero_adds_nothing_to_the_statistics(ghn: GHN) -
             return self.last(h + self.branch(h))
 
     nothing, next_to_nothing, something = (
-        plan(built(lambda weight=weight: Branch(weight)), ghn).statistics["last.1.running_var"]
+        plan(built(lambda weight=weight: Branch(weight)), ghn, exclude="branch.1.*").statistics[
+            "last.1.running_var"
+        ]
         for weight in (0.0, 1e-6, 1.0)
     )
     torch.testing.assert_close(nothing, next_to_nothing, rtol=1e-3, atol=0)
@@ -490,8 +521,20 @@ def test_the_norms_own_weight_counts(ghn: GHN) -> None:
             model.get_parameter("0.1.weight").copy_(factor * torch.arange(1, 17))
         return model
 
-    one, ten = (plan(scaled(factor), ghn).statistics["1.1.running_var"] for factor in (1.0, 10.0))
+    one, ten = (plan(scaled(by), ghn, exclude="*.1.*").statistics["1.1.running_var"] for by in (1.0, 10.0))
     torch.testing.assert_close(ten, 100 * one)
+
+
+@pytest.mark.parametrize("width", [48, 100])
+def test_predicted_norms_count_as_their_values_do_once_written(width: int, ghn: GHN) -> None:
+    """Whose blocks repeat with the convolution's, or not: 64 of 100."""
+    model = built(lambda: nn.Sequential(block(3, 64), block(64, width), block(width, 16), *classifier(16)))
+    first = plan(model, ghn).apply()
+    found = {name: value.clone() for name, value in first.named_buffers() if "running" in name}
+    again = plan(model, ghn, exclude=["*.1.weight", "*.1.bias"])  # as they are now
+    assert {row.action for row in again.rows if row.node == "bn"} == {"kept"}
+    for name, value in again.statistics.items():
+        torch.testing.assert_close(value, found[name])
 
 
 def test_the_norms_eps_counts(ghn: GHN) -> None:

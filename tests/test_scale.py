@@ -119,7 +119,8 @@ def test_the_classifier_of_an_unknown_width_decides_nothing_and_head_predict_ask
 
 
 def test_strict_does_not_mind_what_keeps_its_own_values(ghn: GHN) -> None:
-    assert "norm.weight" in kept(network(), ghn, strict=True)
+    assert "norm.weight" in kept(network(), ghn, strict=True, scale="own")
+    assert "branch.weight" in kept(network(), ghn, strict=True)
     with pytest.raises(PredictError, match=r"2 of 10 parameters would be kept:\n  fc.weight: "):
         plan(network(num_classes=7), ghn, strict=True)
 
@@ -245,6 +246,8 @@ def test_what_is_kept_is_not_decoded(ghn: GHN, monkeypatch: pytest.MonkeyPatch) 
         "mix.weight",
         "fc.weight",
         "fc.bias",
+        "norm.weight",
+        "norm.bias",
     }
 
 

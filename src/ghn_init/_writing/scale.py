@@ -96,6 +96,7 @@ def with_own_scales(
     for source, constant in constants.items():
         if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
             reasons.setdefault(source, f"all its values are {constant:g} (scale='own')")
+    reasons |= _silenced(graph, predicted, constants)
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:
         shape, norm = shapes.get(predicted[source].key), predicted[source].node in NORM_TYPES
@@ -107,6 +108,19 @@ def with_own_scales(
         else _settled(entry, reasons.get(entry.source), initial.get(entry.source))
         for entry in entries
     ]
+
+
+def _silenced(
+    graph: Graph, predicted: Mapping[str, Entry], constants: Mapping[str, float | None]
+) -> dict[str, str]:
+    """Norms whose weight is zero, and their biases, by `Entry.source`: branches that begin silent."""
+    sources = {entry.key: source for source, entry in predicted.items() if entry.node in NORM_TYPES}
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.param in sources and constants.get(sources[node.param]) == 0:
+            both = [sources[name] for name in (node.param, node.bias) if name in sources]
+            found |= dict.fromkeys(both, "its norm layer begins at zero (scale='own')")
+    return found
 
 
 def _settled(entry: Entry, reason: str | None, scale: Scale | None) -> Entry:

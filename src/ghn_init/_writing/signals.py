@@ -313,7 +313,7 @@ def _layer_normalised(node: Node, x: Signal, weights: Mapping[str | None, Entry]
     gain = weights.get(node.param)
     if gain is None or gain.tile is None:
         return Signal(1.0, values, x.channels)
-    shift, channels = weights.get(f"{(node.param or '').removesuffix('weight')}bias"), gain.numel
+    shift, channels = weights.get(node.bias), gain.numel
     signal = Signal(1.0, values, x.channels or channels)
     scaled = signal.sampled(channels) * repeated(gain.tile.values.to("cpu", torch.float32), channels)
     if shift is not None and shift.tile is not None:

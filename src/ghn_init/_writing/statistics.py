@@ -118,7 +118,7 @@ class _Norm:
         channels: Their number.
         dtype: Of its running statistics.
         fresh: It has seen no data, so that its statistics are ours to set, once more too.
-        gain: Its weight: one number, or float32 on the CPU, (channels,).
+        gain: Its weight, as it will be: one number, or float32 on the CPU, (channels,) or what repeats.
         shift: Its bias, likewise.
         eps: What it adds to a variance. In a MobileNet that is 30 times what depthwise filters give.
     """
@@ -144,13 +144,16 @@ _BUFFERS: Final = ("running_mean", "running_var")
 
 def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
     """Batch norms that stand at one place and keep running statistics, by the weight's name."""
-    places = {entry.key: entry.locations[0] for entry in entries if entry.node == "bn" and _is_alone(entry)}
+    alone = [entry for entry in entries if entry.node == "bn" and _is_alone(entry)]
+    places = {entry.key: entry.locations[0] for entry in alone}
+    tiles = {(e.locations[0].module, e.locations[0].attribute): e.tile for e in alone if e.tile is not None}
     affine = {
-        (key, name): param.detach()
+        (key, name): param.detach() if tile is None else tile.values.flatten()
         for key, place in places.items()
         for name in ("weight", "bias")
         if (param := getattr(place.module, name)) is not None
-        if not param.is_meta and not is_sharded(param)  # else nobody knows yet
+        if (tile := tiles.get((place.module, name))) is not None
+        or not (param.is_meta or is_sharded(param))  # else nobody knows yet
     }
     ends = ends_of(list(affine.values()))
     numbers = {
@@ -200,14 +203,19 @@ def _normalised(x: Signal, norm: _Norm | None) -> tuple[Signal, Tensor | None]:
         return Signal(0.0, None, x.channels), None
     variance = variance.clamp_min(_LEAST * usual)
     values /= (variance + eps).sqrt()
-    for number in (gain, shift):
-        if isinstance(number, torch.Tensor):
-            values = repeated(values, len(number))
     if not isinstance(gain, float) or gain != 1:
-        values = values * gain
+        values = torch.mul(*_together(values, gain, norm))
     if not isinstance(shift, float) or shift:
-        values = values + shift
+        values = torch.add(*_together(values, shift, norm))
     return Signal(values=values, channels=x.channels), torch.stack((mean, variance))
+
+
+def _together(values: Tensor, number: Tensor | float, norm: _Norm | None) -> tuple[Tensor, Tensor | float]:
+    """Both repeated until they begin anew together, or over all channels."""
+    if norm is None or not isinstance(number, torch.Tensor) or len(number) == values.shape[1]:
+        return values, number
+    period = min(math.lcm(values.shape[1], len(number)), norm.channels)
+    return repeated(values, period), repeated(number, period)
 
 
 def _square(number: Tensor | float) -> float:

@@ -54,6 +54,7 @@ _BEHIND_ATTENTION: Final = "it reads an attention (scale='auto')"
 _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
 _GATE: Final = "it is a gate (scale='auto')"
 _ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
+_NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
@@ -73,8 +74,10 @@ def worth_predicting(
     if options.scale == "own":
         return with_own_scales(network, graph, entries, options, {})
     known = options.diversify != "orthogonal" and _is_known(graph, entries)
-    norms = {"bn"} if known else NORM_TYPES  # layer norms say how much a block of attention adds
-    return with_own_scales(network, graph, entries, options, _strange(graph, known=known), norms)
+    strange = _strange(graph, known=known)
+    if known:
+        return with_own_scales(network, graph, entries, options, {**strange, **_elsewhere(graph)}, ())
+    return with_own_scales(network, graph, entries, options, strange)
 
 
 def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:
@@ -90,14 +93,14 @@ def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> 
     if options.scale == "own" or options.diversify == "orthogonal":
         return at_own_scale(entries, options)
     if not scales_are_known(graph, entries):
-        return at_own_scale([_with_own_layer_norm(entry) for entry in entries], options)
+        return at_own_scale([_with_own_norm(entry) for entry in entries], options)
     return _with_own_classifiers(graph, entries, options)
 
 
-def _with_own_layer_norm(entry: Entry) -> Entry:
-    """The same, kept if it is a layer norm's and there are values to keep: it is not of a known network."""
+def _with_own_norm(entry: Entry) -> Entry:
+    """The same, kept if it is a norm layer's and there are values to keep: it is not of a known network."""
     lost = entry.own is None and entry.param.is_meta
-    if entry.node != "ln" or entry.tile is None or lost:
+    if entry.node not in NORM_TYPES or entry.tile is None or lost:
         return entry
     return replace(entry, decision=spare(NORM), tile=None)
 
@@ -254,6 +257,26 @@ def _normalised(graph: Graph) -> list[bool]:
             follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
         )
     return found
+
+
+def _elsewhere(graph: Graph) -> Mapping[str | None, str]:
+    """Batch norms that do not follow a convolution, as in DenseNets; DeepNets-1M has none of them."""
+    return {
+        name: _NOT_BEHIND_WEIGHTS
+        for index, node in enumerate(graph.nodes)
+        if node.type == "bn" and not _follows_weights(graph, index)
+        for name in (node.param, node.bias)
+    }
+
+
+def _follows_weights(graph: Graph, index: int) -> bool:
+    """Whether all that a node reads comes straight from convolutions, those of a factorised reduction too."""
+    sources = graph.predecessors[index]
+    return bool(sources) and all(
+        graph.nodes[source].type in WEIGHT_TYPES
+        or (graph.nodes[source].type in ("bias", "concat") and _follows_weights(graph, source))
+        for source in sources
+    )
 
 
 def _followers(graph: Graph) -> list[list[int]]:
