@@ -217,9 +217,9 @@ def plan(
         strict: No parameter may be kept because it cannot be predicted.
         scale: "own": weights get the scale that the layer had, and norm layers and values that are all one
             number (zeros above all) stay. "predicted", to use the network untrained: everything as
-            predicted. "auto", to train it: as "own", with two exceptions that the graph tells, weights at
-            their predicted scale in networks of the kind that the GHN knows, classifier included, and layers
-            kept that predictions harm (see `_writing/training.py`); but "predicted" with `head="predict"`.
+            predicted. "auto", to train it: as "own", with two exceptions that the graph tells. Weights at
+            predicted scale, and norms, in networks of the kind that the GHN knows, classifier included; and
+            layers kept that predictions harm (see `_writing/training.py`). With `head="predict"` "predicted".
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:

@@ -55,7 +55,7 @@ Scale = Annotated[
     option(
         "",
         "Prepare the network for training (auto): weights are as predicted in classifiers of the kind that "
-        "the hypernetwork knows, and at the layers' own scale in other networks; norms stay as they were. "
+        "the hypernetwork knows, and at the layers' own scale in others, whose norm layers stay. "
         "Take own scale everywhere (own), or everything as predicted, for a network that is used untrained "
         "(predicted, and auto with --head predict).",
     ),
