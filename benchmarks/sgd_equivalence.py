@@ -7,9 +7,9 @@ CIFAR-10): the accuracy of the whole prediction, never trained; then training fr
 initialisation and from predicted weights (as `predict` writes them by default) over 3 epochs, with
 SGD (momentum 0.9) and Adam at a constant rate, which is chosen on the first network by the training loss of
 its first steps from its own initialisation. With `--until-equal` there is only the training from its own
-initialisation, which ends where it has the accuracy of the prediction. Accuracy is that on test images after every few steps, batch norm
-on the statistics of batches of 64, as `ghn-init evaluate` measures it. Both starts of a seed see the same
-batches, cropped and mirrored at random.
+initialisation, which ends where it has the accuracy of the prediction. Accuracy is that on test images after
+every few steps, batch norm on the statistics of batches of 64, as `ghn-init evaluate` measures it. Both
+starts of a seed see the same batches, cropped and mirrored at random.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds networks or seeds, and `--minutes 0` only reports.
