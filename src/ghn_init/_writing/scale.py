@@ -70,9 +70,10 @@ def with_own_scales(
 ) -> list[Entry]:
     """The same entries; kept are norm layers, what is strange, and values that are all one number.
 
-    Nothing has to be decoded for that. Those on the meta device get their scale (`Entry.own`), and are not
-    kept if nobody would give them a value. Where the ranks of a sharded network hold parts of a parameter,
-    all have to call this: they exchange a few numbers.
+    Of other norm layers (see `norms`) those stay whose weight is zero, with their biases. Nothing has to be
+    decoded for what is kept. Entries on the meta device get their scale (`Entry.own`), and are not kept if
+    nobody would give them a value. Where the ranks of a sharded network hold parts of a parameter, all have
+    to call this: they exchange a few numbers.
 
     Args:
         network: The network, with the values whose scale counts.
