@@ -253,12 +253,50 @@ def test_a_parameter_that_no_node_stands_for_makes_a_network_unknown(ghn: GHN) -
     assert not with_predicted_scale(Scaled(), ghn)
 
 
-def test_a_network_for_other_classes_keeps_its_own_scale(ghn: GHN) -> None:
-    assert with_predicted_scale(built(plain), ghn)
-    assert with_predicted_scale(built(plain), ghn, head="keep") == set()
+def test_a_network_for_other_classes_is_predicted_alike_but_for_its_classifier(ghn: GHN) -> None:
+    ends = {f"{len(built(plain)) - 1}.{name}" for name in ("weight", "bias")}
+    predicted = with_predicted_scale(built(plain), ghn)
+    assert ends < predicted
     others = nn.Sequential(*built(plain)[:-1], nn.Linear(24, 7))
-    assert with_predicted_scale(others, ghn) == set()
-    assert plan(others, ghn).counts()["kept"][0] == 2 + 2 * 3
+    for network, head in ((built(plain), "keep"), (others, "auto")):
+        assert with_predicted_scale(network, ghn, head=head) == predicted - ends
+        assert {row.name for row in plan(network, ghn, head=head).rows if row.action == "kept"} == ends
+
+
+def test_late_weights_before_batch_norms_are_no_larger_than_their_own(ghn: GHN) -> None:
+    """So that they turn as fast; the first third of them, and what no batch norm follows, is as predicted."""
+
+    def deep(factor: float) -> nn.Module:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            model = nn.Sequential(block(3, 32), *(block(32, 32) for _ in range(5)), *classifier(32))
+        for index in range(6):
+            model.get_parameter(f"{index}.0.weight").data.mul_(factor)
+        return model
+
+    small, large = ({row.name: row for row in plan(deep(by), ghn).rows} for by in (1e-4, 1e4))
+    assert all(row.rms is None for name, row in large.items())
+    assert {name for name, row in small.items() if row.rms is not None} == {
+        f"{i}.0.weight" for i in range(2, 6)
+    }
+    model = predict(deep(1e-4), ghn)
+    for index in range(2, 6):
+        own, now = (
+            network.get_parameter(f"{index}.0.weight").detach().square().mean()
+            for network in (deep(1e-4), model)
+        )
+        assert now.item() == pytest.approx(own.item(), rel=1e-2)
+    first = copy.deepcopy(model.state_dict())
+    predict(model, ghn)
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+
+
+def test_smaller_late_weights_give_the_same_function(ghn: GHN) -> None:
+    model, x = built(plain), images()
+    whole = predict(copy.deepcopy(model), ghn, scale="predicted", exclude="5.*")
+    for name, row in {row.name: row for row in plan(model, ghn).rows}.items():
+        assert row.action != "kept" or name.startswith("5."), name
+    torch.testing.assert_close(predict(model, ghn, exclude="5.*")(x), whole(x), rtol=1e-3, atol=1e-3)
 
 
 def test_orthogonal_weights_have_no_use_for_the_predicted_scale(ghn: GHN) -> None:
@@ -376,7 +414,7 @@ def test_a_classifier_of_many_copies_gives_no_larger_outputs_than_its_own_in_kno
     for width, reduced in ((256, False), (1024, True)):
         network = built(width)
         rows = {row.name: row for row in plan(network, example_input=images(2)).rows}
-        assert rows["1.0.weight"].rms is None  # at predicted scale
+        assert rows["0.0.weight"].rms is None  # at predicted scale
         assert (rows["4.weight"].rms is not None) == reduced
         own = output(calibrate_batchnorm(network, [images()]).eval(), images())
         predicted = predict(built(width), example_input=images(2))

@@ -51,6 +51,9 @@ tiled weight consists of."""
 COHERENT: Final = 0.9
 """Ratio of spectral norms at equal root mean square, below which the prediction is the more coherent one."""
 
+_ROUNDED: Final = 1.01
+"""More than a factor by which rounding a scale changes it, see `Scale.rms`."""
+
 NORM: Final = "norm layer (scale='own')"
 
 _SQUARINGS: Final = 7
@@ -156,11 +159,7 @@ def at_own_scale(entries: Sequence[Entry], options: Options) -> list[Entry]:
         entries: From `with_predictions`, of what `with_own_scales` gave.
         options: The caller's choices.
     """
-    wanted = to_write(entries)
-    present = [entry for entry in wanted if not _is_lost(entry)]
-    own = {entry.source: entry.own for entry in wanted if entry.own is not None}
-    for entry, scale in zip(present, scales_of(list(map(_own_values, present))), strict=True):
-        own[entry.source] = scale.rms
+    wanted, own = to_write(entries), _own_scales(entries)
     found = [
         _Pair(entry.source, entry.tile, own[entry.source], _own_gram(entry, entry.tile))
         for entry in wanted
@@ -173,6 +172,38 @@ def at_own_scale(entries: Sequence[Entry], options: Options) -> list[Entry]:
         else entry
         for entry in entries
     ]
+
+
+def at_most_own_scale(entries: Sequence[Entry], keys: Collection[str | None]) -> list[Entry]:
+    """The same entries; predictions of these parameters are made smaller where their own values are.
+
+    Where the ranks of a sharded network hold parts of a parameter, all have to call this.
+
+    Args:
+        entries: From `with_predictions`.
+        keys: Of the parameters, see `Entry.key`.
+    """
+    own = _own_scales([entry for entry in entries if entry.key in keys])
+    return [_at_most(entry, own.get(entry.source, math.inf)) for entry in entries]
+
+
+def _at_most(entry: Entry, own: float) -> Entry:
+    """The same, at the scale `own` if that is less (and not 0 or NaN).
+
+    Less than it is rounded by does not count, so that predicting again gives the same bits.
+    """
+    if entry.tile is None or not 0 < own < math.inf or (rms := float(_rms(entry.tile))) <= _ROUNDED * own:
+        return entry
+    return replace(entry, rms=own, tile=entry.tile.scaled(own / rms))
+
+
+def _own_scales(entries: Sequence[Entry]) -> dict[str, float]:
+    """Root mean squares of the values before the call, of what is written, by `Entry.source`."""
+    wanted = to_write(entries)
+    present = [entry for entry in wanted if not _is_lost(entry)]
+    own = {entry.source: entry.own for entry in wanted if entry.own is not None}
+    scales = scales_of(list(map(_own_values, present)))
+    return own | {entry.source: scale.rms for entry, scale in zip(present, scales, strict=True)}
 
 
 @dataclass(frozen=True)

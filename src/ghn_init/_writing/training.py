@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
-from ghn_init._writing.scale import NORM, at_own_scale, with_own_scales
+from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,6 +48,10 @@ to one another."""
 _FEW_COPIES: Final = 4
 """How often the prediction of a classifier repeats at most, to be at predicted scale: 256 features."""
 
+_EARLY: Final = 1 / 3
+"""Share of the weights before batch norms, from the input on, that are as large as predicted: their features
+are good for any task, and large weights turn slowly."""
+
 _BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
 _BEHIND_ATTENTION: Final = "it reads an attention (scale='auto')"
@@ -73,7 +77,7 @@ def worth_predicting(
     """
     if options.scale == "own":
         return with_own_scales(network, graph, entries, options, {})
-    known = options.diversify != "orthogonal" and _is_known(graph, entries)
+    known = options.diversify != "orthogonal" and _is_known(graph)
     strange = _strange(graph, known=known)
     if known:
         return with_own_scales(network, graph, entries, options, {**strange, **_elsewhere(graph)}, ())
@@ -94,7 +98,22 @@ def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> 
         return at_own_scale(entries, options)
     if not scales_are_known(graph, entries):
         return at_own_scale([_with_own_norm(entry) for entry in entries], options)
-    return _with_own_classifiers(graph, entries, options)
+    return at_most_own_scale(_with_own_classifiers(graph, entries, options), _late(graph))
+
+
+def _late(graph: Graph) -> set[str | None]:
+    """Weights before batch norms behind the first `_EARLY` of them.
+
+    A batch norm takes the scale of a weight out of what it gives, but the same step turns a larger weight
+    less: a prediction of six times the own scale, as in a small ResNet, learns as at a rate of a 36th.
+    Features of the first layers are good for other tasks too, those of the last ones less (compare Yosinski
+    et al. 2014, arXiv 1411.1792), and so these are to turn as fast as from the network's own initialisation.
+    """
+    normalised = _normalised(graph)
+    weights = [
+        n.param for n, after in zip(graph.nodes, normalised, strict=True) if after and n.type in WEIGHT_TYPES
+    ]
+    return set(weights[math.ceil(_EARLY * len(weights)) :])
 
 
 def _with_own_norm(entry: Entry) -> Entry:
@@ -126,25 +145,22 @@ def _copies(entry: Entry) -> float:
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
 
-    Those are image classifiers made as DeepNets-1M's, with batch norm or shallow, whose classifier is
-    predicted too. One that is kept, because the GHN knows none of its width say, is for another task. Then
-    other features have to be learned, and the large predicted weights before batch norms turn slowly.
+    Those are image classifiers made as DeepNets-1M's, with batch norm or shallow. The last layer itself may
+    be kept, because the GHN knows none of its width say.
 
     Args:
         graph: The network's graph.
         entries: With what is predicted.
     """
-    if not _is_known(graph, entries):
+    if not _is_known(graph):
         return False
     bare = _bare(graph)
     return all(_copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
 
 
-def _is_known(graph: Graph, entries: Sequence[Entry]) -> bool:
+def _is_known(graph: Graph) -> bool:
     """The same before anything is predicted: whatever does not depend on how often predictions repeat."""
-    ends = _ends(graph)
-    classifies = any(entry.decision.predict and entry.key in ends for entry in entries)
-    return classifies and _is_made_of_cells(graph) and len(_bare(graph)) <= _MOST_BARE
+    return _is_made_of_cells(graph) and len(_bare(graph)) <= _MOST_BARE
 
 
 def _ends(graph: Graph) -> set[str | None]:
