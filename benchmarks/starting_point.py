@@ -50,8 +50,12 @@ STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
     "whole": {"scale": "predicted"},
     "noise": {"diversify": "noise"},
     "orthogonal": {"diversify": "orthogonal"},
+    "other-classes": {"head": "keep"},
 }
-"""What becomes of a network before it is trained: nothing, or `ghn_init.predict` with these arguments."""
+"""What becomes of a network before it is trained: nothing, or `ghn_init.predict` with these arguments.
+
+With `other-classes` the classifier is kept, as if the hypernetwork did not know so many classes.
+"""
 
 BASE_RATES: Final = {"sgd": 0.02, "adamw": 0.001}
 """Learning rates from which the search for the best one starts, by optimizer."""
