@@ -186,12 +186,19 @@ def _environment(weights: str, repeats: int) -> str:
 
 @contextlib.contextmanager
 def _uninitialised() -> Iterator[None]:
-    """Building a model here draws no numbers for it, which would take longer than all measurements."""
+    """Building a model here draws no numbers for it, which would take longer than all measurements.
+
+    Vectors become zero: whatever is in their memory, denormal numbers say, would take its time later.
+    """
     with contextlib.ExitStack() as stack:
         for name in dir(nn.init):
             if name.endswith("_") and name.partition("_")[0] not in ("", "constant", "ones", "zeros"):
-                stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+                stack.enter_context(mock.patch.object(nn.init, name, _undrawn))
         yield
+
+
+def _undrawn(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor if tensor.dim() > 1 else nn.init.zeros_(tensor)
 
 
 def _kaiming(matrices: Sequence[torch.Tensor]) -> None:

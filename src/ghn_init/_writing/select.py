@@ -92,10 +92,11 @@ def select(
     parts = {part: weight for weight in computed.values() for part in weight.parts}
     entries = []
     for locations in parameters_of(network):
-        param, weight = locations[0].get(), parts.get(locations[0].name)
-        entry = Entry(locations, tuple(param.shape), None, None, weight)
+        shape, weight = tuple(locations[0].get().shape), parts.get(locations[0].name)
+        entry = Entry(locations, shape, None, None, weight)
         key = next((name for name in entry.called if name in types), None)
-        entries.append(entry if key is None else replace(entry, node=types[key], key=key))
+        # `replace` takes several times as long, and there are thousands of parameters.
+        entries.append(entry if key is None else Entry(locations, shape, types[key], key, weight))
     options.check_patterns([*(name for entry in entries for name in entry.names), *computed])
     facts = _Facts(
         roles={unmatched.name: unmatched.role for unmatched in graph.unmatched},
@@ -103,7 +104,8 @@ def select(
         owned={name: weight for weight in computed.values() for name in weight.own},
         entries={name: entry for entry in entries for name in entry.names} if computed else {},
     )
-    return [replace(entry, decision=_decision(entry, facts, options)) for entry in entries]
+    decided = zip(entries, [_decision(entry, facts, options) for entry in entries], strict=True)
+    return [entry if what is PREDICT else replace(entry, decision=what) for entry, what in decided]
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,10 +88,11 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
             if bare:
                 outputs[node.param] = math.sqrt(signal.mean_square)
-        if signal.values is None:
-            signal = replace(signal, seed=index)
         told = signal.told or any(x.told for x in inputs)
-        signals[index] = replace(rectified(signal) if index in graph.rectified else signal, told=told)
+        signal = rectified(signal) if index in graph.rectified else signal
+        if signal.values is None or told != signal.told:
+            signal = replace(signal, told=told, seed=index)
+        signals[index] = signal
         for source in sources:  # of a wide network all of them together would be larger than a layer
             readers[source] -= 1
             if not readers[source]:
