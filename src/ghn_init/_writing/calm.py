@@ -4,7 +4,7 @@ A network that begins by being sure of what it does not know has first to unlear
 first steps lead far away. Of classifiers at the layer's own scale it is known how much predicted features
 agree with them, and they are made smaller by that. Of a network without norm layers the whole prediction is:
 half of it (in logarithms) by its first layers, whose factor all later activations share, since ReLUs,
-poolings and sums pass a factor on, and half by its classifier. docs/familiarity.md has the measurements.
+poolings and sums pass a factor on, and half by its classifier. docs/starting-point.md has the trials.
 """
 
 from __future__ import annotations

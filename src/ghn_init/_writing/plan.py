@@ -217,9 +217,10 @@ def plan(
         strict: No parameter may be kept because it cannot be predicted.
         scale: "own": weights get the scale that the layer had, and norm layers and values that are all one
             number (zeros above all) stay. "predicted", to use the network untrained: everything as
-            predicted. "auto", to train it: as "own", with two exceptions that the graph tells. Weights at
-            predicted scale, and norms, in networks of the kind that the GHN knows, classifier included; and
-            layers kept that predictions harm (see `_writing/training.py`). With `head="predict"` "predicted".
+            predicted. "auto", to train it: as "own", with two exceptions that the graph tells. In networks
+            of the kind that the GHN knows norms are predicted, and weights at predicted scale, later ones at
+            most at their own; and layers are kept that predictions harm (see `_writing/training.py`). With
+            `head="predict"` it is "predicted".
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:

@@ -2,7 +2,7 @@
 
 As the start of training of a network that the GHN does not know, predicted weights owe their good to their
 direction, and nearly all of the harm that they can do to their scale and to predicted norm layers
-(docs/familiarity.md). So a prediction is multiplied to have the scale that the network's author gave the
+(docs/starting-point.md). So a prediction is multiplied to have the scale that the network's author gave the
 parameter, norm layers stay as they were, and so does a parameter whose values are all one number: a residual
 branch or gate that starts at zero was meant to. `training.py` says where more than that is good.
 

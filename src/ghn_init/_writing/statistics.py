@@ -6,7 +6,7 @@ filters, which are alike, up to 1e9 at the end of ResNet-50, the initialisation 
 to 1e-10 in a MobileNet. So the statistics that belong to the weights are computed from the weights alone, by
 a mean-field argument (compare Poole et al. 2016, arXiv 1606.05340) with a sample in the place of a formula,
 because channels that are copies vary together (`signals.py`). Evaluation mode then gives what training mode
-gives, up to a factor that docs/familiarity.md has.
+gives, up to a factor that docs/starting-point.md has.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 every kind. A GHN also knows the scales of what it has learned from, and there they are worth as much again:
 in image classifiers of plain convolutions, batch norms and poolings, and of DARTS' cells, as in DeepNets-1M.
 In layers that it has not learned from the directions are noise that repeats, and worse than the independent
-values of an initialisation. The graph tells the one and the other; docs/familiarity.md has the measurements.
+values of an initialisation. The graph tells the one and the other; docs/familiarity.md has
+the measurements, docs/starting-point.md the trials.
 """
 
 from __future__ import annotations
