@@ -77,9 +77,10 @@ svg .bars-after { fill: none; stroke: var(--after); stroke-width: 1.6; }
 
 _OWN: Final = (
     "This is the start of a training. In classifiers of the kind that the hypernetwork knows, weights are as "
-    "predicted, but for later ones, which are no larger than they were. In others they have predicted directions, at the scale which each layer had, or less where "
-    "predicted filters are more alike than the layer's own were, and norm layers and values that are all one "
-    "number stayed as they were, so that learning rates that suited the network still do."
+    "predicted, but for later ones, which are no larger than they were. In others they have predicted "
+    "directions, at the scale which each layer had, or less where predicted filters are more alike than the "
+    "layer's own were, and norm layers and values that are all one number stayed as they were, so that "
+    "learning rates that suited the network still do."
 )
 _PREDICTED: Final = (
     "This is for using the network untrained: everything is as predicted, norm layers and scales included. "
