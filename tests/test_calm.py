@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init import GHN, load, plan, predict
+from ghn_init._writing import calm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +78,7 @@ def test_outputs_without_norm_layers_become_a_fraction_of_the_whole_predictions(
         predict(whole, bundled, scale="predicted", example_input=(1, 3, 32, 32))
         large = whole(images())
         small = planned.apply()(images())
-    assert 0.02 < rms(small) < 0.15
+    assert 0.02 < rms(small) < 0.3
     assert rms(small) < 0.7 * rms(large)
     # What each activation shares is one factor, so it is the same function but for that.
     torch.testing.assert_close(small / rms(small), large / rms(large), rtol=1e-3, atol=1e-3)
@@ -103,8 +104,9 @@ def test_layers_that_read_the_image_side_by_side_share_it(bundled: GHN) -> None:
 
 @pytest.mark.parametrize(("build", "exclude"), [(SideBySide, None), (TwoStems, "left.weight")])
 def test_the_classifier_alone_is_made_smaller_where_first_layers_cannot_be(
-    build: Callable[[], nn.Module], exclude: str | None, bundled: GHN
+    build: Callable[[], nn.Module], exclude: str | None, bundled: GHN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(calm, "_OUTPUTS", 1e-3)  # less than any network's
     found = factors(plan(build(), bundled, example_input=(1, 3, 32, 32), exclude=exclude))
     smaller = {name for name, factor in found.items() if factor != 1}
     assert smaller == {"head.weight", "head.bias"}

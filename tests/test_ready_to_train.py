@@ -427,8 +427,8 @@ def test_classifiers_of_unknown_networks_give_outputs_no_larger_than_their_own(t
     x = images()
     usual = output(calibrate_batchnorm(built(gated), [x]), x)
     own, auto = (calibrate_batchnorm(predict(built(gated), scale=scale), [x]) for scale in ("own", "auto"))
-    assert output(own, x) > 2 * usual
-    assert output(auto, x) < 1.5 * usual
+    assert output(own, x) > 1.5 * usual
+    assert output(auto, x) < 1.4 * usual
     head, before = auto[-1].weight, own[-1].weight
     torch.testing.assert_close(head * (before.norm() / head.norm()), before)
     predict_to(built(gated), tmp_path / "disk")
