@@ -54,6 +54,17 @@ class TwoStems(nn.Module):
         return self.head((self.left(x).relu() + self.right(x).relu()).mean((2, 3)))
 
 
+class Reused(nn.Module):
+    """Its first layer is its second one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(x).relu()).relu().mean((2, 3)))
+
+
 def images() -> Tensor:
     coarse = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return 1.2 * nn.functional.interpolate(coarse, size=32, mode="bilinear")
@@ -102,7 +113,9 @@ def test_layers_that_read_the_image_side_by_side_share_it(bundled: GHN) -> None:
     assert found["left.weight"] == found["right.weight"] < 1
 
 
-@pytest.mark.parametrize(("build", "exclude"), [(SideBySide, None), (TwoStems, "left.weight")])
+@pytest.mark.parametrize(
+    ("build", "exclude"), [(SideBySide, None), (TwoStems, "left.weight"), (Reused, None)]
+)
 def test_the_classifier_alone_is_made_smaller_where_first_layers_cannot_be(
     build: Callable[[], nn.Module], exclude: str | None, bundled: GHN, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from ghn_init._network.scale import rounded
 from ghn_init._writing.training import scales_are_known
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
     from ghn_init._graph.graph import Graph
     from ghn_init._writing.entry import Entry
@@ -69,14 +69,15 @@ def _multiplied(entry: Entry, factor: float) -> Entry:
     return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
 
 
-def _factors(graph: Graph, predicted: Collection[str | None], factor: float) -> Mapping[str | None, float]:
+def _factors(graph: Graph, predicted: Set[str | None], factor: float) -> Mapping[str | None, float]:
     """What each parameter is multiplied by for outputs that are `factor` times as large, by its name.
 
-    Where a first layer is not predicted it is the classifier alone.
+    Where a first layer is not predicted, or stands at a later place too, it is the classifier alone.
     """
     first = _first(graph)
-    shared = bool(first) and all(graph.nodes[index].param in predicted for index in first)
-    early = math.sqrt(factor) if shared else 1.0
+    stems = {graph.nodes[index].param for index in first}
+    later = {node.param for index, node in enumerate(graph.nodes) if index not in first}
+    early = math.sqrt(factor) if stems and stems <= predicted - later else 1.0
     factors: defaultdict[str | None, float] = defaultdict(lambda: 1.0)
     heads = {index for pair in graph.heads for index in pair if index is not None}
     for index, node in enumerate(graph.nodes):
