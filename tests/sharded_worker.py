@@ -94,6 +94,8 @@ def fsdp(reference: nn.Module, ghn: GHN) -> None:
     assert [row.name for row in planned.rows] == list(params)
     kept = {row.name: row.reason for row in planned.rows if row.action == "kept"}
     assert kept.keys() == {"down.bias", "head.weight", "head.bias"}
+    own = {row.name: row.reason for row in plan(model, ghn, scale="own").rows}
+    assert own["norm.bias"] == "norm layer (scale='own')"
     assert kept["down.bias"].startswith("all its values are ")
     planned.apply()
     assert all(param is params[name] for name, param in model.named_parameters())
