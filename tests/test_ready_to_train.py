@@ -293,10 +293,12 @@ def test_late_weights_before_batch_norms_are_no_larger_than_their_own(ghn: GHN) 
 
 def test_smaller_late_weights_give_the_same_function(ghn: GHN) -> None:
     model, x = built(plain), images()
+    for name in ("1.0.weight", "2.0.weight"):
+        model.get_parameter(name).data.mul_(0.1)
+    rows = {row.name: row for row in plan(model, ghn, exclude="5.*").rows}
+    assert {name for name, row in rows.items() if row.rms is not None} == {"1.0.weight", "2.0.weight"}
     whole = predict(copy.deepcopy(model), ghn, scale="predicted", exclude="5.*")
-    for name, row in {row.name: row for row in plan(model, ghn).rows}.items():
-        assert row.action != "kept" or name.startswith("5."), name
-    torch.testing.assert_close(predict(model, ghn, exclude="5.*")(x), whole(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(predict(model, ghn, exclude="5.*")(x), whole(x), rtol=1e-2, atol=1e-2)
 
 
 def test_orthogonal_weights_have_no_use_for_the_predicted_scale(ghn: GHN) -> None:
@@ -427,7 +429,7 @@ def test_classifiers_of_unknown_networks_give_outputs_no_larger_than_their_own(t
     x = images()
     usual = output(calibrate_batchnorm(built(gated), [x]), x)
     own, auto = (calibrate_batchnorm(predict(built(gated), scale=scale), [x]) for scale in ("own", "auto"))
-    assert output(own, x) > 1.5 * usual
+    assert output(own, x) > 2 * usual
     assert output(auto, x) < 1.4 * usual
     head, before = auto[-1].weight, own[-1].weight
     torch.testing.assert_close(head * (before.norm() / head.norm()), before)
