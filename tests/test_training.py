@@ -32,7 +32,7 @@ from ghn_init.training._log import LOG
 from ghn_init.training._meta_batches import MetaBatches, ahead
 from ghn_init.training._ranks import Ranks, local_device
 from ghn_init.training._schedule import learning_rate
-from training_runs import figures, random_images, tiny_config, tiny_trainer
+from training_runs import TINY_GHN, figures, random_images, tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -326,6 +326,23 @@ def test_two_processes_make_the_update_of_one_and_a_lost_one_ends_the_run(
     found = steps_of(output)[:4]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(undisturbed[:4]), rtol=1e-3, atol=1e-4)
     assert tiny_trainer(tmp_path / "run").state.step == 4
+
+
+def test_processes_that_share_muons_matrices_make_the_updates_of_one(tmp_path: Path) -> None:
+    changes = {"optimizer": "muon", "steps": 3, "ghn": {**TINY_GHN, "hypernet": "transformer"}}
+    alone = tiny_trainer(tmp_path / "alone", tiny_config(**changes))
+    assert alone.run()
+    common = {"output": str(tmp_path / "run"), "meet": str(tmp_path / "meet"), "world": 2, "config": changes}
+    for process in [start_run(**common, rank=rank) for rank in range(2)]:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    both = tiny_trainer(tmp_path / "run", tiny_config(**changes))
+    for (name, one), two in zip(alone.ghn.named_parameters(), both.ghn.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4, msg=lambda text, of=name: f"{of}: {text}")
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (alone, both)]
+    for index, one in states[0].items():  # so that one process can go on from what two have left
+        for key, value in one.items():
+            torch.testing.assert_close(states[1][index][key], value, rtol=1e-2, atol=1e-4)
 
 
 _LAUNCHED = (

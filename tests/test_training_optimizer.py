@@ -10,7 +10,7 @@ from torch import nn
 
 from ghn_init import GHN, GHNConfig, trace
 from ghn_init.training import TrainConfig
-from ghn_init.training._optimizer import Muon, make_optimizer, orthogonalise
+from ghn_init.training._optimizer import Muon, _shares, make_optimizer, orthogonalise
 from training_runs import TINY_GHN, figures, tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
@@ -35,6 +35,15 @@ def test_every_parameter_gets_the_update_of_its_kind() -> None:
     assert {"decoder.conv.2.weight", "gnn.gru.weight_hh", "decoder_1d.fc.0.weight"} <= set(matrices)
     assert {"embed.weight", "place_enc.embed_depth.weight", "decoder.conv.2.bias"} <= set(others)
     assert len(names) == len(matrices) + len(others)
+
+
+def test_processes_share_the_matrices_by_what_they_cost() -> None:
+    shapes = [(8, 8), (64, 512), (512, 64), (4, 4), (300, 300), (16, 16)]
+    shares = _shares(shapes, 2)
+    assert sorted(index for share in shares for index in share) == list(range(len(shapes)))
+    assert [4] in shares  # the largest one takes as long as all others
+    assert _shares(shapes, 1) == [[4, 1, 2, 5, 0, 3]]
+    assert sorted(map(len, _shares(shapes, 9))) == [0, 0, 0, 1, 1, 1, 1, 1, 1]
 
 
 def test_muon_halves_are_its_parts() -> None:

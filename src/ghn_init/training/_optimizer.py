@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from ghn_init.training._ranks import Ranks
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from ghn_init.training._config import TrainConfig
 
@@ -28,11 +30,17 @@ _ADAM_RMS: Final = 0.2
 """Root mean square of Adam's usual update, in learning rates (arXiv 2502.16982, section 2.2)."""
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that `config.optimizer` names, over all parameters of `model`."""
+def make_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks | None = None) -> Optimizer:
+    """The optimizer that `config.optimizer` names, over all parameters of `model`.
+
+    Args:
+        model: What is trained.
+        config: The run's.
+        ranks: The processes that train it; without them this one alone.
+    """
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        return Muon(model.named_parameters(), **settings)
+        return Muon(model.named_parameters(), **settings, ranks=ranks or Ranks())
     adam = AdamW if config.optimizer == "adamw" else Adam
     return adam(model.parameters(), **settings)
 
@@ -44,13 +52,23 @@ class Muon(Optimizer):
     `U S V^T` is its momentum: the same learning rate then suits both halves (arXiv 2502.16982, eq. 4).
     torch's own class of this name is for matrices only and asks for torch 2.9.
 
+    Processes on CPUs share the matrices: each orthogonalises its part of them and gets the others' updates,
+    which are those that it would have computed. GPUs compute them sooner than the updates would come.
+
     Args:
         named: Names and parameters; an embedding is told by its name.
         lr: Learning rate.
         weight_decay: Decoupled.
+        ranks: The processes, which all have the same gradients.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        weight_decay: float,
+        ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
+    ) -> None:
         named = list(named)
         matrices = [p for name, p in named if _is_matrix(name, p)]
         others = [p for name, p in named if not _is_matrix(name, p)]
@@ -59,20 +77,46 @@ class Muon(Optimizer):
             {"params": others, "orthogonal": False},
         ]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self._ranks = ranks if ranks.device.type == "cpu" else Ranks(device=ranks.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            lr, decay = group["lr"], group["weight_decay"]
-            for parameter in group["params"]:
-                if (gradient := parameter.grad) is None:
-                    continue
-                state = self.state[parameter]
-                update = _orthogonal(gradient, state) if group["orthogonal"] else _adam(gradient, state)
-                _step(parameter, update, lr, decay)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            updates = self._orthogonal(moving) if group["orthogonal"] else map(self._adam, moving)
+            for parameter, update in zip(moving, updates, strict=True):
+                _step(parameter, update, group["lr"], group["weight_decay"])
         return loss
+
+    def _orthogonal(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        directions = [_direction(parameter, self.state[parameter]) for parameter in parameters]
+        parts = _shares([direction.shape for direction in directions], self._ranks.world)
+        for index in parts[self._ranks.rank]:
+            directions[index] = _orthogonal(directions[index])
+        self._ranks.exchange(directions, parts)
+        return directions
+
+    def _adam(self, parameter: Tensor) -> Tensor:
+        return _adam(_gradient(parameter), self.state[parameter])
+
+
+def _shares(shapes: Sequence[tuple[int, ...]], world: int) -> list[list[int]]:
+    """Which matrices each of the processes orthogonalises, in about equal times."""
+    costs = [min(shape) ** 2 * (2 * max(shape) + 3 * _ITERATIONS * min(shape)) for shape in shapes]
+    shares: list[list[int]] = [[] for _ in range(world)]
+    spent = [0] * world
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        rank = spent.index(min(spent))
+        shares[rank].append(index)
+        spent[rank] += costs[index]
+    return shares
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
@@ -86,11 +130,16 @@ def _step(parameter: Tensor, update: Tensor, lr: float, decay: float) -> None:
     parameter.add_(update.view_as(parameter), alpha=-lr)
 
 
-def _orthogonal(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _direction(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Nesterov's momentum of a matrix, (m, n)."""
+    gradient = _gradient(parameter)
     if not state:
         state["momentum_buffer"] = torch.zeros_like(gradient)
     momentum = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
-    matrix = gradient.lerp(momentum, _MOMENTUM).flatten(1)  # Nesterov's
+    return gradient.lerp(momentum, _MOMENTUM).flatten(1)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
     return orthogonalise(matrix).mul_(_ADAM_RMS * max(matrix.shape) ** 0.5)
 
 

@@ -79,7 +79,7 @@ class Trainer:
         self.normalise = Normalisation.of(images)
         self.ghn = self._first_weights(start).to(self.ranks.device)
         self.average = {name: value.detach().clone() for name, value in self.ghn.named_parameters()}
-        self.optimizer = make_optimizer(self.ghn, config)
+        self.optimizer = make_optimizer(self.ghn, config, self.ranks)
         self.engine = Engine(self.precision, config.label_smoothing)
         self.state = State()
         self._skipped_in_a_row = 0
