@@ -95,17 +95,58 @@ def test_outputs_without_norm_layers_become_a_fraction_of_the_whole_predictions(
     torch.testing.assert_close(small / rms(small), large / rms(large), rtol=1e-3, atol=1e-3)
 
 
-def test_first_layers_and_the_classifier_share_the_factor_and_biases_go_with_them(bundled: GHN) -> None:
+def test_layers_in_a_row_share_the_factor_and_biases_go_with_them(bundled: GHN) -> None:
     planned = plan(shallow(), bundled, example_input=(1, 3, 32, 32))
     found = factors(planned)
-    early = found["0.weight"]
-    assert 0 < early < 1
+    each = found["0.weight"]
+    assert 0 < each < 1
     assert found == {
-        "0.weight": early, "0.bias": early, "2.weight": 1, "2.bias": early,
-        "6.weight": pytest.approx(early), "6.bias": pytest.approx(early**2),
+        "0.weight": each, "0.bias": each, "2.weight": each, "2.bias": pytest.approx(each**2),
+        "6.weight": each, "6.bias": pytest.approx(each**3),
     }  # fmt: skip
-    assert f"{early:.2g} x predicted scale" in str(planned)
+    assert f"{each:.2g} x predicted scale" in str(planned)
     assert {row["name"]: row["factor"] for row in planned.to_dict()["rows"]} == found
+
+
+class Around(nn.Module):
+    """A residual block, a branch of one and of two layers, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.short = nn.Conv2d(32, 48, 1)
+        self.long = nn.Sequential(nn.Conv2d(32, 48, 1), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1))
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.inner(x).relu()
+        return self.head((self.short(x) + self.long(x)).relu().mean((2, 3)))
+
+
+def test_what_is_added_has_one_factor(bundled: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calm, "_OUTPUTS", 1e-3)  # less than any network's
+    planned = plan(Around(), bundled, example_input=(1, 3, 32, 32))
+    found = factors(planned)
+    each = found["stem.weight"]  # four layers in a row, of which the two of one branch are one of the other
+    expected = {
+        "stem": (1, 1),
+        "inner": (0, 1),
+        "long.0": (1, 2),
+        "long.2": (1, 3),
+        "short": (2, 3),
+        "head": (1, 4),
+    }
+    assert found == pytest.approx(
+        {
+            f"{layer}.{name}": each**power
+            for layer, powers in expected.items()
+            for name, power in zip(("weight", "bias"), powers, strict=True)
+        }
+    )
+    whole = predict(Around(), bundled, scale="predicted", example_input=(1, 3, 32, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(planned.apply()(images()), whole(images()) * each**4, rtol=1e-3, atol=1e-6)
 
 
 def test_layers_that_read_the_image_side_by_side_share_it(bundled: GHN) -> None:
@@ -114,15 +155,23 @@ def test_layers_that_read_the_image_side_by_side_share_it(bundled: GHN) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "exclude"), [(SideBySide, None), (TwoStems, "left.weight"), (Reused, None)]
+    ("build", "exclude", "expected"),
+    [
+        (SideBySide, None, {"second.weight", "second.bias", "head.weight", "head.bias"}),
+        (TwoStems, "left.weight", {"head.weight", "head.bias"}),
+        (Reused, None, {"head.weight", "head.bias"}),
+    ],
 )
-def test_the_classifier_alone_is_made_smaller_where_first_layers_cannot_be(
-    build: Callable[[], nn.Module], exclude: str | None, bundled: GHN, monkeypatch: pytest.MonkeyPatch
+def test_layers_whose_factor_others_would_not_share_have_none(
+    build: Callable[[], nn.Module],
+    exclude: str | None,
+    expected: set[str],
+    bundled: GHN,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calm, "_OUTPUTS", 1e-3)  # less than any network's
     found = factors(plan(build(), bundled, example_input=(1, 3, 32, 32), exclude=exclude))
-    smaller = {name for name, factor in found.items() if factor != 1}
-    assert smaller == {"head.weight", "head.bias"}
+    assert {name for name, factor in found.items() if factor != 1} == expected
 
 
 def test_other_networks_and_scales_have_no_such_factor(bundled: GHN) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ghn_init import GHN, GHNConfig, calibrate_batchnorm, plan, predict, predict_to
+from ghn_init import GHN, GHNConfig, calibrate_batchnorm, load, plan, predict, predict_to
 from ghn_init._hypernetwork.tile import Tile
 from ghn_init._writing.signals import (
     SAMPLES,
@@ -57,6 +57,17 @@ def deep_without_norm() -> nn.Module:
     return nn.Sequential(
         block(3, 16, norm=False), *(block(16, 16, norm=False) for _ in range(9)), *classifier(16)
     )
+
+
+def residual_without_norm() -> nn.Module:
+    blocks = (Residual(nn.Sequential(block(16, 16, norm=False), nn.Conv2d(16, 16, 1))) for _ in range(4))
+    return nn.Sequential(block(3, 16, norm=False), *blocks, *classifier(16))
+
+
+def tied_without_norm() -> nn.Module:
+    twice = block(16, 16, norm=False)
+    inner = (block(16, 16, norm=False) for _ in range(8))
+    return nn.Sequential(block(3, 16, norm=False), twice, *inner, twice, *classifier(16))
 
 
 def wide_without_norm() -> nn.Module:
@@ -164,6 +175,20 @@ def images(count: int = 64) -> torch.Tensor:
 # How much is predicted
 
 
+def test_deep_networks_without_norm_are_as_predicted_but_for_small_outputs() -> None:
+    bundled = load("ghn2-cifar10").requires_grad_(False)
+    model, x = built(deep_without_norm), images()
+    before = output(model, x)
+    whole = output(predict(built(deep_without_norm), bundled, scale="predicted"), x)
+    planned = plan(model, bundled)
+    factors = {row.name: row.factor for row in planned.rows if row.name.endswith("weight")}
+    assert len(factors) == 11
+    (each,) = set(factors.values())
+    after = output(planned.apply(), x)
+    assert 0.1 * before < after < 10 * before
+    assert after == pytest.approx(whole * each**11, rel=1e-2)
+
+
 @pytest.mark.parametrize("build", [plain, shallow])
 def test_networks_of_plain_convolutions_get_the_predicted_scales_and_norms(
     build: Callable[[], nn.Module], ghn: GHN
@@ -227,7 +252,12 @@ def test_attention_without_batch_norms_keeps_its_own_scale(ghn: GHN) -> None:
     assert with_predicted_scale(built(without_batch_norm), ghn) == set()
 
 
-@pytest.mark.parametrize("build", [deep_without_norm, wide_without_norm, depthwise, pixelwise, signals])
+OTHERS = (
+    residual_without_norm, tied_without_norm, wide_without_norm, depthwise, pixelwise, signals,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("build", OTHERS)
 def test_other_networks_keep_their_own_scale(build: Callable[[], nn.Module], ghn: GHN) -> None:
     example = (2, 8) if build is signals else (1, 3, 16, 16)
     model, own = (built(build) for _ in range(2))

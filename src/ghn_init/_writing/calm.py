@@ -2,9 +2,9 @@
 
 A network that begins by being sure of what it does not know has first to unlearn it, and at high rates its
 first steps lead far away. Of classifiers at the layer's own scale it is known how much predicted features
-agree with them, and they are made smaller by that. Of a network without norm layers the whole prediction is:
-half of it (in logarithms) by its first layers, whose factor all later activations share, since ReLUs,
-poolings and sums pass a factor on, and half by its classifier. docs/starting-point.md has the trials.
+agree with them, and they are made smaller by that. Of a network without norm layers the whole prediction is,
+by equal factors of its layers, which all later activations share, since ReLUs, poolings and sums pass a
+factor on. docs/starting-point.md has the trials.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._network.scale import rounded
+from ghn_init._writing.levels import rises
 from ghn_init._writing.training import scales_are_known
 
 if TYPE_CHECKING:
@@ -72,42 +72,15 @@ def _multiplied(entry: Entry, factor: float) -> Entry:
 def _factors(graph: Graph, predicted: Set[str | None], factor: float) -> Mapping[str | None, float]:
     """What each parameter is multiplied by for outputs that are `factor` times as large, by its name.
 
-    Where a first layer is not predicted, or stands at a later place too, it is the classifier alone.
+    All layers in a row have the same share of it (in logarithms): where it is that of the first or the last
+    one alone, the others' gradients stay as large as before, and at high rates lead the first steps far away.
     """
-    first = _first(graph)
-    stems = {graph.nodes[index].param for index in first}
-    later = {node.param for index, node in enumerate(graph.nodes) if index not in first}
-    early = math.sqrt(factor) if stems and stems <= predicted - later else 1.0
+    steps, levels = rises(graph, predicted)
+    last = max((levels[index] for index in steps), default=0)
     factors: defaultdict[str | None, float] = defaultdict(lambda: 1.0)
-    heads = {index for pair in graph.heads for index in pair if index is not None}
-    for index, node in enumerate(graph.nodes):
-        if index in first or (node.type in ("bias", "pos_enc") and index not in heads):
-            factors[node.param] = early
-    for weight, bias in graph.heads:
-        factors[graph.nodes[weight].param] *= factor / early
-        if bias is not None:
-            factors[graph.nodes[bias].param] *= factor
+    for index, node in enumerate(graph.nodes) if last else ():
+        if index in steps:
+            factors[node.param] = factor ** (steps[index] / last)
+        elif node.type in ("bias", "pos_enc"):
+            factors[node.param] = factor ** (levels[index] / last)
     return factors
-
-
-def _first(graph: Graph) -> set[int]:
-    """Weights that no other weight is before; none at all if another one reads the same as one of these.
-
-    That is, where a layer reads what the network is given and something computed from it side by side.
-    """
-    found: set[int] = set()
-    fresh: list[bool] = []  # nothing but the input
-    whole: list[bool] = []  # nothing of the input as it is
-    for index, (node, sources) in enumerate(zip(graph.nodes, graph.predecessors, strict=True)):
-        before = all(fresh[source] for source in sources)
-        if node.type in WEIGHT_TYPES - {"pos_enc"}:
-            if before:
-                found.add(index)
-            elif not all(whole[source] for source in sources):
-                return set()
-            fresh.append(False)
-            whole.append(True)
-        else:
-            fresh.append(before)
-            whole.append(bool(sources) and all(whole[source] for source in sources))
-    return found

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._writing.entry import spare
 from ghn_init._writing.familiarity import UNUSED, reads_images
+from ghn_init._writing.levels import rises
 from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ _PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
 """Types of node behind which a batch norm still normalises what a weight gives."""
 
 _MOST_BARE: Final = 8
-"""Weights without batch norm in a network whose scales are predicted: errors of scale multiply."""
+"""Weights without batch norm in a network whose scales are predicted: errors of scale multiply. More are
+allowed where no way leads around them, see `_is_in_rows`."""
 
 _MOST_COPIES: Final = 64
 """How often the prediction of a weight without batch norm repeats at most, in such a network: copies add up
@@ -146,7 +148,7 @@ def _copies(entry: Entry) -> float:
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
 
-    Those are image classifiers made as DeepNets-1M's, with batch norm or shallow. The last layer itself may
+    Those are image classifiers made as DeepNets-1M's, with batch norm, shallow or without ways around. The last layer itself may
     be kept, because the GHN knows none of its width say.
 
     Args:
@@ -161,7 +163,25 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
 
 def _is_known(graph: Graph) -> bool:
     """The same before anything is predicted: whatever does not depend on how often predictions repeat."""
-    return _is_made_of_cells(graph) and len(_bare(graph)) <= _MOST_BARE
+    return _is_made_of_cells(graph) and (len(_bare(graph)) <= _MOST_BARE or _is_in_rows(graph))
+
+
+def _is_in_rows(graph: Graph) -> bool:
+    """Whether there are no norm layers, and no way around a weight, so that outputs can be made small.
+
+    Then errors of scale multiply, too, but each layer takes its share of a factor against them (`calm.py`).
+    Residual networks without norm grow from block to block, whatever their first and last layer are.
+    """
+    if any(node.type in NORM_TYPES for node in graph.nodes):
+        return False
+    gates = _gates(graph)
+    weights = {
+        index
+        for index, node in enumerate(graph.nodes)
+        if node.type in WEIGHT_TYPES - {"pos_enc"} and not gates[index]
+    }
+    steps, _ = rises(graph, {graph.nodes[index].param for index in weights})
+    return steps.keys() == weights and all(steps.values())
 
 
 def _ends(graph: Graph) -> set[str | None]:
