@@ -148,8 +148,8 @@ def _copies(entry: Entry) -> float:
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, well enough to train from them.
 
-    Those are image classifiers made as DeepNets-1M's, with batch norm, shallow or without ways around. The last layer itself may
-    be kept, because the GHN knows none of its width say.
+    Those are image classifiers made as DeepNets-1M's, with batch norm, shallow or without ways around.
+    The last layer itself may be kept, because the GHN knows none of its width say.
 
     Args:
         graph: The network's graph.
