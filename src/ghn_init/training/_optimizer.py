@@ -95,8 +95,7 @@ class Muon(Optimizer):
         parts = _shares([direction.shape for direction in directions], self._ranks.world)
         for index in parts[self._ranks.rank]:
             directions[index] = _orthogonal(directions[index])
-        self._ranks.exchange(directions, parts)
-        return directions
+        return self._ranks.exchange(directions, parts)
 
     def _adam(self, parameter: Tensor) -> Tensor:
         return _adam(_gradient(parameter), self.state[parameter])
