@@ -10,7 +10,6 @@ factor on. docs/starting-point.md has the trials.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +28,9 @@ _OUTPUTS: Final = 0.15
 """Root mean square of the outputs, as it is estimated, of a network without norm layers: in truth about half
 of that, 1 to 2 times as much as from its own initialisation, so that the first loss is that of guessing."""
 
+_SHALLOW: Final = 8
+"""Layers in a row up to which that holds; what is estimated is about half their number times too large."""
+
 
 def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry]:
     """The same entries, their predictions made smaller where outputs would be larger than a network's own.
@@ -42,10 +44,7 @@ def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry
     if not told.outputs or not scales_are_known(graph, entries):
         return entries
     largest = max(rms / told.amplified.get(key, 1.0) for key, rms in told.outputs.items())
-    if not _OUTPUTS < largest < math.inf:
-        return entries
-    predicted = {entry.key for entry in entries if entry.tile is not None}
-    factors = _factors(graph, predicted, _OUTPUTS / largest)
+    factors = _factors(graph, {entry.key for entry in entries if entry.tile is not None}, largest)
     return [_multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
 
 
@@ -69,18 +68,21 @@ def _multiplied(entry: Entry, factor: float) -> Entry:
     return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
 
 
-def _factors(graph: Graph, predicted: Set[str | None], factor: float) -> Mapping[str | None, float]:
-    """What each parameter is multiplied by for outputs that are `factor` times as large, by its name.
+def _factors(graph: Graph, predicted: Set[str | None], largest: float) -> Mapping[str | None, float]:
+    """What parameters are multiplied by, by their names, if outputs are estimated at `largest`.
 
     All layers in a row have the same share of it (in logarithms): where it is that of the first or the last
     one alone, the others' gradients stay as large as before, and at high rates lead the first steps far away.
     """
     steps, levels = rises(graph, predicted)
     last = max((levels[index] for index in steps), default=0)
-    factors: defaultdict[str | None, float] = defaultdict(lambda: 1.0)
-    for index, node in enumerate(graph.nodes) if last else ():
-        if index in steps:
-            factors[node.param] = factor ** (steps[index] / last)
-        elif node.type in ("bias", "pos_enc"):
-            factors[node.param] = factor ** (levels[index] / last)
-    return factors
+    wanted = _OUTPUTS * max(1, last / _SHALLOW)
+    if not last or not wanted < largest < math.inf:
+        return {}
+    each = (wanted / largest) ** (1 / last)
+    factors = {graph.nodes[index].param: each**count for index, count in steps.items()}
+    return factors | {
+        node.param: each ** levels[index]
+        for index, node in enumerate(graph.nodes)
+        if node.type in ("bias", "pos_enc")
+    }

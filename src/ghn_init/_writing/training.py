@@ -45,8 +45,8 @@ _MOST_BARE: Final = 8
 allowed where no way leads around them, see `_is_in_rows`."""
 
 _MOST_COPIES: Final = 64
-"""How often the prediction of a weight without batch norm repeats at most, in such a network: copies add up
-to one another."""
+"""How often the prediction of a weight without batch norm repeats at most, in such a network, because copies
+add up to one another. Where no way leads around the weights it may repeat as often as it does."""
 
 _FEW_COPIES: Final = 4
 """How often the prediction of a classifier repeats at most, to be at predicted scale: 256 features."""
@@ -157,6 +157,8 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """
     if not _is_known(graph):
         return False
+    if _is_in_rows(graph):  # the outputs are made small, however they came to be large
+        return True
     bare = _bare(graph)
     return all(_copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
 
