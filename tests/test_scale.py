@@ -163,9 +163,11 @@ def test_deep_networks_without_norm_neither_explode_nor_vanish(width: int) -> No
     widths = (3, *[width] * 12)
     layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in pairwise(widths)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-    x = nn.functional.interpolate(torch.randn(8, 3, 4, 4), (16, 16), mode="bilinear")  # smooth, as images are
-    usual = rms(model(x))
-    assert 0.1 * usual < rms(predict(model)(x)) < 10 * usual
+    noise = torch.randn(8, 3, 16, 16)
+    smooth = nn.functional.interpolate(torch.randn(8, 3, 4, 4), (16, 16), mode="bilinear")  # as images are
+    usual = [rms(model(x)) for x in (noise, smooth)]
+    assert 0.1 * usual[0] < rms(predict(copy.deepcopy(model), scale="own")(noise)) < 10 * usual[0]
+    assert 0.1 * usual[1] < rms(predict(model)(smooth)) < 10 * usual[1]
 
 
 def test_the_spectral_norm_of_a_coherent_prediction_is_kept() -> None:

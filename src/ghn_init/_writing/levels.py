@@ -34,6 +34,7 @@ def rises(graph: Graph, params: Collection[str | None]) -> tuple[dict[int, int],
         index
         for index, node in enumerate(graph.nodes)
         if node.type in WEIGHT_TYPES - {"pos_enc"} and node.param in params and places[node.param] == 1
+        if graph.predecessors[index]
     }
     levels = _levels(graph, scaled)
     return {index: levels[index] - levels[graph.predecessors[index][0]] for index in scaled}, levels
