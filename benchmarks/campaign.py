@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
 """Where the newest weights and their position are kept, for the next machine."""
 
-BUNDLED: Final = "ghn2-cifar10"
+BUNDLED: Final = "ghn3-cifar10"
 """The newest weights where `KEPT` has only their position."""
 
 POSITION, PART, CONFIG = "position.json", "part.json", "config.json"
@@ -59,8 +59,8 @@ call brings what was learned on them to full size.
 
 FALLING: Final[dict[str, Any]] = {**PHASES[-1][2], "schedule": "linear", "warmup": 50, "ema": 0.995}
 
-SHORTEST: Final = 60.0
-"""Seconds of the shortest part that is started."""
+SHORTEST: Final = 300.0
+"""Seconds of the shortest part that is started: in fewer its moving average, which begins anew, is of few steps."""
 
 FIRST_SEED: Final = 11
 VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "24", "--validation-images", "512")

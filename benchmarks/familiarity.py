@@ -111,7 +111,7 @@ def _table(results: Sequence[Result]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path, help="CIFAR-10 in a form that `ghn-init train` takes")
-    parser.add_argument("--weights", default="ghn2-cifar10", help="of the GHN")
+    parser.add_argument("--weights", default="ghn3-cifar10", help="of the GHN")
     parser.add_argument("--images", type=int, default=256, help="test images")
     parser.add_argument("--sample", type=int, default=25, help="networks of a split of DeepNets-1M")
     parser.add_argument("--max-params", type=int, default=70, help="millions, of torchvision's networks")

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--large-on-meta", action="store_true", help="build inside ghn_init.large_on_meta()")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # that networks are far from what the GHN was trained on
-    ghn = ghn_init.load("ghn2-cifar10").requires_grad_(False)
+    ghn = ghn_init.load("ghn3-cifar10").requires_grad_(False)
     first = {network.kind: network for network in reversed(networks(options.zoo))}
     counts = Counter[str]()
     for network in first.values():

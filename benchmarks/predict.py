@@ -154,10 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights",
-        default="ghn2-cifar10",
+        default="ghn3-cifar10",
         metavar="NAME",
         help='what ghn_init.load takes, or "random"; "random-t", "-s", "-l" or "-xl" is a GHN-3 of a '
-        "published size with random weights (default: ghn2-cifar10)",
+        "published size with random weights (default: ghn3-cifar10)",
     )
     parser.add_argument(
         "--classes", type=int, default=1000, metavar="N", help="width of the classifier (default: 1000)"

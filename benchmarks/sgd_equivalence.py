@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path, help="CIFAR-10 in a form that `ghn-init train` takes")
     parser.add_argument("file", type=Path, help="one JSON line for every training; read and added to")
-    parser.add_argument("--weights", default="ghn2-cifar10", help="of the GHN")
+    parser.add_argument("--weights", default="ghn3-cifar10", help="of the GHN")
     parser.add_argument("--networks", type=int, default=20, help="so many test networks of DeepNets-1M")
     parser.add_argument(
         "--also", nargs="*", default=["resnet50"], metavar="NAME",

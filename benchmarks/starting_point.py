@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path, help="CIFAR-10 in a form that `ghn-init train` takes")
     parser.add_argument("file", type=Path, help="one JSON line for every training; read and added to")
-    parser.add_argument("--weights", default="ghn2-cifar10", help="of the GHN")
+    parser.add_argument("--weights", default="ghn3-cifar10", help="of the GHN")
     parser.add_argument("--networks", nargs="+", choices=[member.name for member in PANEL], metavar="NAME")
     parser.add_argument("--starts", nargs="+", choices=list(STARTS)[1:], default=["predicted"])
     parser.add_argument("--optimizers", nargs="+", choices=list(BASE_RATES), default=list(BASE_RATES))

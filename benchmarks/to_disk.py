@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=4096, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--hidden", type=int, default=11_008, help="width of the MLPs")
     parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--weights", default="ghn2-cifar10")
+    parser.add_argument("--weights", default="ghn3-cifar10")
     return parser
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print("no network matches", file=sys.stderr)
         return 1
-    ghn = ghn_init.load("ghn2-cifar10").requires_grad_(False)
+    ghn = ghn_init.load("ghn3-cifar10").requires_grad_(False)
     measure = survey if options.command == "survey" else measured
     done = {(record["zoo"], record["name"]) for record in _continued(options.file)}
     crashed = False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def bundled() -> GHN:
     """The bundled weights: with the priors' large whitening filters."""
-    return load("ghn2-cifar10").requires_grad_(False)
+    return load("ghn3-cifar10").requires_grad_(False)
 
 
 def shallow() -> nn.Module:
@@ -89,7 +89,7 @@ def test_outputs_without_norm_layers_become_a_fraction_of_the_whole_predictions(
         predict(whole, bundled, scale="predicted", example_input=(1, 3, 32, 32))
         large = whole(images())
         small = planned.apply()(images())
-    assert 0.02 < rms(small) < 0.15
+    assert 0.02 < rms(small) < 2 * calm._OUTPUTS  # what is estimated is right within a factor of 2
     assert rms(small) < 0.7 * rms(large)
     # What each activation shares is one factor, so it is the same function but for that.
     torch.testing.assert_close(small / rms(small), large / rms(large), rtol=1e-3, atol=1e-3)

@@ -103,6 +103,15 @@ def test_an_interrupted_part_is_completed_by_the_next_call(
     assert [entry["name"] for entry in trained] == ["001-small", "001-small", "002-all16", "003-fall"]
 
 
+def test_what_is_left_after_an_interrupted_part_is_no_part_of_a_few_minutes(
+    campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    campaign.next_part(run, campaign.Position(), None, 3600.0, 1800.0, 2).write()
+    hours(campaign, run, 64 / 60)  # 30 minutes of the part, 4 that nothing begins in, and a fall of 30
+    assert [(entry["name"], entry["seconds"]) for entry in trained] == [("001-small", 1800), ("002-fall", 2040)]
+
+
 def test_a_new_machine_goes_on_from_what_was_kept(
     campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -114,7 +123,7 @@ def test_a_new_machine_goes_on_from_what_was_kept(
     assert (position.pairs, round(position.core_minutes)) == (400, 240)
     (tmp_path / "kept" / "model.safetensors").unlink()  # they are bundled
     hours(campaign, tmp_path / "third", 1)
-    assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", "ghn2-cifar10"]
+    assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", "ghn3-cifar10"]
 
 
 def test_fewer_processes_share_a_meta_batch(campaign: Any, tmp_path: Path) -> None:

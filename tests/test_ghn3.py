@@ -128,7 +128,7 @@ def test_every_stage_agrees(network: str, reference: dict[str, Any], published: 
         for index, layer in enumerate(network_, 1):
             stages[f"layer {index}"] = x = layer(x, biases)
         stages["final"] = published.encode(batch)[rows]
-        table = network_[0].attn.biases()
+        table = network_[0].attn.table()
     assert stages.keys() == entry["features"]["stages"].keys()
     for stage, wanted in entry["features"]["stages"].items():
         for values, (norm, *start) in zip(stages[stage], wanted, strict=True):
@@ -230,7 +230,7 @@ def test_the_configuration_follows_from_the_tensors_or_is_given(config: GHNConfi
 def test_a_configuration_is_given_only_where_there_is_none(ghn: GHN, tmp_path: Path) -> None:
     torch.save(checkpoint_of(ghn), tmp_path / "a.pt")
     ghn.save_pretrained(tmp_path / "saved")
-    for source in (tmp_path / "a.pt", tmp_path / "saved", "ghn2-cifar10"):
+    for source in (tmp_path / "a.pt", tmp_path / "saved", "ghn3-cifar10"):
         with pytest.raises(ConfigError, match=r"(its|their) own; leave config out"):
             load(source, config=TINY)
     with pytest.raises(ConfigError, match="the GHN has its own"):
@@ -307,7 +307,8 @@ def test_attention_needs_no_matrix_of_logits(published: GHN, reference: dict[str
     graph: Graph = reference_graph(reference["resnet18"], "resnet18")
     network: Any = published.gnn
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        (bias,) = network.biases(published.batch(graph))
+        (path_bias,) = network.biases(published.batch(graph))
+        ((_, bias),) = path_bias.parts()
         query = torch.randn(1, 4, len(graph), 8)
         F.scaled_dot_product_attention(query, query, query, attn_mask=bias.unsqueeze(0))  # raises otherwise
         published.predict_tiles(graph)

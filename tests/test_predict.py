@@ -173,7 +173,7 @@ def test_predicting_gives_the_same_bits_every_time(ghn: GHN) -> None:
 @pytest.mark.parametrize("options", [{}, {"head": "predict"}])
 def test_weights_give_the_same_bits_named_or_loaded(options: dict[str, Any]) -> None:
     models = []
-    for weights in ("ghn2-cifar10", load("ghn2-cifar10"), load("ghn2-cifar10").requires_grad_(False)):
+    for weights in ("ghn3-cifar10", load("ghn3-cifar10"), load("ghn3-cifar10").requires_grad_(False)):
         torch.manual_seed(0)
         models.append(predict(torchvision.models.mobilenet_v3_small(num_classes=10), weights, **options))
     for model in models[1:]:

@@ -185,7 +185,7 @@ def test_networks_without_norm_are_as_predicted_but_for_small_outputs(
     build: Callable[[], nn.Module], layers: int
 ) -> None:
     """However deep they are, and however often predictions repeat in them."""
-    bundled = load("ghn2-cifar10").requires_grad_(False)
+    bundled = load("ghn3-cifar10").requires_grad_(False)
     model, x = built(build), images()
     before = output(model, x)
     whole = output(predict(built(build), bundled, scale="predicted"), x)
@@ -467,7 +467,7 @@ def test_classifiers_of_unknown_networks_give_outputs_no_larger_than_their_own(t
     x = images()
     usual = output(calibrate_batchnorm(built(gated), [x]), x)
     own, auto = (calibrate_batchnorm(predict(built(gated), scale=scale), [x]) for scale in ("own", "auto"))
-    assert output(own, x) > 2 * usual
+    assert output(own, x) > 1.5 * usual
     assert output(auto, x) < 1.4 * usual
     head, before = auto[-1].weight, own[-1].weight
     torch.testing.assert_close(head * (before.norm() / head.norm()), before)

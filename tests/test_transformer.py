@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, load
 from ghn_init._graph.graph import graph_from_edges
-from ghn_init._hypernetwork import decoder
+from ghn_init._hypernetwork import decoder, transformer
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch
 from ghn_init._hypernetwork.decoder import _PartLinear, _places_linear
 from ghn_init._hypernetwork.gates import without_gate_poolings
@@ -113,7 +113,9 @@ def by_the_book(network: Transformer, h: Tensor, graph: Graph) -> Tensor:
     return h
 
 
-def test_the_transformer_and_its_gradient_go_by_the_book() -> None:
+@pytest.mark.parametrize("pairs", [transformer._PAIRS, 40], ids=["whole", "in parts"])
+def test_the_transformer_and_its_gradient_go_by_the_book(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, "_PAIRS", pairs)
     network = Transformer(config()).double()
     graph = random_graph(3, length=14)
     batch = GraphBatch.from_graphs([graph], config())
@@ -177,7 +179,8 @@ def test_without_virtual_edges_only_real_ones_are_seen() -> None:
         ghn = GHN(config(ve=ve))
         batch = ghn.batch(chain)
         assert batch.degrees[:, 2].tolist() == distances
-        (bias,) = ghn.gnn.biases(batch)
+        (path_bias,) = ghn.gnn.biases(batch)
+        ((_, bias),) = path_bias.parts()
         assert len({tuple(pair) for pair in bias.flatten(1).T.tolist()}) == steps
 
 

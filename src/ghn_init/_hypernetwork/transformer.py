@@ -1,12 +1,15 @@
 """The graph network of GHN-3: a transformer over the nodes of a graph (arXiv 2303.04143).
 
 Every node attends to every node; what it knows of the edges is a bias on the attention's logits, one number
-for each head and each length of the shortest path between the two. Time and memory grow with the square of
-the number of nodes.
+for each head and each length of the shortest path between the two. Time grows with the square of the number of
+nodes; of that many pairs only path lengths are held, a byte for each, while logits are made for a part of the
+queries at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 from ghn_init._graph.graph import MAX_DISTANCE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ghn_init._hypernetwork.batch import GraphBatch
     from ghn_init._hypernetwork.config import GHNConfig
@@ -25,6 +28,40 @@ _EDGE_ROWS: Final = 257
 """Rows of the published table of distances, of which those from 2 (no path) to 52 (the longest) are read."""
 
 _NO_PATH: Final = 2
+
+_PAIRS: Final = 1 << 20
+"""Pairs of nodes that are attended to at a time: 32 MB of bias for each 8 heads. A graph of up to 1,024 nodes
+is one part, whose bias all layers share."""
+
+
+@dataclass(frozen=True, eq=False)
+class PathBias:
+    """The bias of every pair of a graph's n nodes, by the length of the shortest path between them.
+
+    Attributes:
+        table: (H, 101), see `Attention.table`.
+        columns: (n, n) uint8, the table's column for each (query, key).
+    """
+
+    table: Tensor
+    columns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Queries, some after others, and their bias (H, q, n)."""
+        if self.columns.numel() <= _PAIRS:
+            yield slice(None), self._whole
+            return
+        step = max(1, _PAIRS // len(self))
+        for start in range(0, len(self), step):
+            queries = slice(start, start + step)
+            yield queries, _looked_up(self.table, self.columns[queries])
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return _looked_up(self.table, self.columns)
 
 
 class DistanceEmbedding(nn.Module):
@@ -50,18 +87,19 @@ class Attention(nn.Module):
             self.edge_embed = DistanceEmbedding(hid)
             self.proj_e = nn.Sequential(nn.Linear(2 * hid, hid), nn.ReLU(), nn.Linear(hid, heads))
 
-    def forward(self, x: Tensor, biases: Sequence[Tensor]) -> Tensor:
-        """Features (N, d) of the nodes of all graphs, one after the other, and (H, n, n) for each graph."""
-        sizes = [bias.shape[-1] for bias in biases]
-        parts = self.to_qkv(x).unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3).split(sizes, dim=2)
+    def forward(self, x: Tensor, biases: Sequence[PathBias]) -> Tensor:
+        """Features (N, d) of the nodes of all graphs, one after the other, and the bias of each graph."""
+        sizes = [len(bias) for bias in biases]
         # With a batch axis: torch's kernels without the full matrix of logits take four dimensions.
+        parts = self.to_qkv(x).unflatten(1, (3, 1, self.heads, -1)).permute(1, 2, 3, 0, 4).split(sizes, dim=3)
         mixed = [
-            F.scaled_dot_product_attention(*part.unsqueeze(1), attn_mask=bias.unsqueeze(0))
-            for part, bias in zip(parts, biases, strict=True)
+            F.scaled_dot_product_attention(query[:, :, queries], key, value, attn_mask=mask.unsqueeze(0))
+            for (query, key, value), bias in zip(parts, biases, strict=True)
+            for queries, mask in bias.parts()
         ]
         return self.to_out(torch.cat([part[0] for part in mixed], dim=1).transpose(0, 1).flatten(1))
 
-    def biases(self) -> Tensor:
+    def table(self) -> Tensor:
         """(H, 101): the bias for no path, for 1 to 50 steps forward (from query to key), and back."""
         embed = self.edge_embed.embed.weight
         steps = embed[_NO_PATH : _NO_PATH + MAX_DISTANCE + 1]
@@ -93,7 +131,7 @@ class Layer(nn.Module):
         self.ln2 = nn.LayerNorm(hid)
         self.ff = FeedForward(hid)
 
-    def forward(self, x: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, biases: Sequence[PathBias]) -> Tensor:
         x = x + self.attn(self.ln1(x), biases)
         return x + self.ff(self.ln2(x))
 
@@ -117,17 +155,17 @@ class Transformer(nn.ModuleList):
             x = layer(x, biases)
         return h.index_copy(0, rows, x)
 
-    def biases(self, batch: GraphBatch) -> list[Tensor]:
-        """For every graph the bias (H, n, n) of each head for (query, key), in the order of its nodes."""
-        table = self[0].attn.biases()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    def biases(self, batch: GraphBatch) -> list[PathBias]:
+        """For every graph the bias of each head for (query, key), in the order of its nodes."""
+        table = self[0].attn.table()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         found = []
         for index, rows in enumerate(batch.nodes):
             slots = torch.tensor(rows, device=batch.device) // len(batch)
             forward = batch.distances[index][slots[:, None], slots]
             forward = forward.masked_fill(forward > self.longest, 0)
             back = forward.T
-            columns = forward + torch.where(back > 0, back + MAX_DISTANCE, 0)
-            found.append(_looked_up(table, columns))
+            columns = torch.where(back > 0, back + MAX_DISTANCE, forward)
+            found.append(PathBias(table, columns))
         return found
 
 

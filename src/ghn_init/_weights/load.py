@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ghn_init._hypernetwork.config import GHNConfig
 
-DEFAULT_WEIGHTS: Final = "ghn2-cifar10"
+DEFAULT_WEIGHTS: Final = "ghn3-cifar10"
 """The bundled weights that are used where none are named."""
 
 _HUB: Final = re.compile(

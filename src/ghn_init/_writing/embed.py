@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def embed(
     model: nn.Module | Graph,
-    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
     *,
     example_input: object = None,
     nodes: bool = False,

@@ -184,7 +184,7 @@ class Plan(Generic[ModelT]):
 
 def plan(
     model: ModelT,
-    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
     *,
     example_input: object = None,
     head: Head = "auto",
@@ -274,7 +274,7 @@ def _planned(
 
 def predict(
     model: ModelT,
-    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
     *,
     example_input: object = None,
     head: Head = "auto",
@@ -317,7 +317,7 @@ def predict(
 def predict_to(
     model: nn.Module,
     out_dir: str | PathLike[str],
-    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
     *,
     max_shard_size: int | str = "5GB",
     example_input: object = None,

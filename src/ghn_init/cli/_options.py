@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-DEFAULT_WEIGHTS: Final = "ghn2-cifar10"
+DEFAULT_WEIGHTS: Final = "ghn3-cifar10"
 
 PLACES: Final = "a bundled name, a folder, a file or hf://ORG/REPO\\[/FILE.pt]\\[@REVISION]"
 """Where a hypernetwork may be."""

@@ -207,7 +207,7 @@ def transfer(
     test: Images,
     config: TransferConfig | None = None,
     *,
-    weights: str | PathLike[str] | GHN = "ghn2-cifar10",
+    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
     name: str = "network",
     file: Path | None = None,
     on_training: Callable[[Training], None] | None = None,
