@@ -60,7 +60,7 @@ call brings what was learned on them to full size.
 FALLING: Final[dict[str, Any]] = {**PHASES[-1][2], "schedule": "linear", "warmup": 50, "ema": 0.995}
 
 SHORTEST: Final = 300.0
-"""Seconds of the shortest part that is started: in fewer its moving average, which begins anew, is of few steps."""
+"""Seconds of the shortest part that is started: in fewer its moving average, begun anew, is of few steps."""
 
 FIRST_SEED: Final = 11
 VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "24", "--validation-images", "512")

@@ -114,7 +114,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def attention(size: str, nodes: int) -> int:
-    """What a GHN-3 as wide as this takes to embed so many nodes; its layers come one after another, two do."""
+    """What a GHN-3 as wide as this takes to embed so many nodes; layers come one after another, two do."""
     ghn = ghn_init.GHN(ghn_init.GHNConfig.ghn3(size, layers=2, max_shape=(16, 16, 16, 16))).eval()
     ghn_init.embed(shortcuts(10), ghn)
     graph = shortcuts(nodes)

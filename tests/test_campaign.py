@@ -109,7 +109,7 @@ def test_what_is_left_after_an_interrupted_part_is_no_part_of_a_few_minutes(
     run = tmp_path / "run"
     campaign.next_part(run, campaign.Position(), None, 3600.0, 1800.0, 2).write()
     hours(campaign, run, 64 / 60)  # 30 minutes of the part, 4 that nothing begins in, and a fall of 30
-    assert [(entry["name"], entry["seconds"]) for entry in trained] == [("001-small", 1800), ("002-fall", 2040)]
+    assert {entry["name"]: entry["seconds"] for entry in trained} == {"001-small": 1800, "002-fall": 2040}
 
 
 def test_a_new_machine_goes_on_from_what_was_kept(

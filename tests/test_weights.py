@@ -22,7 +22,7 @@ FOLDER = resources.files("ghn_init") / "weights" / DEFAULT_WEIGHTS
 def test_the_default_weights_are_bundled_with_configuration_and_card() -> None:
     assert DEFAULT_WEIGHTS in bundled_names()
     assert GHNConfig.from_dict(json.loads((FOLDER / "config.json").read_text())) == load().config
-    assert len((FOLDER / "model.safetensors").read_bytes()) < 8e6
+    assert len((FOLDER / "model.safetensors").read_bytes()) < 20e6
 
 
 def test_the_card_says_what_a_reader_asks() -> None:
@@ -45,4 +45,4 @@ def test_an_untrained_network_classifies_better_than_chance(shared: Path) -> Non
     from ghn_init.training.data import CIFAR10
 
     score = evaluate(load(), "test", load_images(shared / "data", "test"), n=1, images=512, normalise=CIFAR10)
-    assert score.mean > 25  # chance is 10 %; the standard error of 512 images is 2
+    assert score.mean > 50  # chance is 10 %; the standard error of 512 images is 2
