@@ -1,9 +1,9 @@
 """The graph network of GHN-3: a transformer over the nodes of a graph (arXiv 2303.04143).
 
 Every node attends to every node; what it knows of the edges is a bias on the attention's logits, one number
-for each head and each length of the shortest path between the two. Time grows with the square of the number of
-nodes. Of all pairs only path lengths are held, a byte for each; logits are made for a part of the queries at
-a time.
+for each head and each length of the shortest path between the two. Time grows with the square of the number
+of nodes. Of all pairs only path lengths are held, a byte for each; logits are made for a part of the queries
+at a time.
 """
 
 from __future__ import annotations
