@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ghn_init._writing.statistics import Followed
 
 _OUTPUTS: Final = 0.15
-"""Root mean square of the outputs, as it is estimated, of a network without norm layers: in truth 0.5 to 2
-times that, about as much as from its own initialisation, so that the first loss is that of guessing."""
+"""Root mean square of the outputs, as it is estimated, of a network without norm layers: in truth up to
+twice that, 0.5 to 3 times as much as from its own initialisation, so that the first loss is that of guessing."""
 
 _SHALLOW: Final = 8
 """Layers in a row up to which that holds; what is estimated is about half their number times too large."""
