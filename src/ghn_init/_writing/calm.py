@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _OUTPUTS: Final = 0.15
 """Root mean square of the outputs, as it is estimated, of a network without norm layers: in truth up to
-twice that, 0.5 to 3 times as much as from its own initialisation, so that the first loss is that of guessing."""
+twice that, 0.5 to 3 times as much as from its own initialisation: the first loss is that of guessing."""
 
 _SHALLOW: Final = 8
 """Layers in a row up to which that holds; what is estimated is about half their number times too large."""
