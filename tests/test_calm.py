@@ -29,6 +29,13 @@ def shallow() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10))
 
 
+def discriminator(classes: int = 10) -> nn.Sequential:
+    """Its classifier reads all places of the last feature maps, 3,072 numbers (arXiv 1511.06434)."""
+    strided = [nn.Conv2d(a, b, 4, 2, 1) for a, b in ((3, 48), (48, 96), (96, 192))]
+    layers = [layer for conv in strided for layer in (conv, nn.LeakyReLU(0.2))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3072, classes))
+
+
 class SideBySide(nn.Module):
     """Its second layer reads the image and what the first one made of it."""
 
@@ -95,7 +102,10 @@ def test_outputs_without_norm_layers_become_a_fraction_of_the_whole_predictions(
     torch.testing.assert_close(small / rms(small), large / rms(large), rtol=1e-3, atol=1e-3)
 
 
-def test_layers_in_a_row_share_the_factor_and_biases_go_with_them(bundled: GHN) -> None:
+def test_layers_in_a_row_share_the_factor_and_biases_go_with_them(
+    bundled: GHN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calm, "_READ", 1e9)  # more than any classifier reads
     planned = plan(shallow(), bundled, example_input=(1, 3, 32, 32))
     found = factors(planned)
     each = found["0.weight"]
@@ -106,6 +116,47 @@ def test_layers_in_a_row_share_the_factor_and_biases_go_with_them(bundled: GHN) 
     }  # fmt: skip
     assert f"{each:.2g} x predicted scale" in str(planned)
     assert {row["name"]: row["factor"] for row in planned.to_dict()["rows"]} == found
+
+
+def curvature(model: nn.Module) -> float:
+    """Of the loss in the classifier's weights, along its steepest direction: that of what it reads."""
+    with torch.no_grad():
+        return float(model[:-1](images()).square().sum(1).mean())
+
+
+def test_a_classifier_makes_up_for_what_it_reads_where_that_is_much(
+    bundled: GHN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted() -> tuple[dict[str, float], nn.Sequential]:
+        model = discriminator()
+        planned = plan(model, bundled, example_input=(1, 3, 32, 32))
+        planned.apply()
+        return factors(planned), model
+
+    found, model = predicted()
+    monkeypatch.setattr(calm, "_READ", 1e9)
+    alike, larger = predicted()
+    less = found["0.weight"] / alike["0.weight"]
+    assert 0 < less < 1
+    assert found["2.weight"] / alike["2.weight"] == pytest.approx(less)
+    assert found["7.weight"] / alike["7.weight"] == pytest.approx(less**-3)
+    assert found["7.bias"] == pytest.approx(alike["7.bias"])
+    assert curvature(model) == pytest.approx(curvature(larger) * less**6, rel=1e-3)
+    assert curvature(model) < curvature(larger) / 20
+    with torch.no_grad():  # still the same function
+        torch.testing.assert_close(model(images()), larger(images()), rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_classifier_of_the_networks_own_reads_is_made_less_all_the_same(
+    bundled: GHN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, larger = discriminator(classes=7), discriminator(classes=7)
+    before = model[-1].weight.clone()
+    predict(model, bundled, example_input=(1, 3, 32, 32))
+    assert torch.equal(model[-1].weight, before)
+    monkeypatch.setattr(calm, "_READ", 1e9)
+    predict(larger, bundled, example_input=(1, 3, 32, 32))
+    assert curvature(model) < curvature(larger) / 3
 
 
 class Around(nn.Module):

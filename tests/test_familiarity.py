@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 import ghn_init
-from ghn_init import OutOfDistributionWarning, plan, predict
+from ghn_init import OutOfDistributionWarning, PredictError, plan, predict
+from ghn_init._writing.familiarity import ALL_KEPT
 from ghn_init.cli import app
 from ghn_init.deepnets import DeepNets1M
 
@@ -92,13 +94,27 @@ def test_unfamiliar_networks_are_told_with_their_reasons(name: str) -> None:
         assert str(planned).splitlines()[-1].endswith(", ".join(reasons))
 
 
+KEPT_WHOLE = {"layer norms only", "vectors", "signals", "text", "recurrent"}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_at_their_own_scale_no_network_is_warned_about(name: str) -> None:
+def test_by_default_it_is_only_told_that_nothing_is_predicted(name: str) -> None:
     model, reasons = CASES[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         planned = plan(model, GHN)
-    assert (planned.unfamiliar, planned.warned) == (reasons, ())
+    told = (ALL_KEPT,) if name in KEPT_WHOLE else ()
+    assert (planned.unfamiliar, planned.warned) == ((*reasons, *told), told)
+    assert [told[0] in str(w.message) for w in caught] == [True] * len(told)
+    assert planned.counts()["kept"][0] < len(planned.rows) or told
+
+
+def test_what_the_caller_keeps_whole_is_an_error_not_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 10))
+    for planned in (plan(model, GHN, exclude="*"), plan(model.requires_grad_(False), GHN)):
+        assert planned.warned == ()
+        with pytest.raises(PredictError, match="nothing to write"):
+            planned.apply()
 
 
 def test_a_classifier_of_unknown_width_matters_where_it_is_predicted() -> None:
@@ -159,7 +175,9 @@ def test_the_command_says_it_once_on_stderr(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "model", raising=False)
     (tmp_path / "model.py").write_text(
-        "from torch import nn\nnetwork = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))\n"
+        "from torch import nn\n"
+        "plain = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]\n"
+        "network = nn.Sequential(*plain)\n"
     )
     trained = CliRunner().invoke(app, [command, "model.py", "--json"])
     assert "warning: " not in trained.stderr
@@ -168,3 +186,19 @@ def test_the_command_says_it_once_on_stderr(
     assert done.stderr.count("warning: ") == 1
     assert "expect little: no batch norm\n" in done.stderr
     assert json.loads(done.stdout)["unfamiliar"] == ["no batch norm"]
+
+
+@pytest.mark.parametrize("command", ["predict", "inspect"])
+def test_the_command_says_that_nothing_is_predicted_and_writes_the_networks_own_values(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    (tmp_path / "model.py").write_text("from torch import nn\nnetwork = nn.Linear(8, 4)\n")
+    done = CliRunner().invoke(app, [command, "model.py", "--json", "--input-shape", "2,8"])
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("nothing is predicted") == 1
+    report = json.loads(done.stdout)
+    assert ALL_KEPT in report["unfamiliar"]
+    if command == "predict":
+        assert set(load_file(report["file"])) == {"weight", "bias"}

@@ -12,8 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ghn_init import GHN, GHNConfig, calibrate_batchnorm, load, plan, predict, predict_to
+from ghn_init import (
+    GHN,
+    GHNConfig,
+    OutOfDistributionWarning,
+    calibrate_batchnorm,
+    load,
+    plan,
+    predict,
+    predict_to,
+)
 from ghn_init._hypernetwork.tile import Tile
+from ghn_init._writing.entry import to_write
 from ghn_init._writing.signals import (
     SAMPLES,
     SMOOTHNESS,
@@ -191,7 +201,9 @@ def test_networks_without_norm_are_as_predicted_but_for_small_outputs(
     whole = output(predict(built(build), bundled, scale="predicted"), x)
     planned = plan(model, bundled)
     factors = [row.factor for row in planned.rows if row.name.endswith("weight")]
-    assert factors == [factors[0]] * layers
+    assert len(factors) == layers
+    assert factors[:-1] == pytest.approx([factors[0]] * (layers - 1))
+    assert factors[-1] >= 0.999 * factors[0]  # the classifier's, which makes up for what it reads
     after = output(planned.apply(), x)
     assert 0.1 * before < after < 10 * before
     assert after < 0.5 * whole
@@ -260,14 +272,9 @@ def test_attention_without_batch_norms_keeps_its_own_scale(ghn: GHN) -> None:
     assert with_predicted_scale(built(without_batch_norm), ghn) == set()
 
 
-OTHERS = (
-    residual_without_norm, tied_without_norm, wide_without_norm, depthwise, pixelwise, signals,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("build", OTHERS)
+@pytest.mark.parametrize("build", [wide_without_norm, depthwise, pixelwise])
 def test_other_networks_keep_their_own_scale(build: Callable[[], nn.Module], ghn: GHN) -> None:
-    example = (2, 8) if build is signals else (1, 3, 16, 16)
+    example = (1, 3, 16, 16)
     model, own = (built(build) for _ in range(2))
     assert with_predicted_scale(model, ghn, example_input=example) == set()
     predict(model, ghn, example_input=example)
@@ -275,6 +282,63 @@ def test_other_networks_keep_their_own_scale(build: Callable[[], nn.Module], ghn
     classifier = plan(model, ghn, example_input=example).graph.nodes[-2].param
     for (name, a), b in zip(model.named_parameters(), own.parameters(), strict=True):
         assert torch.equal(a, b) or (name == classifier and a.square().sum() < b.square().sum()), name
+
+
+def without_norm() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 3, 3))
+
+
+def along_one_axis() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(8, 16, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
+
+
+OTHER_WIDTH = "classifier of width 3; the GHN was trained for 10 (head='predict' forces it)"
+NO_NORM = "no norm takes its scale out of what it gives (scale='auto')"
+NO_IMAGES = "its network reads no images (scale='auto')"
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "reason"),
+    [
+        (residual_without_norm, (1, 3, 16, 16), NO_NORM),
+        (tied_without_norm, (1, 3, 16, 16), NO_NORM),
+        (without_norm, (1, 3, 16, 16), NO_NORM),
+        (signals, (2, 8), NO_IMAGES),
+        (along_one_axis, (1, 8, 8), NO_IMAGES),
+    ],
+)
+def test_networks_that_predictions_would_do_no_good_stay_as_they_are_and_that_is_told(
+    build: Callable[[], nn.Module], example: tuple[int, ...], reason: str, ghn: GHN
+) -> None:
+    model, meta = built(build), built(build).to("meta")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(OutOfDistributionWarning, match=r"nothing is predicted.*scale='own'"):
+        planned = plan(model, ghn, example_input=example)
+    assert {row.reason for row in planned.rows if row.node == "conv"} <= {reason, OTHER_WIDTH}
+    assert planned.apply() is model
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert to_write(plan(model, ghn, example_input=example, scale="own").rows)
+    with pytest.warns(OutOfDistributionWarning, match="nothing is predicted"):
+        predict(meta, ghn, example_input=example)
+    assert not any(value.is_meta for value in meta.state_dict().values())
+    assert all(value.std() > 0 for name, value in meta.named_parameters() if name == "0.weight")
+
+
+def test_classifiers_are_predicted_in_unknown_networks_with_batch_norms_alone(ghn: GHN) -> None:
+    def reasons(network: nn.Module) -> set[str]:
+        return {row.reason for row in plan(network, ghn).rows if row.key == "head.weight"}
+
+    class Enlarging(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.stem, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 16, 2, 2)
+            self.norm, self.head = norm, nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.up(self.stem(x))).relu().mean((2, 3)))
+
+    assert reasons(built(lambda: Enlarging(nn.BatchNorm2d(16)))) == {""}
+    assert reasons(built(lambda: Enlarging(nn.Identity()))) == {NO_NORM}
 
 
 def test_a_parameter_that_no_node_stands_for_makes_a_network_unknown(ghn: GHN) -> None:
@@ -369,16 +433,16 @@ class SkipConnected(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "up",
+    ("up", "bare"),
     [
-        lambda: nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8)),
-        lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 8, 1)),
-        lambda: nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2)),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8)), set()),
+        (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 8, 1)), {"up.1.weight"}),
+        (lambda: nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2)), {"up.0.weight"}),
     ],
 )
 @pytest.mark.parametrize("enlarged", [1, 2])
 def test_what_is_behind_a_skip_connection_to_a_decoder_is_kept_and_says_why(
-    up: Callable[[], nn.Module], enlarged: float, ghn: GHN
+    up: Callable[[], nn.Module], bare: set[str], enlarged: float, ghn: GHN
 ) -> None:
     rows = plan(built(lambda: SkipConnected(up(), images=enlarged)), ghn).rows
     weights = {row.name: row.reason for row in rows if row.node == "conv"}
@@ -388,7 +452,8 @@ def test_what_is_behind_a_skip_connection_to_a_decoder_is_kept_and_says_why(
         if why == "it is behind a skip connection to a decoder (scale='auto')"
     }
     assert behind == {"joined.0.0.weight", "joined.1.0.weight"}
-    assert {name for name, why in weights.items() if why} == {*behind, "last.weight"}
+    assert {name for name, why in weights.items() if why == NO_NORM} == bare
+    assert {name for name, why in weights.items() if why} == {*behind, *bare, "last.weight"}
 
 
 def test_joins_without_a_decoder_and_decoders_without_a_join_are_predicted(ghn: GHN) -> None:
@@ -425,16 +490,17 @@ def test_what_is_one_pixel_wide_is_kept_behind_filters_and_says_why(ghn: GHN) ->
 
 
 def test_what_reads_a_layer_norm_or_the_input_before_it_is_kept_and_says_why(ghn: GHN) -> None:
-    widths = ((12, 16), (16, 16), (16, 16), (16, 10))
-    first, second, *others = (nn.Linear(*width) for width in widths)
-    layers = [first, nn.GELU(), others[0], nn.LayerNorm(16), second, nn.GELU(), others[1]]
-    planned = plan(nn.Sequential(*layers), ghn, example_input=(2, 12), strict=True)
+    first, second, third, fourth = (nn.Conv2d(*width, 1) for width in ((3, 16), *[(16, 16)] * 3))
+    layers = [first, nn.GELU(), second, nn.GroupNorm(4, 16), third, nn.GELU(), fourth, nn.GELU()]
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    planned = plan(nn.Sequential(*layers, *pooled), ghn, strict=True)
     reasons = {row.name: row.reason for row in planned.rows if row.node != "ln"}
     layers_kept = {
         "0": "it reads the input of a network with layer norms (scale='auto')",
         "2": "",
         "4": "it reads a layer norm (scale='auto')",
-        "6": "",
+        "6": NO_NORM,
+        "10": NO_NORM,
     }
     assert reasons == {
         f"{path}.{name}": why for path, why in layers_kept.items() for name in ("weight", "bias")

@@ -28,6 +28,10 @@ _OUTPUTS: Final = 0.15
 """Root mean square of the outputs, as it is estimated, of a network without norm layers: in truth up to
 twice that, 0.5 to 3 times as much as from its own initialisation: the first loss is that of guessing."""
 
+_READ: Final = 30.0
+"""Squared length of what a classifier of such a network reads, as it is estimated. The curvature of the loss
+in its weights grows with it, and beyond 2 (1 + momentum) / rate training diverges."""
+
 _SHALLOW: Final = 8
 """Layers in a row up to which that holds; what is estimated is about half their number times too large."""
 
@@ -43,8 +47,8 @@ def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry
     entries = [_less_amplified(entry, told.amplified.get(entry.key or "", 1.0)) for entry in entries]
     if not told.outputs or not scales_are_known(graph, entries):
         return entries
-    largest = max(rms / told.amplified.get(key, 1.0) for key, rms in told.outputs.items())
-    factors = _factors(graph, {entry.key for entry in entries if entry.tile is not None}, largest)
+    predicted = {entry.key for entry in entries if entry.tile is not None}
+    factors = _factors(graph, predicted, told)
     return [_multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
 
 
@@ -68,21 +72,48 @@ def _multiplied(entry: Entry, factor: float) -> Entry:
     return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
 
 
-def _factors(graph: Graph, predicted: Set[str | None], largest: float) -> Mapping[str | None, float]:
-    """What parameters are multiplied by, by their names, if outputs are estimated at `largest`.
+def _factors(graph: Graph, predicted: Set[str | None], told: Followed) -> Mapping[str | None, float]:
+    """What parameters are multiplied by, by their names, so that outputs are no larger than is good.
 
     All layers in a row have the same share of it (in logarithms): where it is that of the first or the last
     one alone, the others' gradients stay as large as before, and at high rates lead the first steps far away.
+    But classifiers take upon themselves what their inputs have to be smaller than that.
     """
     steps, levels = rises(graph, predicted)
-    last = max((levels[index] for index in steps), default=0)
-    wanted = _OUTPUTS * max(1, last / _SHALLOW)
-    if not last or not wanted < largest < math.inf:
-        return {}
-    each = (wanted / largest) ** (1 / last)
-    factors = {graph.nodes[index].param: each**count for index, count in steps.items()}
+    shares = _shares(steps, levels, {weight for weight, _ in graph.heads}, told)
+    products = [math.prod(shares[:level]) for level in range(len(shares) + 1)]
+    factors = {
+        graph.nodes[index].param: products[levels[index]] / products[levels[index] - count]
+        for index, count in steps.items()
+    }
     return factors | {
-        node.param: each ** levels[index]
+        node.param: products[levels[index]]
         for index, node in enumerate(graph.nodes)
         if node.type in ("bias", "pos_enc")
     }
+
+
+def _shares(
+    steps: Mapping[int, int], levels: Sequence[int], heads: Set[int], told: Followed
+) -> Sequence[float]:
+    """The factor of each layer in a row.
+
+    Args:
+        steps: From `rises`, as the next.
+        levels: For every node.
+        heads: The nodes of the classifiers' weights.
+        told: What activations say.
+    """
+    last = max((levels[index] for index in steps), default=0)
+    largest = max(rms / told.amplified.get(key, 1.0) for key, rms in told.outputs.items())
+    if not last or not 0 < largest < math.inf:
+        return [1.0] * last
+    deeper = max(1, last / _SHALLOW)
+    each = min(1.0, _OUTPUTS * deeper / largest) ** (1 / last)
+    ending = {index for index in steps if levels[index] == last}
+    before = last - 1 if ending <= heads else last  # a classifier that is kept cannot make up for it
+    length = math.sqrt(max(told.read.values())) * each**before
+    excess = length / (math.sqrt(_READ) * deeper)
+    if not before or not 1 < excess < math.inf:
+        return [each] * last
+    return [each / excess ** (1 / before)] * before + [each * excess] * (last - before)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
+    from ghn_init._writing.options import Options
 
 _LARGEST_KEPT: Final = 0.05
 """Share of the elements that no node stands for. At most 0.4 % in torchvision's 80 classifiers and 0 in
@@ -35,25 +36,28 @@ UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
 
 _FROZEN_BACKBONE: Final = "all but the classifier is frozen, and kept"
 
+ALL_KEPT: Final = "nothing is predicted, it would train no better for it (scale='own' predicts all the same)"
+
 
 class OutOfDistributionWarning(UserWarning):
     """The network is far from those that the GHN was trained on: expect little of the predictions."""
 
 
-def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int) -> tuple[str, ...]:
+def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> tuple[str, ...]:
     """In which ways a network is far from those that a GHN is trained on; empty if it is not.
 
     Args:
         graph: Its graph.
         entries: What happens to its parameters.
         num_classes: Width of the classifier that the GHN was trained for.
+        options: The caller's choices.
     """
-    return tuple(_reasons(graph, entries, num_classes))
+    return tuple(_reasons(graph, entries, num_classes, options))
 
 
 def to_warn_of(reasons: Sequence[str], *, own_scale: bool) -> tuple[str, ...]:
     """The reasons to expect something bad of: all but, at their own scale, those about accuracy untrained."""
-    return tuple(reason for reason in reasons if not own_scale or reason == _FROZEN_BACKBONE)
+    return tuple(reason for reason in reasons if not own_scale or reason in (_FROZEN_BACKBONE, ALL_KEPT))
 
 
 def warn(model: str, reasons: Sequence[str]) -> None:
@@ -71,7 +75,7 @@ def described(model: str, reasons: Sequence[str]) -> str:
     return f"{model} is unlike the networks that the GHN was trained on, expect little: {', '.join(reasons)}"
 
 
-def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterator[str]:
+def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> Iterator[str]:
     if not reads_images(graph):
         yield "no 2-d convolution reads its input, so it is no image network"
     if not any(node.type == "bn" for node in graph.nodes):
@@ -84,14 +88,22 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int) -> Iterat
         yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
     if _only_the_classifier_trains(graph, entries):
         yield _FROZEN_BACKBONE
+    if options.own_scale and _all_are_kept(entries, options):
+        yield ALL_KEPT
+
+
+def _all_are_kept(entries: Sequence[Entry], options: Options) -> bool:
+    """Whether nothing is predicted, though the caller left everything to us."""
+    chosen = options.include or options.exclude or any(entry.reason == FROZEN for entry in entries)
+    return not chosen and not any(entry.decision.predict for entry in entries)
 
 
 def reads_images(graph: Graph) -> bool:
     """Whether a 2-d convolution is the first weight that the input meets, or one of them."""
-    return any(node.shape is not None and len(node.shape) == 4 for node in _first_weights(graph))
+    return any(node.shape is not None and len(node.shape) == 4 for node in first_weights(graph))
 
 
-def _first_weights(graph: Graph) -> Iterator[Node]:
+def first_weights(graph: Graph) -> Iterator[Node]:
     """The nodes with a weight that the input reaches through nodes without one."""
     reached = {0}
     for index, preds in enumerate(graph.predecessors):

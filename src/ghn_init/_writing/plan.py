@@ -21,7 +21,7 @@ from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import traced
 from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
-from ghn_init._writing.familiarity import described, to_warn_of, unfamiliar, warn
+from ghn_init._writing.familiarity import ALL_KEPT, described, to_warn_of, unfamiliar, warn
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
@@ -76,13 +76,17 @@ class Plan(Generic[ModelT]):
         `ghn_init._meta.initialise` describes. Applying again writes the same bits. Ctrl-C waits until
         everything is written; pressed twice it does not, and part of the parameters are written.
 
+        Where `scale="auto"` keeps everything, because predictions would do such a network no good, that was
+        warned of, and only what is on the meta device gets values.
+
         Raises:
-            PredictError: Nothing to write; the model changed since it was planned; or a meta model
-                with tensors that nobody gives a value. The model is then as it was. A write that
-                the device itself refuses raises too, and says how many parameters were written.
+            PredictError: Nothing to write, by the caller's choices; the model changed since it was
+                planned; or a meta model with tensors that nobody gives a value. The model is then as it
+                was. A write that the device itself refuses raises too, and says how many parameters were
+                written.
         """
         entries, network = to_write(self.rows), self._network()
-        if not entries:
+        if not entries and ALL_KEPT not in self.unfamiliar:
             reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
             raise PredictError(
                 f"{type(self.model).__name__}: nothing to write, all {len(self.rows)} parameters are kept "
@@ -267,7 +271,7 @@ def _planned(
                 entries = calmed(graph, entries, told)
     if options.strict:
         forbid_kept(type(network).__name__, entries)
-    far = unfamiliar(graph, entries, ghn.config.num_classes)
+    far = unfamiliar(graph, entries, ghn.config.num_classes, options)
     label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
     return Plan(model, graph, tuple(entries), label, options, far, statistics)
 

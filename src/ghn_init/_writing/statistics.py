@@ -47,11 +47,13 @@ class Followed:
         amplified: For every classifier at the layer's own scale how much larger its outputs are than those
             of independent weights of this scale would be, by `Entry.key`.
         outputs: For every classifier of a network without norm layers the root mean square of what it gives.
+        read: For every such classifier the squared length of what it reads, the mean over images.
     """
 
     statistics: Mapping[str, Tensor]
     amplified: Mapping[str, float]
     outputs: Mapping[str, float]
+    read: Mapping[str, float]
 
 
 def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
@@ -71,6 +73,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
     outputs: dict[str, float] = {}
+    read: dict[str, float] = {}
     fresh = {key for key, norm in norms.items() if norm.fresh}
     readers = _readers(graph, heads | fresh)
     signals: dict[int, Signal] = {}
@@ -88,6 +91,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
             if bare:
                 outputs[node.param] = math.sqrt(signal.mean_square)
+                read[node.param] = inputs[0].mean_square * math.prod((node.shape or ())[1:])
         told = signal.told or any(x.told for x in inputs)
         signal = rectified(signal) if index in graph.rectified else signal
         if signal.values is None or told != signal.told:
@@ -97,7 +101,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             readers[source] -= 1
             if not readers[source]:
                 del signals[source]
-    return Followed(statistics, amplified, outputs)
+    return Followed(statistics, amplified, outputs, read)
 
 
 def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:

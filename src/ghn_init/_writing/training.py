@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._writing.entry import spare
-from ghn_init._writing.familiarity import UNUSED, reads_images
+from ghn_init._writing.familiarity import UNUSED, first_weights, reads_images
 from ghn_init._writing.levels import rises
 from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
 
@@ -61,6 +61,8 @@ _BEHIND_ATTENTION: Final = "it reads an attention (scale='auto')"
 _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
 _GATE: Final = "it is a gate (scale='auto')"
 _ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
+_NO_IMAGES: Final = "its network reads no images (scale='auto')"
+_NOTHING_TAKES_SCALE: Final = "no norm takes its scale out of what it gives (scale='auto')"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
@@ -255,45 +257,80 @@ def _strange(graph: Graph, *, known: bool) -> Mapping[str | None, str]:
 
     Args:
         graph: The network's graph.
-        known: See `_is_known`; then only gates are, and what is behind a skip connection to a decoder.
+        known: See `_is_known`.
     """
-    normalised, behind, gates = _normalised(graph), _behind_skips(graph), _gates(graph)
-    one_pixel, ends = _of_one_pixel(graph), {weight for weight, _ in graph.heads}
-    layer_norms = any(node.type == "ln" for node in graph.nodes)
     found: dict[str | None, str] = {}
+    reasons = _harmed(graph) if known else _unknown(graph) | _harmed(graph)
     for index, node in enumerate(graph.nodes):
         if node.type == "bias":
             layer = next((graph.nodes[source].param for source in graph.predecessors[index]), None)
             if layer in found:
                 found[node.param] = found[layer]
-        if node.type not in WEIGHT_TYPES or node.param is None:
-            continue
-        reads = {graph.nodes[source].type for source in graph.predecessors[index]}
-        if not known and "ln" in reads:
-            found[node.param] = _BEHIND_LAYER_NORM
-        elif not known and "msa" in reads:
-            found[node.param] = _BEHIND_ATTENTION
-        elif not known and layer_norms and 0 in graph.predecessors[index]:
-            found[node.param] = _BEFORE_LAYER_NORMS
-        elif behind[index]:
-            found[node.param] = _BEHIND_SKIP
-        elif gates[index]:
-            found[node.param] = _GATE
-        elif not known and one_pixel[index] and index not in ends:
-            found[node.param] = _ONE_PIXEL
-        elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
-            found[node.param] = _BARE_TRANSPOSED
+        elif node.param is not None and index in reasons:
+            found[node.param] = reasons[index]
     return found
 
 
-def _normalised(graph: Graph) -> list[bool]:
-    """For every node whether all that it gives goes through a batch norm before another weight reads it."""
+def _weights(graph: Graph) -> list[tuple[int, Node]]:
+    return [(index, node) for index, node in enumerate(graph.nodes) if node.type in WEIGHT_TYPES]
+
+
+def _harmed(graph: Graph) -> dict[int, str]:
+    """The weights that predictions harm in any network, and why."""
+    normalised, behind, gates = _normalised(graph), _behind_skips(graph), _gates(graph)
+    found = {}
+    for index, node in _weights(graph):
+        if behind[index]:
+            found[index] = _BEHIND_SKIP
+        elif gates[index]:
+            found[index] = _GATE
+        elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
+            found[index] = _BARE_TRANSPOSED
+    return found
+
+
+def _unknown(graph: Graph) -> dict[int, str]:
+    """The weights that predictions do no good, or harm, in networks that the GHN does not know, and why.
+
+    Where no norm takes the scale out of what a weight gives, predictions are too coherent at any scale:
+    units of an MLP or an autoencoder are silent for all images, and a super-resolution network diverges at
+    its best rate. Classifiers of networks with batch norms are not among them: `calmed` lessens those.
+    """
+    held, one_pixel, maps = _normalised(graph, NORM_TYPES), _of_one_pixel(graph), _reads_maps(graph)
+    layer_norms, batch_norms = (any(node.type == kind for node in graph.nodes) for kind in ("ln", "bn"))
+    ends = {weight for weight, _ in graph.heads}
+    found = {}
+    for index, _ in _weights(graph):
+        sources = graph.predecessors[index]
+        reads = {graph.nodes[source].type for source in sources}
+        if not maps:
+            found[index] = _NO_IMAGES
+        elif "ln" in reads:
+            found[index] = _BEHIND_LAYER_NORM
+        elif "msa" in reads:
+            found[index] = _BEHIND_ATTENTION
+        elif layer_norms and 0 in sources:
+            found[index] = _BEFORE_LAYER_NORMS
+        elif index not in ends and one_pixel[index]:
+            found[index] = _ONE_PIXEL
+        elif not held[index] and not (batch_norms and index in ends):
+            found[index] = _NOTHING_TAKES_SCALE
+    return found
+
+
+def _reads_maps(graph: Graph) -> bool:
+    """Whether a convolution over two or three dimensions is among the first weights that the input meets."""
+    return any(node.shape is not None and len(node.shape) >= 4 for node in first_weights(graph))
+
+
+def _normalised(graph: Graph, norms: Collection[str] = ("bn",)) -> list[bool]:
+    """For every node whether all that it gives goes through such a norm before another weight reads it."""
     followers = _followers(graph)
     found = [False] * len(graph)
     for index in range(len(graph) - 1, -1, -1):
         after = [(graph.nodes[target].type, found[target]) for target in followers[index]]
         found[index] = bool(after) and all(
-            follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
+            follower in norms or (follower in _PASSING and normalised) for follower, normalised in after
         )
     return found
 
