@@ -2,13 +2,13 @@
 
     python benchmarks/starting_point.py DATA runs.jsonl --draw curves.svg
 
-trains every network of a panel (`starting_panel.py`) from its own initialisation and from predicted weights,
-with SGD (momentum 0.9) and AdamW, at learning rates that are a factor of 3 apart around the best one for its
-own initialisation, and prints how the areas under the training-loss curves compare. Both starts of a seed see
-the same batches. It also compares the outputs before training: those from predicted weights in evaluation
-mode, as they are, with those that the network's own initialisation gives when its batch norms know the
-images. Without that a network's own outputs say nothing: a MobileNet's are 1e-10. DATA is CIFAR-10 in a form
-that `ghn-init train` takes.
+trains every network of two panels (`starting_panel.py`, `starting_second.py`) from its own initialisation and
+from predicted weights, with SGD (momentum 0.9) and AdamW, at learning rates that are a factor of 3 apart
+around the best one for its own initialisation, and prints how the areas under the training-loss curves
+compare. Both starts of a seed see the same batches. It also compares the outputs before training: those from
+predicted weights in evaluation mode, as they are, with those that the network's own initialisation gives when
+its batch norms know the images. Without that a network's own outputs say nothing: a MobileNet's are 1e-10.
+DATA is CIFAR-10 in a form that `ghn-init train` takes.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds seeds, rates, networks or other weights, and
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from starting_panel import PANEL, Member, Task
 from starting_report import draw, report
+from starting_second import SECOND
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ghn_init
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ghn_init.training.data import Images
+
+MEMBERS: Final = (*PANEL, *SECOND)
 
 STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
     "default": None,
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the file lacks, then print the tables of what it has."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    members = [member for member in PANEL if not options.networks or member.name in options.networks]
+    members = [member for member in MEMBERS if not options.networks or member.name in options.networks]
     bench = Bench(options, [_training(record) for record in read_records(options.file)])
     deadline = time.monotonic() + 60 * options.minutes
     for setting in _wanted(members, options, bench):
@@ -190,7 +193,7 @@ class Bench:
         return Task(member.kind, images, self.normalise, max(self.options.size, member.enlarged))
 
     def _trained(self, setting: Setting) -> Training:
-        member = next(member for member in PANEL if member.name == setting.network)
+        member = next(member for member in MEMBERS if member.name == setting.network)
         task = self._task(member, self.train_images)
         held = self._task(member, self.test_images)
         places = torch.linspace(0, len(self.test_images) - 1, min(VALIDATION, len(self.test_images))).long()
@@ -299,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help="CIFAR-10 in a form that `ghn-init train` takes")
     parser.add_argument("file", type=Path, help="one JSON line for every training; read and added to")
     parser.add_argument("--weights", default="ghn3-cifar10", help="of the GHN")
-    parser.add_argument("--networks", nargs="+", choices=[member.name for member in PANEL], metavar="NAME")
+    parser.add_argument("--networks", nargs="+", choices=[member.name for member in MEMBERS], metavar="NAME")
     parser.add_argument("--starts", nargs="+", choices=list(STARTS)[1:], default=["predicted"])
     parser.add_argument("--optimizers", nargs="+", choices=list(BASE_RATES), default=list(BASE_RATES))
     parser.add_argument("--rates", type=int, default=3, help="number of rates around the best one")

@@ -227,13 +227,21 @@ def test_starting_points_are_computed_from_known_losses(monkeypatch: pytest.Monk
     assert "farther than a factor of 10 from the default start's: vgg" in text
 
 
-@pytest.mark.parametrize("name", ["small-resnet", "vit", "unet", "segformer", "lstm", "deepnets-bn"])
-def test_networks_of_the_panel_start_at_the_loss_of_guessing(
+SECOND = (
+    "mlp", "discriminator", "residual", "super-resolution", "denoiser", "vae", "preactivated", "convmixer",
+    "video", "audio", "pyramid", "generator", "diffusion", "mixer", "language",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["small-resnet", "vit", "unet", "segformer", "lstm", "deepnets-bn", *SECOND])
+def test_networks_of_the_panels_start_at_the_loss_of_guessing(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     panel = importlib.import_module("starting_panel")
-    (member,) = (member for member in panel.PANEL if member.name == name)
+    point = importlib.import_module("starting_point")
+    (member,) = (member for member in point.MEMBERS if member.name == name)
+    assert {member.name for member in point.MEMBERS} >= set(SECOND)
     size = max(32, member.enlarged)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -241,7 +249,9 @@ def test_networks_of_the_panel_start_at_the_loss_of_guessing(
     x, y = task.batch(torch.arange(8), generator)
     torch.manual_seed(0)
     loss = task.loss(member.build(size)(x), y).item()
-    guessed = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3}[member.kind]
+    guessed = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3, "next pixel": math.log(32)}[
+        member.kind
+    ]
     assert 0.5 * guessed < loss < 1.7 * guessed
 
 

@@ -294,6 +294,7 @@ def along_one_axis() -> nn.Module:
 
 OTHER_WIDTH = "classifier of width 3; the GHN was trained for 10 (head='predict' forces it)"
 NO_NORM = "no norm takes its scale out of what it gives (scale='auto')"
+LATE = "it is behind the first third of a network whose branches meet (scale='auto')"
 NO_IMAGES = "its network reads no images (scale='auto')"
 
 
@@ -322,6 +323,23 @@ def test_networks_that_predictions_would_do_no_good_stay_as_they_are_and_that_is
         predict(meta, ghn, example_input=example)
     assert not any(value.is_meta for value in meta.state_dict().values())
     assert all(value.std() > 0 for name, value in meta.named_parameters() if name == "0.weight")
+
+
+def test_where_branches_meet_the_first_third_of_an_unknown_network_is_predicted(ghn: GHN) -> None:
+    def reasons(network: nn.Module) -> dict[str, str]:
+        rows = plan(network, ghn, example_input=(1, 3, 16, 16)).rows
+        return {row.name: row.reason for row in rows if row.node in ("conv", "sep_conv")}
+
+    def spatial() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.ReLU(), nn.BatchNorm2d(16))
+
+    layers = [block(3, 16), Residual(spatial()), block(16, 16), Residual(spatial()), block(16, 16)]
+    meeting = built(lambda: nn.Sequential(*layers, *classifier(16)))
+    alone = built(lambda: nn.Sequential(*(getattr(x, "inner", x) for x in layers), *classifier(16)))
+    names = ("0.0", "1.inner.0", "2.0", "3.inner.0", "4.0", "7")
+    assert list(reasons(meeting).values()) == ["", "", LATE, LATE, LATE, ""]
+    assert list(reasons(meeting)) == [f"{name}.weight" for name in names]
+    assert set(reasons(alone).values()) == {""}
 
 
 def test_classifiers_are_predicted_in_unknown_networks_with_batch_norms_alone(ghn: GHN) -> None:
@@ -435,7 +453,7 @@ class SkipConnected(nn.Module):
 @pytest.mark.parametrize(
     ("up", "bare"),
     [
-        (lambda: nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8)), set()),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8)), {"up.0.weight"}),
         (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 8, 1)), {"up.1.weight"}),
         (lambda: nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2)), {"up.0.weight"}),
     ],
@@ -452,13 +470,13 @@ def test_what_is_behind_a_skip_connection_to_a_decoder_is_kept_and_says_why(
         if why == "it is behind a skip connection to a decoder (scale='auto')"
     }
     assert behind == {"joined.0.0.weight", "joined.1.0.weight"}
-    assert {name for name, why in weights.items() if why == NO_NORM} == bare
+    assert {name for name, why in weights.items() if why in (NO_NORM, LATE)} == bare
     assert {name for name, why in weights.items() if why} == {*behind, *bare, "last.weight"}
 
 
 def test_joins_without_a_decoder_and_decoders_without_a_join_are_predicted(ghn: GHN) -> None:
-    kept = {row.name for row in plan(built(Branched), ghn).rows if row.node == "conv" and row.reason}
-    assert kept == {"squeeze.weight", "excite.weight"}
+    kept = {row.name: row.reason for row in plan(built(Branched), ghn).rows if row.node == "conv"}
+    assert not {why for why in kept.values() if "decoder" in why}
     decoder = nn.Sequential(block(3, 16), nn.Upsample(scale_factor=2), block(16, 8), nn.Conv2d(8, 3, 1))
     assert [row.name for row in plan(decoder, ghn).rows if row.node == "conv" and row.reason] == ["3.weight"]
 

@@ -52,8 +52,9 @@ _FEW_COPIES: Final = 4
 """How often the prediction of a classifier repeats at most, to be at predicted scale: 256 features."""
 
 _EARLY: Final = 1 / 3
-"""Share of the weights before batch norms, from the input on, that are as large as predicted: their features
-are good for any task, and large weights turn slowly."""
+"""Share of the weights, from the input on, whose features are good for any task: of those before batch norms
+the ones that are as large as predicted (large weights turn slowly), and in unknown networks whose branches
+meet the ones that are predicted."""
 
 _BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
 _BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
@@ -62,6 +63,7 @@ _BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (
 _GATE: Final = "it is a gate (scale='auto')"
 _ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
 _NO_IMAGES: Final = "its network reads no images (scale='auto')"
+_LATE: Final = "it is behind the first third of a network whose branches meet (scale='auto')"
 _NOTHING_TAKES_SCALE: Final = "no norm takes its scale out of what it gives (scale='auto')"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
@@ -294,11 +296,15 @@ def _unknown(graph: Graph) -> dict[int, str]:
 
     Where no norm takes the scale out of what a weight gives, predictions are too coherent at any scale:
     units of an MLP or an autoencoder are silent for all images, and a super-resolution network diverges at
-    its best rate. Classifiers of networks with batch norms are not among them: `calmed` lessens those.
+    its best rate. Sums and concatenations of predicted branches agree likewise, and what is behind the first
+    third of a feature pyramid or a ConvMixer is better left alone. Classifiers of networks with batch norms
+    are not among them: `calmed` lessens those.
     """
     held, one_pixel, maps = _normalised(graph, NORM_TYPES), _of_one_pixel(graph), _reads_maps(graph)
     layer_norms, batch_norms = (any(node.type == kind for node in graph.nodes) for kind in ("ln", "bn"))
     ends = {weight for weight, _ in graph.heads}
+    predicted_ends = ends if batch_norms else set()
+    late = _behind_the_first(graph) - ends
     found = {}
     for index, _ in _weights(graph):
         sources = graph.predecessors[index]
@@ -313,9 +319,19 @@ def _unknown(graph: Graph) -> dict[int, str]:
             found[index] = _BEFORE_LAYER_NORMS
         elif index not in ends and one_pixel[index]:
             found[index] = _ONE_PIXEL
-        elif not held[index] and not (batch_norms and index in ends):
+        elif not held[index] and index not in predicted_ends:
             found[index] = _NOTHING_TAKES_SCALE
+        elif index in late:
+            found[index] = _LATE
     return found
+
+
+def _behind_the_first(graph: Graph) -> set[int]:
+    """The weights behind the first `_EARLY` of them, where branches meet."""
+    if not any(node.type in ("sum", "concat") for node in graph.nodes):
+        return set()
+    weights = [index for index, node in _weights(graph) if node.type != "pos_enc"]
+    return set(weights[math.ceil(_EARLY * len(weights)) :])
 
 
 def _reads_maps(graph: Graph) -> bool:
