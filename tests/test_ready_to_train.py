@@ -293,7 +293,7 @@ def along_one_axis() -> nn.Module:
 
 
 OTHER_WIDTH = "classifier of width 3; the GHN was trained for 10 (head='predict' forces it)"
-NO_NORM = "no norm takes its scale out of what it gives (scale='auto')"
+NO_NORM = "no batch norm takes its scale out of what it gives (scale='auto')"
 LATE = "it is behind the first third of a network whose branches meet (scale='auto')"
 NO_IMAGES = "its network reads no images (scale='auto')"
 
@@ -515,7 +515,7 @@ def test_what_reads_a_layer_norm_or_the_input_before_it_is_kept_and_says_why(ghn
     reasons = {row.name: row.reason for row in planned.rows if row.node != "ln"}
     layers_kept = {
         "0": "it reads the input of a network with layer norms (scale='auto')",
-        "2": "",
+        "2": NO_NORM,
         "4": "it reads a layer norm (scale='auto')",
         "6": NO_NORM,
         "10": NO_NORM,

@@ -21,7 +21,7 @@ from ghn_init._writing.levels import rises
 from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -64,7 +64,7 @@ _GATE: Final = "it is a gate (scale='auto')"
 _ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
 _NO_IMAGES: Final = "its network reads no images (scale='auto')"
 _LATE: Final = "it is behind the first third of a network whose branches meet (scale='auto')"
-_NOTHING_TAKES_SCALE: Final = "no norm takes its scale out of what it gives (scale='auto')"
+_NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives (scale='auto')"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
@@ -294,13 +294,13 @@ def _harmed(graph: Graph) -> dict[int, str]:
 def _unknown(graph: Graph) -> dict[int, str]:
     """The weights that predictions do no good, or harm, in networks that the GHN does not know, and why.
 
-    Where no norm takes the scale out of what a weight gives, predictions are too coherent at any scale:
+    Where no batch norm takes the scale out of what a weight gives, predictions are too coherent at any scale:
     units of an MLP or an autoencoder are silent for all images, and a super-resolution network diverges at
-    its best rate. Sums and concatenations of predicted branches agree likewise, and what is behind the first
+    its best rate; layer norms are no better for it. Sums and concatenations of predicted branches agree likewise, and what is behind the first
     third of a feature pyramid or a ConvMixer is better left alone. Classifiers of networks with batch norms
     are not among them: `calmed` lessens those.
     """
-    held, one_pixel, maps = _normalised(graph, NORM_TYPES), _of_one_pixel(graph), _reads_maps(graph)
+    normalised, one_pixel, maps = _normalised(graph), _of_one_pixel(graph), _reads_maps(graph)
     layer_norms, batch_norms = (any(node.type == kind for node in graph.nodes) for kind in ("ln", "bn"))
     ends = {weight for weight, _ in graph.heads}
     predicted_ends = ends if batch_norms else set()
@@ -319,7 +319,7 @@ def _unknown(graph: Graph) -> dict[int, str]:
             found[index] = _BEFORE_LAYER_NORMS
         elif index not in ends and one_pixel[index]:
             found[index] = _ONE_PIXEL
-        elif not held[index] and index not in predicted_ends:
+        elif not normalised[index] and index not in predicted_ends:
             found[index] = _NOTHING_TAKES_SCALE
         elif index in late:
             found[index] = _LATE
@@ -339,14 +339,14 @@ def _reads_maps(graph: Graph) -> bool:
     return any(node.shape is not None and len(node.shape) >= 4 for node in first_weights(graph))
 
 
-def _normalised(graph: Graph, norms: Collection[str] = ("bn",)) -> list[bool]:
-    """For every node whether all that it gives goes through such a norm before another weight reads it."""
+def _normalised(graph: Graph) -> list[bool]:
+    """For every node whether all that it gives goes through a batch norm before another weight reads it."""
     followers = _followers(graph)
     found = [False] * len(graph)
     for index in range(len(graph) - 1, -1, -1):
         after = [(graph.nodes[target].type, found[target]) for target in followers[index]]
         found[index] = bool(after) and all(
-            follower in norms or (follower in _PASSING and normalised) for follower, normalised in after
+            follower == "bn" or (follower in _PASSING and normalised) for follower, normalised in after
         )
     return found
 
