@@ -204,8 +204,8 @@ def plan(
 
     The model is not changed: neither weights nor buffers, modes, hooks or random state (what another thread
     draws from torch's global generator meanwhile may come again). Warns (`OutOfDistributionWarning`) if all
-    but the classifier is frozen, if nothing is predicted because the network would train no better for it, and
-    with `scale="predicted"` if the network is unlike those trained on.
+    but the classifier is frozen, if nothing is predicted because the network would train no better for it,
+    and with `scale="predicted"` if the network is unlike those trained on.
 
     Args:
         model: The network, on any device, meta included, wrapped or sharded or not: see docs/places.md.

@@ -296,9 +296,10 @@ def _unknown(graph: Graph) -> dict[int, str]:
 
     Where no batch norm takes the scale out of what a weight gives, predictions are too coherent at any scale:
     units of an MLP or an autoencoder are silent for all images, and a super-resolution network diverges at
-    its best rate; layer norms are no better for it. Sums and concatenations of predicted branches agree likewise, and what is behind the first
-    third of a feature pyramid or a ConvMixer is better left alone. Classifiers of networks with batch norms
-    are not among them: `calmed` lessens those.
+    its best rate. Layer norms do not help: there predictions make no difference, or a SegFormer worse. Sums
+    and concatenations of predicted branches agree likewise, and what is behind the first third of a feature
+    pyramid or a ConvMixer is better left alone. Classifiers of networks with batch norms are not among them:
+    `calmed` lessens those.
     """
     normalised, one_pixel, maps = _normalised(graph), _of_one_pixel(graph), _reads_maps(graph)
     layer_norms, batch_norms = (any(node.type == kind for node in graph.nodes) for kind in ("ln", "bn"))
