@@ -111,11 +111,11 @@ def test_the_vectors_of_a_spectral_norm_follow_the_new_weight(wrap: Any, ghn: GH
 def test_behind_the_older_hooks_the_direction_is_predicted(
     wrap: Any, predicted: str, kept: list[str], ghn: GHN
 ) -> None:
-    model, plain = network(wrap), predict(network(), ghn, example_input=EXAMPLE)
+    model, plain = network(wrap), predict(network(), ghn, example_input=EXAMPLE, scale="own")
     before = state(model)
-    rows = plan(model, ghn, example_input=EXAMPLE).rows
+    rows = plan(model, ghn, example_input=EXAMPLE, scale="own").rows
     assert [row.name for row in rows if row.action == "kept"] == kept
-    predict(model, ghn, example_input=EXAMPLE)
+    predict(model, ghn, example_input=EXAMPLE, scale="own")
     model(torch.randn(EXAMPLE))  # the hook computes the weight
     found, expected = model.get_parameter(predicted), plain[3].weight  # one of them may have another length
     torch.testing.assert_close(found / found.norm(), expected / expected.norm())
@@ -262,7 +262,7 @@ def test_tied_parts_are_kept(ghn: GHN) -> None:
     doubled(model[0])
     doubled(model[1])
     model[1].parametrizations.weight.original = model[0].parametrizations.weight.original
-    rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8)).rows}
+    rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8), scale="own").rows}
     assert rows["0.parametrizations.weight.original"].reason.endswith("is tied")
     assert rows["2.weight"].action != "kept"
 
@@ -271,7 +271,7 @@ def test_a_module_that_is_used_twice_is_written_once(ghn: GHN) -> None:
     shared, plain = nn.Linear(8, 8), nn.Linear(8, 8)
     doubled(shared)
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(8, 10))
-    rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8)).rows}
+    rows = {row.name: row for row in plan(model, ghn, example_input=(1, 8), scale="own").rows}
     row = rows["0.parametrizations.weight.original"]
     assert (row.action, row.through) == ("predicted", "0.weight")
     assert row.also == ("2.parametrizations.weight.original",)

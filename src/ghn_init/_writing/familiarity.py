@@ -14,7 +14,7 @@ from sys import _getframe
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import WEIGHT_TYPES
-from ghn_init._writing.select import FROZEN
+from ghn_init._writing.select import FROZEN, is_of_the_caller
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
 
 _FROZEN_BACKBONE: Final = "all but the classifier is frozen, and kept"
 
-ALL_KEPT: Final = "nothing is predicted, it would train no better for it (scale='own' predicts all the same)"
+ALL_KEPT: Final = "nothing is predicted, for reasons that the plan has (scale='own' predicts all the same)"
 
 
 class OutOfDistributionWarning(UserWarning):
@@ -88,14 +88,15 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int, options: 
         yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
     if _only_the_classifier_trains(graph, entries):
         yield _FROZEN_BACKBONE
-    if options.own_scale and _all_are_kept(entries, options):
+    if options.own_scale and _all_are_kept(entries):
         yield ALL_KEPT
 
 
-def _all_are_kept(entries: Sequence[Entry], options: Options) -> bool:
-    """Whether nothing is predicted, though the caller left everything to us."""
-    chosen = options.include or options.exclude or any(entry.reason == FROZEN for entry in entries)
-    return not chosen and not any(entry.decision.predict for entry in entries)
+def _all_are_kept(entries: Sequence[Entry]) -> bool:
+    """Whether nothing is predicted, and not by the caller's choice alone."""
+    return not any(entry.decision.predict for entry in entries) and not all(
+        is_of_the_caller(entry.reason) for entry in entries
+    )
 
 
 def reads_images(graph: Graph) -> bool:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 FROZEN: Final = "frozen (frozen='keep')"
+_EXCLUDED: Final = "excluded by "
+_NOT_INCLUDED: Final = "not included"
 """Why a parameter without requires_grad is kept."""
 
 
@@ -152,9 +154,14 @@ def _by_pattern(names: Sequence[str], options: Options) -> Decision | None:
     """What `include` and `exclude` say. A tied parameter counts as named when any of its names is."""
     for pattern in options.exclude:
         if any(fnmatchcase(name, pattern) for name in names):
-            return spare(f"excluded by {pattern!r}")
+            return spare(f"{_EXCLUDED}{pattern!r}")
     included = (fnmatchcase(name, pattern) for name in names for pattern in options.include)
-    return spare("not included") if options.include and not any(included) else None
+    return spare(_NOT_INCLUDED) if options.include and not any(included) else None
+
+
+def is_of_the_caller(reason: str) -> bool:
+    """Whether a parameter is kept by the caller's choice: by a pattern, or because it is frozen."""
+    return reason in (FROZEN, _NOT_INCLUDED) or reason.startswith(_EXCLUDED)
 
 
 def _unsolvable(weight: Computed, entries: Mapping[str, Entry]) -> str:

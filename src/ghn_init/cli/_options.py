@@ -55,8 +55,8 @@ Scale = Annotated[
     option(
         "",
         "Prepare the network for training (auto): weights are as predicted in classifiers of the kind that "
-        "the hypernetwork knows, later ones at most at the layers' own scale; at own scale in others, whose "
-        "norm layers stay. "
+        "the hypernetwork knows, later ones at most at the layers' own scale; in others weights before batch "
+        "norms are, at own scale. "
         "Take own scale everywhere (own), or everything as predicted, for a network that is used untrained "
         "(predicted, and auto with --head predict).",
     ),
