@@ -88,7 +88,7 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int, options: 
         yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
     if _only_the_classifier_trains(graph, entries):
         yield _FROZEN_BACKBONE
-    if options.own_scale and _all_are_kept(entries):
+    if options.own_scale and options.scale == "auto" and _all_are_kept(entries):
         yield ALL_KEPT
 
 
