@@ -1,7 +1,8 @@
 """A second panel for `starting_point.py`: kinds of networks that the first one has not.
 
 Rules that were made by looking at a panel say little about what is not in it. These were chosen before any
-of them was measured, as what else users train. What went wrong in them is in docs/starting-point.md.
+of them was measured, as what else users train, but for the denoiser, which followed from what the
+super-resolution network had shown. What went wrong in them is in docs/starting-point.md.
 """
 
 from __future__ import annotations
