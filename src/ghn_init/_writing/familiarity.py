@@ -99,12 +99,13 @@ def _all_are_kept(entries: Sequence[Entry]) -> bool:
     )
 
 
-def reads_images(graph: Graph) -> bool:
-    """Whether a 2-d convolution is the first weight that the input meets, or one of them."""
-    return any(node.shape is not None and len(node.shape) == 4 for node in first_weights(graph))
+def reads_images(graph: Graph, *, volumes: bool = False) -> bool:
+    """Whether a 2-d convolution, or a 3-d one too, is among the first weights that the input meets."""
+    sizes = (4, 5) if volumes else (4,)
+    return any(node.shape is not None and len(node.shape) in sizes for node in _first_weights(graph))
 
 
-def first_weights(graph: Graph) -> Iterator[Node]:
+def _first_weights(graph: Graph) -> Iterator[Node]:
     """The nodes with a weight that the input reaches through nodes without one."""
     reached = {0}
     for index, preds in enumerate(graph.predecessors):

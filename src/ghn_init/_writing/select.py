@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 
 FROZEN: Final = "frozen (frozen='keep')"
+"""Why a parameter without requires_grad is kept."""
+
 _EXCLUDED: Final = "excluded by "
 _NOT_INCLUDED: Final = "not included"
-"""Why a parameter without requires_grad is kept."""
 
 
 def check_model(model: object) -> None:

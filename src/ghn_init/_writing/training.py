@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._writing.entry import spare
-from ghn_init._writing.familiarity import UNUSED, first_weights, reads_images
+from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.levels import rises
 from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
 
@@ -301,7 +301,8 @@ def _unknown(graph: Graph) -> dict[int, str]:
     pyramid or a ConvMixer is better left alone. Classifiers of networks with batch norms are not among them:
     `calmed` lessens those.
     """
-    normalised, one_pixel, maps = _normalised(graph), _of_one_pixel(graph), _reads_maps(graph)
+    normalised, one_pixel = _normalised(graph), _of_one_pixel(graph)
+    images = reads_images(graph, volumes=True)
     layer_norms, batch_norms = (any(node.type == kind for node in graph.nodes) for kind in ("ln", "bn"))
     ends = {weight for weight, _ in graph.heads}
     predicted_ends = ends if batch_norms else set()
@@ -310,7 +311,7 @@ def _unknown(graph: Graph) -> dict[int, str]:
     for index, _ in _weights(graph):
         sources = graph.predecessors[index]
         reads = {graph.nodes[source].type for source in sources}
-        if not maps:
+        if not images:
             found[index] = _NO_IMAGES
         elif "ln" in reads:
             found[index] = _BEHIND_LAYER_NORM
@@ -333,11 +334,6 @@ def _behind_the_first(graph: Graph) -> set[int]:
         return set()
     weights = [index for index, node in _weights(graph) if node.type != "pos_enc"]
     return set(weights[math.ceil(_EARLY * len(weights)) :])
-
-
-def _reads_maps(graph: Graph) -> bool:
-    """Whether a convolution over two or three dimensions is among the first weights that the input meets."""
-    return any(node.shape is not None and len(node.shape) >= 4 for node in first_weights(graph))
 
 
 def _normalised(graph: Graph) -> list[bool]:
