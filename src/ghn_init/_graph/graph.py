@@ -136,6 +136,14 @@ class Graph:
         return tuple(map(tuple, lists))
 
     @cached_property
+    def successors(self) -> tuple[tuple[int, ...], ...]:
+        """For every node the indices of the nodes that its edges lead to."""
+        lists: list[list[int]] = [[] for _ in self.nodes]
+        for u, v in self.edges:
+            lists[u].append(v)
+        return tuple(map(tuple, lists))
+
+    @cached_property
     def distances(self) -> npt.NDArray[np.uint8]:
         """The matrix s of virtual edges, (n, n): s[u, v] is the length of the shortest path u -> v.
 
@@ -200,16 +208,13 @@ class Graph:
         `classifier`, which is what a GHN's class layer is for, these include a classifier that is
         pooled afterwards, as SqueezeNet's.
         """
-        successors: list[list[int]] = [[] for _ in self.nodes]
-        for u, v in self.edges:
-            successors[u].append(v)
         ends = [False] * len(self.nodes)
         for index in range(len(self.nodes) - 1, -1, -1):
-            after = successors[index]
+            after = self.successors[index]
             ends[index] = all(ends[v] and self.nodes[v].type in _AFTER_A_HEAD for v in after)
         weights = [i for i, node in enumerate(self.nodes) if ends[i] and node.type == "conv"]
         return tuple(
-            (i, next((v for v in successors[i] if self.nodes[v].type == "bias"), None)) for i in weights
+            (i, next((v for v in self.successors[i] if self.nodes[v].type == "bias"), None)) for i in weights
         )
 
     def draw(self, path: str | PathLike[str]) -> None:

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._network.scale import rounded
+from ghn_init._writing.known import scales_are_known
 from ghn_init._writing.levels import rises
-from ghn_init._writing.training import scales_are_known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set

@@ -1,0 +1,86 @@
+"""What is told of a node by the nodes before and behind it, which the GHN's own features do not say.
+
+Every function but the last gives a list with a value for each node.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._graph.graph import WEIGHT_TYPES
+
+if TYPE_CHECKING:
+    from ghn_init._graph.graph import Graph
+
+_PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
+"""Types of node behind which a batch norm still normalises what a weight gives."""
+
+
+def normalised(graph: Graph) -> list[bool]:
+    """For every node whether all that it gives goes through a batch norm before another weight reads it."""
+    found = [False] * len(graph)
+    for index in range(len(graph) - 1, -1, -1):
+        after = [(graph.nodes[target].type, found[target]) for target in graph.successors[index]]
+        found[index] = bool(after) and all(
+            kind == "bn" or (kind in _PASSING and is_normalised) for kind, is_normalised in after
+        )
+    return found
+
+
+def gates(graph: Graph) -> list[bool]:
+    """For every node whether it serves to compute a gate: of what a `cse` joins the one that comes last."""
+    found = [False] * len(graph)
+    for index in range(len(graph) - 1, -1, -1):
+        after = graph.successors[index]
+        found[index] = bool(after) and all(
+            found[target] or (graph.nodes[target].type == "cse" and graph.predecessors[target][0] != index)
+            for target in after
+        )
+    return found
+
+
+def attending(graph: Graph) -> list[bool]:
+    """For every node whether it is part of a block of attention.
+
+    That is behind a layer norm or an `msa`, up to the sum with what the block reads.
+    """
+    found: list[bool] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        inside = node.type in ("ln", "msa") or any(found[source] for source in sources)
+        found.append(inside and node.type != "sum")
+    return found
+
+
+def behind_skips(graph: Graph) -> list[bool]:
+    """For every node whether it reads, or is, a join of feature maps that were enlarged with others.
+
+    There a U-Net's decoder begins. A GHN has learned from classifiers, whose maps only become smaller.
+    """
+    enlarged = graph.enlarged - {0}  # images that are enlarged before anything reads them are images
+    decoding: list[bool] = []
+    behind: list[bool] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        branches = {decoding[s] or s in enlarged for s in sources if graph.nodes[s].type != "pos_enc"}
+        decoding.append(True in branches or (node.transposed and len(node.shape or ()) > 2))
+        behind.append(len(branches) > 1 or any(behind[s] for s in sources))
+    return behind
+
+
+def one_pixel_wide(graph: Graph) -> list[bool]:
+    """For every node whether it is, or is behind, a filter wider than its image that gives one pixel."""
+    found: list[bool] = []
+    for index, sources in enumerate(graph.predecessors):
+        rows = graph.cropped.get(index)
+        gives_one = rows is not None and all(len(places) == 1 for places in rows)
+        found.append(gives_one or any(found[source] for source in sources))
+    return found
+
+
+def reads_weights_alone(graph: Graph, index: int) -> bool:
+    """Whether all that a node reads comes straight from convolutions, those of a factorised reduction too."""
+    sources = graph.predecessors[index]
+    return bool(sources) and all(
+        graph.nodes[source].type in WEIGHT_TYPES
+        or (graph.nodes[source].type in ("bias", "concat") and reads_weights_alone(graph, source))
+        for source in sources
+    )

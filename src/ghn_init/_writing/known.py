@@ -1,0 +1,149 @@
+"""Which networks a GHN knows, well enough to train from its predictions as they are, scale included.
+
+Those are image classifiers of plain convolutions, batch norms and poolings, and of DARTS' cells, as in
+DeepNets-1M: with batch norm, but for a few weights, or without ways around any weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._graph import structure
+from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
+from ghn_init._writing.familiarity import UNUSED, reads_images
+from ghn_init._writing.levels import rises
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ghn_init._graph.graph import Graph, Node
+    from ghn_init._writing.entry import Entry
+
+PLAIN: Final = frozenset({"input", "conv", "bias", "bn", "sum", "concat", "max_pool", "avg_pool", "glob_avg"})
+"""Types of node of plain networks."""
+
+_CELLS: Final = PLAIN | {"sep_conv", "dil_conv", "cse", "msa", "ln", "pos_enc"}
+"""Types of node of the networks whose scales are predicted, if they are used as DeepNets-1M does."""
+
+_MOST_BARE: Final = 8
+"""Weights without batch norm in a network whose scales are predicted: errors of scale multiply. More are
+allowed where no way leads around them, see `_is_in_rows`."""
+
+_MOST_COPIES: Final = 64
+"""How often the prediction of a weight without batch norm repeats at most, in such a network, because copies
+add up to one another. Where no way leads around the weights it may repeat as often as it does."""
+
+
+def is_known(graph: Graph) -> bool:
+    """Whether a network is of the kind whose scales a GHN has learned, as far as its graph alone tells."""
+    return _is_made_of_cells(graph) and (len(_bare(graph)) <= _MOST_BARE or _is_in_rows(graph))
+
+
+def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """The same once predictions are there, which must not repeat too often where no norm follows them.
+
+    The last layer itself may be kept, because the GHN knows none of its width say.
+
+    Args:
+        graph: The network's graph.
+        entries: With what is predicted.
+    """
+    if not is_known(graph):
+        return False
+    if _is_in_rows(graph):  # the outputs are made small, however they came to be large
+        return True
+    bare = _bare(graph)
+    return all(copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
+
+
+def copies(entry: Entry) -> float:
+    """How often the prediction repeats in the parameter; 1 without one."""
+    return 1.0 if entry.tile is None else math.prod(entry.tile.shape) / entry.tile.values.numel()
+
+
+def _is_made_of_cells(graph: Graph) -> bool:
+    """Whether the network is of the kind that a GHN has learned from, a classifier made as DeepNets-1M's are.
+
+    Those have depthwise convolutions, gates and attention, too, but only as DARTS' cells do: a depthwise
+    convolution goes straight into one of 1 x 1, where MobileNets have a norm between them, and attention
+    is a block with layer norms amid convolutions with batch norms.
+    """
+    kinds = {node.type for node in graph.nodes}
+    if not kinds <= _CELLS or any(node.transposed for node in graph.nodes):
+        return False
+    if not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
+        return False
+    if kinds & {"msa", "ln"} and not {"msa", "ln", "bn"} <= kinds:
+        return False
+    return all(
+        _is_depthwise(node) and all(_is_pointwise(graph.nodes[target]) for target in graph.successors[index])
+        for index, node in enumerate(graph.nodes)
+        if node.type in ("sep_conv", "dil_conv")
+    )
+
+
+def _is_depthwise(node: Node) -> bool:
+    return node.shape is not None and node.shape[1] == 1
+
+
+def _is_pointwise(node: Node) -> bool:
+    return node.type == "conv" and node.shape is not None and math.prod(node.shape[2:]) == 1
+
+
+def _classifies(graph: Graph) -> bool:
+    """Whether the network ends in linear layers, or pools what its last convolution gives."""
+    last = {graph.nodes[indices[0]].param for indices in graph.heads}
+    pooled = graph.nodes[-1].type == "glob_avg"
+    return bool(last) and all(
+        pooled or (node.shape is not None and len(node.shape) == 2)
+        for node in graph.nodes
+        if node.param in last and node.type == "conv"
+    )
+
+
+def _has_strangers(graph: Graph) -> bool:
+    """Whether there are parameters that no node stands for and that count."""
+    return any(not stranger.role.endswith(UNUSED) for stranger in graph.unmatched)
+
+
+def _is_in_rows(graph: Graph) -> bool:
+    """Whether there are no norm layers, and no way around a weight, so that outputs can be made small.
+
+    Then errors of scale multiply, too, but each layer takes its share of a factor against them (`calm.py`).
+    Residual networks without norm grow from block to block, whatever their first and last layer are.
+    """
+    if any(node.type in NORM_TYPES for node in graph.nodes):
+        return False
+    gates = structure.gates(graph)
+    weights = {
+        index
+        for index, node in enumerate(graph.nodes)
+        if node.type in WEIGHT_TYPES - {"pos_enc"} and not gates[index]
+    }
+    steps, _ = rises(graph, {graph.nodes[index].param for index in weights})
+    return steps.keys() == weights and all(steps.values())
+
+
+def _bare(graph: Graph) -> set[str | None]:
+    """Weights of convolutions and linear layers whose scale nothing takes out of what they give.
+
+    That is neither a batch norm, if need be behind a second convolution, nor a gate or a block of attention.
+    """
+    normalised, attending = structure.normalised(graph), structure.attending(graph)
+    gates, ends = structure.gates(graph), _ends(graph)
+    return {
+        node.param
+        for index, node in enumerate(graph.nodes)
+        if node.type == "conv" and node.param not in ends
+        if not (normalised[index] or gates[index] or attending[index])
+        if not graph.successors[index]
+        or not all(
+            normalised[after] and graph.nodes[after].type == "conv" for after in graph.successors[index]
+        )
+    }
+
+
+def _ends(graph: Graph) -> set[str | None]:
+    """The parameters of the classifiers."""
+    return {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}
