@@ -227,6 +227,26 @@ def test_starting_points_are_computed_from_known_losses(monkeypatch: pytest.Monk
     assert "farther than a factor of 10 from the default start's: vgg" in text
 
 
+def test_what_comes_of_a_network_in_which_nothing_is_predicted_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    point = importlib.import_module("starting_point")
+    data = labelled_images(tmp_path / "data.npz")
+    bench = point.Bench(point._parser().parse_args([str(data), str(tmp_path / "runs.jsonl"), *TINY]), [])
+    names = ("gpt-tied", "plain-cnn")
+    own = {name: bench.train(bench.setting(name, "default", "adamw", 0, 0)) for name in names}
+
+    def trained(*_: object) -> None:
+        raise RuntimeError("it is trained")
+
+    monkeypatch.setattr(point, "_losses", trained)
+    found = bench.train(bench.setting("gpt-tied", "predicted", "adamw", 0, 0))
+    assert (found.losses, found.quality) == (own["gpt-tied"].losses, own["gpt-tied"].quality)
+    with pytest.raises(RuntimeError, match="it is trained"):
+        bench.train(bench.setting("plain-cnn", "predicted", "adamw", 0, 0))
+
+
 SECOND = (
     "mlp", "discriminator", "residual", "super-resolution", "denoiser", "vae", "preactivated", "convmixer",
     "video", "audio", "pyramid", "generator", "diffusion", "mixer", "language",
