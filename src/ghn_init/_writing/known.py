@@ -49,12 +49,13 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
         graph: The network's graph.
         entries: With what is predicted.
     """
-    if not is_known(graph):
+    if not _is_made_of_cells(graph):
         return False
     if _is_in_rows(graph):  # the outputs are made small, however they came to be large
         return True
     bare = _bare(graph)
-    return all(copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
+    few = all(copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
+    return few and len(bare) <= _MOST_BARE
 
 
 def copies(entry: Entry) -> float:
