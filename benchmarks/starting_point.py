@@ -12,7 +12,8 @@ DATA is CIFAR-10 in a form that `ghn-init train` takes.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds seeds, rates, networks or other weights, and
-`--minutes 0` only reports. A changed rule of `predict` needs a new file.
+`--minutes 0` only reports. A changed rule of `predict` needs a new file. Where nothing is predicted,
+what came of the own initialisation is taken for what would come of the same weights.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ghn_init._errors import GraphError
 from ghn_init._graph.draw import draw
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from os import PathLike
 
     import numpy.typing as npt
@@ -130,18 +130,12 @@ class Graph:
     @cached_property
     def predecessors(self) -> tuple[tuple[int, ...], ...]:
         """For every node the indices of the nodes with an edge to it."""
-        lists: list[list[int]] = [[] for _ in self.nodes]
-        for u, v in self.edges:
-            lists[v].append(u)
-        return tuple(map(tuple, lists))
+        return _neighbours(len(self), ((v, u) for u, v in self.edges))
 
     @cached_property
     def successors(self) -> tuple[tuple[int, ...], ...]:
         """For every node the indices of the nodes that its edges lead to."""
-        lists: list[list[int]] = [[] for _ in self.nodes]
-        for u, v in self.edges:
-            lists[u].append(v)
-        return tuple(map(tuple, lists))
+        return _neighbours(len(self), self.edges)
 
     @cached_property
     def distances(self) -> npt.NDArray[np.uint8]:
@@ -223,6 +217,14 @@ class Graph:
         Needs graphviz for everything but .dot: `pip install ghn-init[draw]` and the `dot` program.
         """
         draw(self, path)
+
+
+def _neighbours(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """For each of so many nodes the others of the pairs that it is the first of."""
+    lists: list[list[int]] = [[] for _ in range(count)]
+    for node, other in pairs:
+        lists[node].append(other)
+    return tuple(map(tuple, lists))
 
 
 def graph_from_edges(
