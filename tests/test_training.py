@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -591,6 +592,38 @@ def test_images_may_be_halved(tmp_path: Path) -> None:
 
 
 @pytest.mark.source
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped on this system")
+def test_a_pause_is_no_training_time() -> None:
+    """What a stopped process waits is not counted, whether or not a tick comes before the clock is read."""
+    code = (
+        "from ghn_init.training._run import Clock\n"
+        "class Quick(Clock):\n"
+        "    TICK, LATE = 0.1, 1.0\n"
+        "with Quick() as clock:\n"
+        "    while input():\n"
+        "        print(clock(), flush=True)\n"
+    )
+    run = [sys.executable, "-c", code]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def asked() -> float:
+            print("?", file=stdin, flush=True)
+            return float(stdout.readline())
+
+        before, started = asked(), time.monotonic()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        after = asked()
+        assert after <= time.monotonic() - started + before - 2.5
+        assert asked() >= after >= before
+        print(file=stdin, flush=True)
+    assert process.returncode == 0
+
+
 def test_the_benchmark_is_a_command_that_runs(tmp_path: Path) -> None:
     script, report = Path(__file__).parent.parent / "benchmarks" / "train.py", tmp_path / "report.json"
     small = ["--steps", "1", "--warmup", "0", "--meta-batch", "1", "--batch-size", "2", "--image-size", "16"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,41 @@ class State:
     position: int = 0
     seconds: float = 0.0
     networks: int = 0
+
+
+class Clock:
+    """Seconds since it was entered, less those in which the process was stopped (SIGSTOP); a context manager.
+
+    A process cannot be told that it is being stopped, so a thread ticks: where a tick comes `LATE` seconds
+    late or more, nothing of the process ran.
+    """
+
+    TICK: Final = 0.5
+    LATE: Final = 5.0
+
+    def __init__(self) -> None:
+        self._started = self._ticked = time.monotonic()
+        self._lock, self._over = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> Clock:
+        threading.Thread(target=self._tick, name="clock", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            late = now - self._ticked - self.TICK
+            if late >= self.LATE:
+                self._started += late
+            self._ticked = now
+            return now - self._started
+
+    def _tick(self) -> None:
+        while not self._over.wait(self.TICK):
+            self()
 
 
 class Termination:

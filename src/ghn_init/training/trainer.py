@@ -26,7 +26,7 @@ from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._meta_batches import MetaBatch, MetaBatches, ahead
 from ghn_init.training._optimizer import make_optimizer
 from ghn_init.training._ranks import Ranks
-from ghn_init.training._run import RunOptions, State, Termination
+from ghn_init.training._run import Clock, RunOptions, State, Termination
 from ghn_init.training._scaled_init import init_for_training
 from ghn_init.training._schedule import learning_rate, progress
 from ghn_init.training._validation import Validation
@@ -185,16 +185,16 @@ class Trainer:
 
     def _run(self, on_step: Callable[[Record], None]) -> None:
         options, state, first = self.options, self.state, self.ranks.first
-        before, started = state.seconds, time.monotonic()
-        saved = validated = started
+        before, saved, validated = state.seconds, 0.0, 0.0
         folder = options.output if first else None
         log = Log(folder, options.log_every, resume_at=state.step, tensorboard=options.tensorboard)
         made = iter(MetaBatches(self.config, self.image_size, state.position, self.ranks))
-        with log, closing(ahead(made, self.config.prefetch)) as batches, Termination() as termination:
+        batches = ahead(made, self.config.prefetch)
+        with log, closing(batches), Clock() as clock, Termination() as termination:
             stop = False
             while self.done < 1 and not stop:
                 record = self.step(batch := next(batches))
-                told = self.ranks.gather([time.monotonic() - started, termination.asked, *record.losses])
+                told = self.ranks.gather([clock(), termination.asked, *record.losses])
                 # All processes go by the first one's clock, or they would not stop at the same step.
                 elapsed, asked = told[0][:2]
                 stop = bool(asked) or (options.time_limit is not None and elapsed >= options.time_limit)
@@ -202,13 +202,13 @@ class Trainer:
                 record = replace(record, seconds=state.seconds, done=self.done)
                 log.step(record, self._large(batch, [losses for _, _, *losses in told]) if first else [])
                 on_step(record)
-                now = time.monotonic()
+                now = clock()
                 if now - saved >= options.save_every:
                     self.save()
                     saved = now
                 if first and options.validate_every and now - validated >= options.validate_every:
                     log.write(self._validate())
-                    validated = time.monotonic()
+                    validated = clock()
             if first and self.done >= 1:
                 log.write(self._validate())
 
