@@ -163,12 +163,14 @@ class Bench:
         self.test_images = load_images(options.data, "test")
         self.normalise = Normalisation.of(self.train_images)
 
-    def setting(self, network: str, start: str, optimizer: str, power: int, seed: int) -> Setting:
-        """The setting of these, at the sizes of the command line."""
+    def setting(
+        self, network: str, start: str, optimizer: str, power: int, seed: int, steps: int = 0
+    ) -> Setting:
+        """The setting of these, at the sizes of the command line; `steps` other than its own are for the search."""
         chosen = self.options
         weights = "" if start == "default" else self.weights
         return Setting(
-            network, start, optimizer, power, seed, chosen.steps, chosen.batch, chosen.size, weights
+            network, start, optimizer, power, seed, steps or chosen.steps, chosen.batch, chosen.size, weights
         )
 
     def belongs(self, setting: Setting) -> bool:
@@ -264,7 +266,9 @@ def _wanted(members: Sequence[Member], options: argparse.Namespace, bench: Bench
     for member in members:
         for optimizer in options.optimizers:
             best = yield from _search(
-                lambda power, name=member.name, how=optimizer: bench.setting(name, "default", how, power, 0),
+                lambda power, name=member.name, how=optimizer: bench.setting(
+                    name, "default", how, power, 0, options.search_steps
+                ),
                 lambda setting: bench.done[setting].area,
             )
             half = options.rates // 2
@@ -318,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rates", type=int, default=3, help="number of rates around the best one")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=300, help="of a training")
+    parser.add_argument("--search-steps", type=int, default=0, help="of those that find the best rate; as --steps")
     parser.add_argument("--batch", type=int, default=64, help="images in a step")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; 0 only reports")

@@ -196,6 +196,11 @@ def test_starting_points_are_compared_and_the_comparison_goes_on(tmp_path: Path)
     assert told.stdout == more.stdout
     assert file.read_text().count("\n") == len(again)
 
+    longer = (*chosen, "--seeds", "1", "--steps", "6", "--search-steps", "4")
+    assert run(*longer, script="starting_point.py").returncode == 0
+    last = [json.loads(line)["setting"] for line in file.read_text().splitlines()[len(again) :]]
+    assert [(setting["start"], setting["steps"]) for setting in last] == [("default", 6), ("predicted", 6)]
+
 
 def test_starting_points_are_computed_from_known_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Measures what the pages say of the bundled weights of this checkout, two processes side by side; see docs/training.md.
+#
+#     benchmarks/measure.sh DATA OUT
+#
+# OUT gets a text file for each table and `panel.jsonl`, the runs of benchmarks/panel.jsonl and the new ones. The
+# same command goes on after an interruption: evaluations that are whole and trainings that are on record are kept.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+data=$1 out=$2
+export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+mkdir -p "$out"
+[[ -e $out/panel.jsonl ]] || cp "$root/benchmarks/panel.jsonl" "$out/panel.jsonl"
+
+# kept NAME COMMAND...: its output in OUT/NAME.txt, unless that is there and whole
+kept() {
+    [[ -e $out/$1.txt ]] && return
+    "${@:2}" > "$out/$1.part" 2> "$out/$1.log"
+    mv "$out/$1.part" "$out/$1.txt"
+}
+
+evaluate() { kept "$1" ghn-init evaluate ghn3-cifar10 --data "$data" "${@:2}"; }
+
+panel() { kept "$1" python -W ignore "$root/benchmarks/starting_point.py" "$data" "$out/panel.jsonl" --batch 32 --rates 1 "${@:2}"; }
+
+accuracy() {
+    evaluate test --images 1000 --split test --sample 50
+    evaluate bnfree --images 1000 --sample 20 --split bnfree --split vit --split resnet50
+    evaluate deep --images 1000 --sample 12 --split deep --split dense
+    evaluate wide --images 256 --sample 12 --split wide
+    kept familiarity python -W ignore "$root/benchmarks/familiarity.py" "$data" --images 256 --sample 1
+    kept picture python -W ignore "$root/benchmarks/sgd_equivalence.py" "$data" "$out/picture.jsonl" \
+        --networks 0 --also small-resnet --optimizers sgd --steps 100 --tuning 20 --batch 32 --every 10 --images 300 \
+        --seeds 3 --draw "$out/training-start.svg"
+}
+
+training() {
+    panel panel --steps 50 --seeds 1 --starts predicted other-classes
+    panel panel-seeds --steps 50 --seeds 3 --starts predicted --networks plain-cnn vgg small-resnet lstm deepnets-gates \
+        deepnets-bn densenet mobilenet-v3 shufflenet unet deepnets-bnfree deepnets-attention
+    panel panel-300 --steps 300 --search-steps 50 --seeds 1 --starts predicted --networks small-resnet vgg plain-cnn mobilenet-v3 \
+        shufflenet unet resnet18 densenet lstm pyramid
+}
+
+accuracy &
+first=$!
+training
+wait "$first"
