@@ -166,7 +166,7 @@ class Bench:
     def setting(
         self, network: str, start: str, optimizer: str, power: int, seed: int, steps: int = 0
     ) -> Setting:
-        """The setting of these, at the sizes of the command line; `steps` other than its own are for the search."""
+        """The setting of these, at the sizes of the command line; `steps` but for its own: the search."""
         chosen = self.options
         weights = "" if start == "default" else self.weights
         return Setting(
@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rates", type=int, default=3, help="number of rates around the best one")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=300, help="of a training")
-    parser.add_argument("--search-steps", type=int, default=0, help="of those that find the best rate; as --steps")
+    parser.add_argument("--search-steps", type=int, default=0, help="of those that find the best rate")
     parser.add_argument("--batch", type=int, default=64, help="images in a step")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; 0 only reports")
