@@ -217,7 +217,7 @@ def _groups(rows: int, columns: int, out: int, inputs: int, transposed: bool) ->
 
 def _carried(channels: Sequence[int], columns: int, inputs: int) -> Tensor:
     """(rows, columns), row o with 1 at channel c of `channels` and -1/2 at its neighbour, c xor 1."""
-    matrix = torch.zeros(len(channels), columns)
+    matrix = torch.zeros(len(channels), columns, dtype=torch.float32)
     for row, channel in enumerate(channels):
         for carried, share in ((channel, 1.0), (channel ^ 1, -_MIRRORED)):
             if carried < inputs:
@@ -246,7 +246,7 @@ def _middle(kernel: Iterable[int]) -> tuple[slice, ...]:
 def empty_filters() -> Tensor:
     """What whitening filters are before any images were seen: nothing, (27, 3, 3, 3)."""
     count = STEM_CHANNELS * STEM_SIDE**2
-    return torch.zeros(count, STEM_CHANNELS, STEM_SIDE, STEM_SIDE)
+    return torch.zeros(count, STEM_CHANNELS, STEM_SIDE, STEM_SIDE, dtype=torch.float32)
 
 
 def whitening_filters(images: Tensor) -> Tensor:

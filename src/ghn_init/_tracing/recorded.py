@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from ghn_init._errors import GHNInitError, TraceError, first_line
 from ghn_init._network.parametrised import watched
 from ghn_init._network.walk import modules_of, params_of
 from ghn_init._tracing.recorder import Recorder
+from ghn_init._tracing.transforms import followed
 from ghn_init._tracing.values import UnknownValueError
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def recorded(
         _evaluating(model)
     with watched(computed, recorder.add_parameter):
         try:
-            with recorder:
+            with recorder, followed(recorder.flows) if recorder.draws else nullcontext():
                 output = called(model, args, kwargs)
         except GHNInitError:
             raise

@@ -24,6 +24,7 @@ from ghn_init._tracing.kernels import Memo
 from ghn_init._tracing.outputs import OUTPUTS
 from ghn_init._tracing.outputs.call import Call, Known
 from ghn_init._tracing.tape import Tape, written
+from ghn_init._tracing.transforms import is_wrapped, transformed, unwrapped
 from ghn_init._tracing.values import Sort, UnknownValueError, Value
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class Recorder(TorchFunctionMode):
         self._values: dict[int, Value] = {}
         self._known: list[Value] = []
 
+    @property
+    def draws(self) -> bool:
+        """Whether the recording is for drawing a graph, and not one that users see and run."""
+        return self._paths is None
+
     # -- before and after -----------------------------------------------------------------------
 
     def add_inputs(self, inputs: Iterable[tuple[str, Any]]) -> None:
@@ -116,6 +122,8 @@ class Recorder(TorchFunctionMode):
         """What is known of `tensor`; one that was not made while recording is the model's, or a constant."""
         value = self._values.get(id(tensor))
         if value is None:
+            if is_wrapped(tensor) and self.flows(unwrapped(tensor)):
+                raise transformed()
             is_param = id(tensor) in self._params
             inside = tensor.is_meta and not is_param
             value = Value(tensor, varies=False, constant=not is_param, inside=inside)
@@ -132,6 +140,13 @@ class Recorder(TorchFunctionMode):
         """Whether it depends on the network's input."""
         value = self._values.get(id(tensor))
         return value is not None and value.varies
+
+    def flows(self, tensor: Tensor) -> bool:
+        """Whether it is an activation, a weight, or computed from weights."""
+        value = self._values.get(id(tensor))
+        if value is None:
+            return id(tensor) in self._params
+        return tensor.is_floating_point() and (value.varies or not value.constant)
 
     def _node(self, tensor: Tensor) -> fx.Node:
         value = self._values.get(id(tensor))
@@ -165,6 +180,8 @@ class Recorder(TorchFunctionMode):
         sort = v.sort_of(name)
         if sort.plain:
             return func(*args, **kwargs)
+        if name == "requires_grad_":  # of the model's own tensors it is the user's to say
+            return args[0]
         if sort.reading:
             return self._read(func, args, kwargs)
         name = sort.name

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 PLAIN: Final = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
-    "is_complex", "is_nonzero", "get_device", "element_size", "storage_offset", "data_ptr", "requires_grad_",
+    "is_complex", "get_device", "element_size", "storage_offset", "data_ptr",
     "__len__", "__repr__", "__format__", "__hash__", "is_same_size", "register_hook",
 })  # fmt: skip
 """Functions that read what a tensor is and make none: called as they are."""
 
 READING: Final = frozenset({
-    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__",
+    "item", "tolist", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__",
     "__contains__", "equal", "allclose",
 })  # fmt: skip
 """Functions that read a tensor's values and make none."""

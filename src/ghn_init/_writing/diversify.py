@@ -74,7 +74,7 @@ def _add_noise(weight: Tensor, relative: float, generator: torch.Generator) -> N
     flat = weight.view(-1)
     std = relative * float(torch.linalg.vector_norm(flat)) / flat.numel() ** 0.5
     for chunk in flat.split(_CHUNK):
-        chunk.add_(torch.randn(chunk.shape, generator=generator), alpha=std)
+        chunk.add_(torch.randn(chunk.shape, generator=generator, dtype=chunk.dtype), alpha=std)
 
 
 def _orthogonalise(weight: Tensor) -> None:
@@ -89,7 +89,7 @@ def _orthogonalise(weight: Tensor) -> None:
     norm = torch.linalg.vector_norm(matrix)
     # LAPACK reads and writes columns, so that the transpose of a wide matrix takes no second one.
     tall = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T.contiguous().T
-    factors = torch.empty(min(matrix.shape))
+    factors = torch.empty(min(matrix.shape), dtype=matrix.dtype)
     torch.geqrf(tall, out=(tall, factors))
     signs = torch.where(tall.diagonal() < 0, -1.0, 1.0)
     torch.linalg.householder_product(tall, factors, out=tall)

@@ -284,7 +284,7 @@ def _largest_eigenvalues(grams: Sequence[Tensor]) -> list[float]:
     found = [0.0] * len(grams)
     for indices in groups.values():
         power = torch.stack([grams[index] for index in indices])
-        logarithm = torch.zeros(len(indices), device=power.device)
+        logarithm = torch.zeros(len(indices), device=power.device, dtype=power.dtype)
         for step in range(_SQUARINGS + 1):
             last = step == _SQUARINGS  # the trace of a symmetric matrix's square takes no product
             if last or step % _NORMALISED == 0:

@@ -76,9 +76,9 @@ class Signal:
         if self.values is not None:
             return _flattened(repeated(self.values, self.channels or channels), channels)
         generator = torch.Generator().manual_seed(self.seed)
-        values = torch.randn(SAMPLES, channels, generator=generator)
+        values = torch.randn(SAMPLES, channels, generator=generator, dtype=torch.float32)
         if self.colours:
-            common = torch.randn(SAMPLES, 1, generator=generator)
+            common = torch.randn(SAMPLES, 1, generator=generator, dtype=torch.float32)
             values = math.sqrt(COLOURS) * common + math.sqrt(1 - COLOURS) * values
         if self.positive:  # half of the squares are gone
             values = math.sqrt(2) * values.relu()
@@ -118,7 +118,7 @@ def taps_of(graph: Graph, index: int) -> Tensor | None:
     """(samples, taps): 1 for what lies in the image at a sample's place; None if (nearly) all of it does."""
     if index not in graph.cropped:
         return None
-    sizes, masks = (graph.nodes[index].shape or ())[2:], torch.ones(1, 1)
+    sizes, masks = (graph.nodes[index].shape or ())[2:], torch.ones(1, 1, dtype=torch.float32)
     for size, rows in zip(sizes, graph.cropped[index], strict=True):
         first, end = torch.tensor(rows).T[..., None]
         axis = (torch.arange(size) >= first) & (torch.arange(size) < end)

@@ -200,7 +200,7 @@ def _normalised(x: Signal, norm: _Norm | None) -> tuple[Signal, Tensor | None]:
         square = x.square / (x.square + eps) if ours else x.square
         if norm is not None and not norm.fresh:
             square = 1.0
-        statistics = torch.tensor([[0.0], [x.square]]) if ours else None
+        statistics = torch.tensor([[0.0], [x.square]], dtype=torch.float32) if ours else None
         return Signal(square * _square(gain) + _square(shift), None, x.channels), statistics
     mean = x.values.mean(0)
     values = x.values - mean
