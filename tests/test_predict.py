@@ -493,6 +493,23 @@ def test_the_callers_contexts_do_not_change_the_values(ghn: GHN) -> None:
     assert model.fc.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": "predicted"}, {"head": "predict", "diversify": "orthogonal"}]
+)
+def test_the_default_dtype_does_not_change_the_values(
+    dtype: torch.dtype, options: dict[str, Any], ghn: GHN
+) -> None:
+    expected = state(predict(Net(), ghn, **options))
+    model = Net()
+    torch.set_default_dtype(dtype)
+    try:
+        predict(model, ghn, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(model, expected)
+
+
 # Meta models -------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections import Counter
+from collections import Counter, UserDict
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from ghn_init import Graph, Node, TraceError, trace
+from ghn_init import Graph, Node, TraceError, record, trace
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._tracing.trace import traced
 from networks import bridged, reference_network, without_initialisation
@@ -428,6 +430,52 @@ class Once(nn.Module):
         return self.conv(x)
 
 
+class Tracker:
+    def __init__(self) -> None:
+        self.count, self.seen = 0, [1]
+
+
+class Collecting(nn.Module):
+    """Changes what it holds, what its class holds, and what its generators draw next."""
+
+    total = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.tracker, self.lists = Tracker(), ([1], {"a": 2})
+        self.torchs, self.pythons = torch.Generator().manual_seed(1), random.Random(1)
+        self.numpys = [np.random.default_rng(1), np.random.RandomState(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tracker.count += 1
+        self.tracker.seen.append(2)
+        self.lists[0].append(2)
+        self.lists[1]["b"] = 3
+        Collecting.total += 1
+        Collecting.extra = 1  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        self.draw()
+        return self.conv(x)
+
+    def draw(self) -> tuple[float, ...]:
+        numpys = [generator.random() if hasattr(generator, "random") else 0 for generator in self.numpys]
+        return (float(torch.rand((), generator=self.torchs)), self.pythons.random(), *map(float, numpys))
+
+
+def test_what_a_model_holds_is_put_back_with_its_classes_and_generators() -> None:
+    model, everywhere = Collecting(), list[Any]()
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: everywhere.append(args))
+    try:
+        trace(model, (2, 3, 4, 4))
+    finally:
+        hook.remove()
+    assert (model.tracker.count, model.tracker.seen, model.lists) == (0, [1], ([1], {"a": 2}))
+    assert Collecting.total == 0
+    assert not hasattr(Collecting, "extra")
+    assert model.draw() == Collecting().draw()
+    assert not everywhere
+
+
 def test_every_attempt_finds_the_model_as_it_was() -> None:
     model = Once()
     assert [node.type for node in trace(model).nodes] == ["input", "conv", "bias"]
@@ -482,3 +530,117 @@ def test_places_written_out_one_hot_take_no_memory(classes: int) -> None:
     graph = trace(Places(), (2, 32, 3))
     assert [(places.shape, places.is_meta) for places in made] == [((32, classes), classes > 4)]
     assert [node.param for node in graph.nodes if node.param] == ["table"]
+
+
+# Transforms, and what forward passes return ------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Two convolutions, a head, and a place in between where `middle` comes."""
+
+    def __init__(
+        self, middle: Callable[[Tensor], Tensor] = torch.relu, given: Callable[[Any], Any] = list
+    ) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc, self.middle, self.given = nn.Linear(8, 10), middle, given
+
+    def forward(self, x: Tensor) -> Any:
+        return self.given([self.fc(self.second(self.middle(self.first(x))).mean((2, 3)))])
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        torch.vmap(lambda t: t * torch.sigmoid(t)),
+        torch.vmap(torch.relu, in_dims=1, out_dims=-3),
+        torch.vmap(torch.vmap(torch.relu), chunk_size=2),
+        torch.vmap(lambda t: (torch.relu(t), t.sum()))  # several outputs
+    ],
+)  # fmt: skip
+def test_what_is_mapped_over_is_in_the_graph(middle: Any) -> None:
+    network = Small(lambda x: middle(x)[0] if isinstance(middle(x), tuple) else middle(x))
+    graph = trace(network, (2, 3, 8, 8))
+    assert signature(graph) == signature(trace(Small(), (2, 3, 8, 8)))
+    assert torch.equal(torch.vmap(torch.sin)(torch.ones(3, 1)), torch.ones(3, 1).sin())
+
+
+def test_an_ensemble_of_weights_is_in_the_graph_and_maps_of_constants_are_computed() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.weight, self.bias = nn.Parameter(torch.ones(4, 10, 8)), nn.Parameter(torch.ones(4, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            later = torch.vmap(lambda i: torch.vmap(lambda j: i >= j)(torch.arange(4)))(torch.arange(4))
+            assert later.sum() == 10
+            return torch.vmap(F.linear, (None, 0, 0))(self.conv(x).mean((2, 3)), self.weight, self.bias).mean(
+                0
+            )
+
+    graph = trace(Ensemble(), (2, 3, 8, 8))
+    assert not graph.unmatched
+    assert [node.param for node in graph.nodes if node.type == "conv"] == ["conv.weight", "weight"]
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        torch.func.grad(lambda t: (t**3).sum()),
+        lambda x: torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1],
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch, on the first jvp
+def test_transforms_that_cannot_be_followed_are_an_error(middle: Any) -> None:
+    with pytest.raises(TraceError, match=r"torch\.func\.grad, jvp.*ghn_init\.register"):
+        trace(Small(middle), (2, 3, 8, 8))
+
+
+@dataclass
+class Result:
+    logits: Tensor
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def containing_itself(outputs: list[Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {"logits": outputs[0]}
+    found["all"] = found
+    return found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        tuple, set, containing_itself,
+        lambda outputs: Result(outputs[0]),
+        lambda outputs: Slots(outputs[0]),
+        lambda outputs: SimpleNamespace(logits=outputs),
+        lambda outputs: UserDict(logits=outputs[0]),
+        lambda _: 3,
+    ],
+)  # fmt: skip
+def test_whatever_a_forward_pass_returns_the_graph_is_whole(given: Any) -> None:
+    assert trace(Small(given=given), (2, 3, 8, 8)) == trace(Small(), (2, 3, 8, 8))
+    record(Small(given=given), (2, 3, 8, 8))
+
+
+def test_a_forward_pass_that_freezes_parts_does_not_reach_the_model() -> None:
+    class Warming(Small):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.steps += 1
+            self.first.requires_grad_(self.steps > 100)
+            return super().forward(x.requires_grad_(True))
+
+    network = Warming()
+    trace(network, (2, 3, 8, 8))
+    assert network.steps == 0
+    assert all(param.requires_grad for param in network.parameters())

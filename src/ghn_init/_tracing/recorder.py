@@ -108,8 +108,9 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: Any) -> Recording:
         """The tape, ending with the network's output."""
-        node = self._tape.append("output", "output", "output", (self._tape.result(output, self._node),))
-        node.meta["val"] = output
+        result = self._tape.result(output, self._node)
+        node = self._tape.append("output", "output", "output", (result,))
+        node.meta["val"] = fx.node.map_arg(result, lambda given: given.meta["val"])
         return self.recording()
 
     def recording(self) -> Recording:

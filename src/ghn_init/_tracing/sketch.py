@@ -152,7 +152,7 @@ class Sketch:
                 carried[node] = Flow((0,))
             elif op == "output":
                 value = merged(map(self.carried, node.all_input_nodes))
-                self._ends = value.sources if isinstance(value, Flow) else ()
+                self._ends = value.sources if isinstance(value, Flow) else None
             else:
                 value = self._called(node)
                 name = node.meta.get("parameter")
@@ -193,7 +193,8 @@ class Sketch:
     def graph(self, name: str) -> Graph:
         """The nodes that reach the output, renumbered, as a `Graph`.
 
-        Without an output, where the recording ended before the forward pass did: all nodes.
+        All are taken to where the recording ended before the forward pass did, and where no activation was
+        found in its output.
         """
         live = self._live(range(len(self.nodes)) if self._ends is None else self._ends)
         number = {old: new for new, old in enumerate(sorted(live))}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import enum
 import operator
+from collections.abc import Mapping
 from functools import lru_cache
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -137,19 +139,23 @@ class Tape:
             return value
         return self.constant(value)
 
-    def result(self, value: Any, node_of: Callable[[Tensor], fx.Node]) -> Any:
-        """What a forward pass returns, as fx has it: objects of other classes are dicts of their fields."""
+    def result(self, value: Any, node_of: Callable[[Tensor], fx.Node], around: tuple[int, ...] = ()) -> Any:
+        """What a forward pass returns, as fx has it: objects of other classes are dicts of their fields.
+
+        `around` are the identities of the containers that hold `value`; one that holds itself is left out.
+        """
         if isinstance(value, Tensor):
             return node_of(value)
-        if isinstance(value, dict):
-            return {key: self.result(item, node_of) for key, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self.result(item, node_of) for item in value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self.result(item, node_of) for item in value))
-        if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-            return {key: self.result(item, node_of) for key, item in vars(value).items()}
-        return value if type(value) in _ATOMS else None
+        if type(value) in _ATOMS or id(value) in around:
+            return value if type(value) in _ATOMS else None
+        around = (*around, id(value))
+        if isinstance(value, (tuple, list, set, frozenset)):
+            items = [self.result(item, node_of, around) for item in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return tuple(items) if isinstance(value, tuple) else items
+        fields = _fields(value)
+        return None if fields is None else {key: self.result(fields[key], node_of, around) for key in fields}
 
     def placeholders(self, inputs: Iterable[tuple[str, Any]]) -> list[Value]:
         """Nodes of the arguments of the forward pass; the tensors in them."""
@@ -164,6 +170,15 @@ class Tape:
                 else:
                     found[-1].node = node
         return found
+
+
+def _fields(value: object) -> Mapping[Any, Any] | None:
+    """What an object holds; None of modules, classes, functions and whatever else has no fields."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (nn.Module, type, FunctionType, ModuleType)):
+        return None
+    return getattr(value, "__dict__", None)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch._functorch.vmap as functorch
+import torch._functorch.vmap
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
@@ -29,45 +29,48 @@ _lock = threading.Lock()
 _recording: dict[int, Callable[[Tensor], bool]] = {}
 """Of every thread that records, what says whether a tensor is an activation or a weight."""
 
-_batched: Callable[..., Any] = functorch._create_batched_inputs  # noqa: SLF001
-_unbatched: Callable[..., Any] = functorch._remove_batch_dim  # noqa: SLF001
+_vmap: Any = torch._functorch.vmap  # noqa: SLF001
+_wrappers: Any = torch._C._functorch  # type: ignore[attr-defined]  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
+
+_batched: Callable[..., Any] = _vmap._create_batched_inputs  # noqa: SLF001
+_unbatched: Callable[..., Any] = _vmap._remove_batch_dim  # noqa: SLF001
 
 
 @contextmanager
 def followed(flows: Callable[[Tensor], bool]) -> Iterator[None]:
-    """Inside, this thread's `torch.vmap`s of tensors for which `flows` is true are followed for one example."""
+    """Inside, `torch.vmap` of what `flows` says flows is followed for one example, in this thread."""
     thread = threading.get_ident()
     with _lock:
         _recording[thread] = flows
-        functorch._create_batched_inputs = _first_slices  # noqa: SLF001
-        functorch._remove_batch_dim = _expanded  # noqa: SLF001
+        _vmap._create_batched_inputs = _first_slices  # noqa: SLF001
+        _vmap._remove_batch_dim = _expanded  # noqa: SLF001
     try:
         yield
     finally:
         with _lock:
             del _recording[thread]
             if not _recording:
-                functorch._create_batched_inputs = _batched  # noqa: SLF001
-                functorch._remove_batch_dim = _unbatched  # noqa: SLF001
+                _vmap._create_batched_inputs = _batched  # noqa: SLF001
+                _vmap._remove_batch_dim = _unbatched  # noqa: SLF001
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for another tensor inside a transform."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+    return _wrappers.is_functorch_wrapped_tensor(tensor)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor that wrapped ones stand for."""
     while is_wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)  # noqa: SLF001
+        tensor = _wrappers.get_unwrapped(tensor)
     return tensor
 
 
 def transformed() -> UnknownValueError:
     """For a transform that cannot be followed."""
     return UnknownValueError(
-        "a function of activations or weights is transformed (torch.func.grad, jvp, or vmap where a graph is to run "
-        "again), which cannot be recorded; put it into a layer with a rule (ghn_init.register)"
+        "a function of activations or weights is transformed (torch.func.grad, jvp, or vmap where a graph is "
+        "to run again), which cannot be recorded; put it into a layer with a rule (ghn_init.register)"
     )
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import random
 from collections import OrderedDict, defaultdict, deque
+from functools import partial
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from ghn_init._network.walk import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 _own_containers: Final = operator.itemgetter(
     *(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
@@ -28,10 +29,15 @@ _OWN: Final = frozenset(vars(nn.Module()))
 
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks")
 
+_EVERYWHERE: Final[tuple[dict[Any, Any], ...]] = (
+    global_hooks._global_forward_pre_hooks, global_hooks._global_forward_hooks,  # noqa: SLF001
+)  # fmt: skip
+"""The hooks of all modules, `torch.nn.modules.module.register_module_forward_hook`."""
+
 _MUTABLE: Final = frozenset({list, dict, set, deque, OrderedDict, defaultdict})
 """Types of containers whose contents are put back; a subclass may do anything when it is read."""
 
-_ATOMS: Final = frozenset({int, float, bool, str, type(None), tuple, torch.Size, torch.dtype, torch.device})
+_ATOMS: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device})
 """Types of most attributes, which cannot change."""
 
 
@@ -39,9 +45,9 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     """A function that puts back whatever a forward pass changes on the model's modules and in random states.
 
     In-place changes cannot reach the model's tensors, because the recorder hands out stand-ins; what can be
-    changed is attributes (caches, counters), buffers that are assigned, hooks, random states, and the lists,
-    dicts and sets that modules, their forward passes and their hooks hold, to which a forward pass may
-    append.
+    changed is attributes (caches, counters) of modules, of their classes and of objects that they hold,
+    buffers that are assigned, hooks, random states, and the lists, dicts and sets that modules, their
+    forward passes and their hooks hold, to which a forward pass may append.
     """
     modules = [module for _, module in modules_of(model)]
     states = [vars(module) for module in modules]
@@ -54,6 +60,9 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     contents = _Contents()
     for module, state in zip(modules, states, strict=True):
         contents.of_module(module, state)
+    for hooks in _EVERYWHERE:
+        for hook in hooks.values():
+            contents.of_callable(hook)
 
     def put_back() -> None:
         put_back_random_states()
@@ -70,26 +79,36 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 class _Contents:
-    """The contents of lists, dicts, sets and deques that a forward pass can reach, without its arguments."""
+    """What a forward pass can reach, without its arguments, and change in place.
+
+    The contents of lists, dicts, sets and deques, attributes of objects and classes, and the states of random
+    number generators.
+    """
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Any, Any]] = {}
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._states: list[Callable[[], object]] = []
         self._seen: set[int] = set()
 
     def of_module(self, module: nn.Module, state: dict[str, Any]) -> None:
         """Note what a module holds, what its class' forward pass refers to, and what its hooks do."""
+        cls = type(module)
+        torchs = _is_of_torch(cls)
         for key in state.keys() - _OWN:
-            if type(state[key]) not in _ATOMS:
+            kind = type(state[key])
+            if kind not in _ATOMS and not (kind is tuple and torchs):  # sizes of kernels and the like
                 self._of_value(state[key])
-        forward = type(module).forward
-        if (forward.__module__ or "").partition(".")[0] != "torch":
-            self._of_callable(forward)
+        if not _is_of_torch(cls.forward):
+            self.of_callable(cls.forward)
+        if not torchs:
+            self._of_class(cls)
         for attribute in _HOOKS:
             for hook in state[attribute].values():
-                self._of_callable(hook)
+                self.of_callable(hook)
 
     def put_back(self) -> None:
-        """Give every container the contents that it had, if it has others."""
+        """Give every container, object, class and generator what it had, if it has anything else."""
         for container, content in self._before.values():
             if isinstance(container, dict):
                 other = _differs(container, content)
@@ -101,15 +120,23 @@ class _Contents:
                 container.clear()
                 fill = container.update if isinstance(container, (dict, set)) else container.extend
                 fill(content)
+        for cls, content in self._classes:
+            _put_back_class(cls, content)
+        for put_back in self._states:
+            put_back()
 
     def _of_value(self, value: Any) -> None:
-        """Note a container and those inside it; of another object of the user's, those that it holds."""
+        """Note a container and those inside it; of another object of the user's, what it holds."""
         if type(value) in _MUTABLE:
             self._of_container(value)
-        elif _is_plain_object(value) and self._is_new(value):
-            for held in vars(value).values():
-                if type(held) in _MUTABLE:
-                    self._of_container(held)
+        elif type(value) is tuple:
+            for item in value:
+                if type(item) not in _ATOMS and self._is_new(item):
+                    self._of_value(item)
+        elif _is_generator(value):
+            self._of_generator(value)
+        elif _is_plain_object(value):
+            self._of_container(vars(value))
 
     def _of_container(self, container: Any) -> None:
         if id(container) in self._before:
@@ -118,16 +145,28 @@ class _Contents:
         for item in container.values() if isinstance(container, dict) else container:
             if type(item) in _MUTABLE:
                 self._of_container(item)
+            elif type(item) not in _ATOMS and _is_generator(item):
+                self._of_generator(item)
 
-    def _of_callable(self, function: Any) -> None:
+    def _of_generator(self, generator: Any) -> None:
+        if self._is_new(generator):
+            self._states.append(_state_of(generator))
+
+    def _of_class(self, cls: type) -> None:
+        """Note the attributes of a class, such as a counter of all its modules."""
+        for base in cls.__mro__:
+            if not _is_of_torch(base) and base is not object and self._is_new(base):
+                self._classes.append((base, dict(vars(base))))
+
+    def of_callable(self, function: Any) -> None:
         """Note what a function refers to: by closure, by a global name, in its arguments, as `self`."""
         if not self._is_new(function):
             return
-        if isinstance(function, functools.partial):
+        if isinstance(function, partial):
             for value in (function.func, *function.args, *function.keywords.values()):
                 self._of_referred(value)
         elif isinstance(function, MethodType):
-            self._of_callable(function.__func__)
+            self.of_callable(function.__func__)
             self._of_referred(function.__self__)
         elif isinstance(function, FunctionType):
             for value in _referred(function):
@@ -137,8 +176,8 @@ class _Contents:
             self._of_referred(vars(type(function)).get("__call__"))
 
     def _of_referred(self, value: Any) -> None:
-        if isinstance(value, (FunctionType, MethodType, functools.partial)):
-            self._of_callable(value)
+        if isinstance(value, (FunctionType, MethodType, partial)):
+            self.of_callable(value)
         elif not isinstance(value, nn.Module):
             self._of_value(value)
 
@@ -146,6 +185,39 @@ class _Contents:
         new = id(value) not in self._seen
         self._seen.add(id(value))
         return new
+
+
+def _is_of_torch(function: Any) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+def _put_back_class(cls: type, before: Mapping[str, Any]) -> None:
+    """Give a class the attributes that it had."""
+    now = dict(vars(cls))
+    for name in now.keys() - before.keys():
+        delattr(cls, name)
+    for name, value in before.items():
+        if now.get(name, _MISSING) is not value:
+            setattr(cls, name, value)
+
+
+_MISSING: Final = object()
+
+
+def _is_generator(value: object) -> bool:
+    return isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState))
+
+
+def _state_of(generator: Any) -> Callable[[], object]:
+    """What puts a generator of random numbers back into its state."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    bits = generator.bit_generator
+    return partial(setattr, bits, "state", bits.state)
 
 
 def _referred(function: FunctionType) -> Iterator[Any]:

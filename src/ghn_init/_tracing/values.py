@@ -22,8 +22,8 @@ PLAIN: Final = frozenset({
 """Functions that read what a tensor is and make none: called as they are."""
 
 READING: Final = frozenset({
-    "item", "tolist", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy", "__array__",
-    "__contains__", "equal", "allclose",
+    "item", "tolist", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy",
+    "__array__", "__contains__", "equal", "allclose",
 })  # fmt: skip
 """Functions that read a tensor's values and make none."""
 
