@@ -597,6 +597,21 @@ def test_transforms_that_cannot_be_followed_are_an_error(middle: Any) -> None:
         trace(Small(middle), (2, 3, 8, 8))
 
 
+def test_autocast_on_the_device_of_an_activation() -> None:
+    def middle(x: Tensor) -> Tensor:
+        with (
+            torch.autocast(x.device.type, dtype=torch.bfloat16),
+            torch.autocast(x.device.type, enabled=False),
+        ):
+            return torch.relu(x)
+
+    for device in ("cpu", "meta"):
+        assert trace(Small(middle).to(device), (2, 3, 8, 8)) == trace(Small(), (2, 3, 8, 8))
+    record(Small(middle), (2, 3, 8, 8))(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(RuntimeError):  # as ever
+        torch.autocast("meta")
+
+
 @dataclass
 class Result:
     logits: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,7 +69,7 @@ def recorded(
         _evaluating(model)
     with watched(computed, recorder.add_parameter):
         try:
-            with recorder, followed(recorder.flows) if recorder.draws else nullcontext():
+            with recorder, followed(recorder.flows if recorder.draws else None, recorder.home):
                 output = called(model, args, kwargs)
         except GHNInitError:
             raise

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from ghn_init._network.nested import replaced, tensors_in
@@ -86,6 +87,11 @@ class Recorder(TorchFunctionMode):
         self._known: list[Value] = []
 
     @property
+    def home(self) -> torch.device:
+        """The device of the model."""
+        return self._tape.home
+
+    @property
     def draws(self) -> bool:
         """Whether the recording is for drawing a graph, and not one that users see and run."""
         return self._paths is None
@@ -110,7 +116,7 @@ class Recorder(TorchFunctionMode):
         """The tape, ending with the network's output."""
         result = self._tape.result(output, self._node)
         node = self._tape.append("output", "output", "output", (result,))
-        node.meta["val"] = fx.node.map_arg(result, lambda given: given.meta["val"])
+        node.meta["val"] = map_aggregate(result, _value_of)
         return self.recording()
 
     def recording(self) -> Recording:
@@ -430,6 +436,11 @@ class Recorder(TorchFunctionMode):
             copy = self._values[id(twin)] = Value(twin, varies=value.varies, constant=value.constant)
             copy.node, copy.origin, copy.name = value.node, value.origin, value.name
         return value.twin
+
+
+def _value_of(argument: Any) -> Any:
+    """What a node gave; of anything else itself."""
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
 @dataclass(slots=True)

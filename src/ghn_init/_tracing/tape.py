@@ -48,6 +48,7 @@ class Tape:
         readable: Whether the graph is for users, with names that say what nodes are and are told apart.
 
     Attributes:
+        home: That device.
         graph: The graph.
         objects: What a `get_attr` or `call_module` node's target stands for.
     """
@@ -56,7 +57,7 @@ class Tape:
         self.graph = fx.Graph()
         self._readable = readable
         self.objects: dict[str, Any] = {}
-        self._home = home
+        self.home = home
 
     def append(
         self,
@@ -128,7 +129,7 @@ class Tape:
         if cls is list:
             return [self.argument(item, node_of) for item in value]
         if cls is torch.device:
-            return self._home if value.type == "meta" else value
+            return self.home if value.type == "meta" else value
         if cls is slice:
             return slice(*(self.argument(part, node_of) for part in (value.start, value.stop, value.step)))
         if isinstance(value, dict):

@@ -1,15 +1,18 @@
-"""`torch.vmap` in a forward pass: its function is followed for one example, as it is the same for all.
+"""`torch.vmap` and `torch.autocast` in a forward pass.
 
 Inside a transform of `torch.func` tensors are wrapped, and what comes out of it was made by functions of C++
-that no mode sees. So where activations or weights are mapped over, the function gets the first slice of every
-argument, and what it gives is expanded to all. Other transforms of activations (`grad`, `jvp`) are refused by
-`Recorder.value`.
+that no mode sees. So where activations or weights are mapped over, the function, which is the same for all
+examples, is followed for one: it gets the first slice of every argument, and what it gives is expanded to
+all.
+Other transforms of activations (`grad`, `jvp`) are refused by `Recorder.value`.
+
+Code that turns autocast on or off for the device of an activation gets the meta device while recording, which
+has none: it is given that of the model's.
 """
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ghn_init._tracing.outputs.call import output_of
+from ghn_init._tracing.replacing import Replacement
 from ghn_init._tracing.values import UnknownValueError
 
 if TYPE_CHECKING:
@@ -25,33 +29,22 @@ if TYPE_CHECKING:
 
     from ghn_init._tracing.outputs.call import Call
 
-_lock = threading.Lock()
-_recording: dict[int, Callable[[Tensor], bool]] = {}
-"""Of every thread that records, what says whether a tensor is an activation or a weight."""
-
-_vmap: Any = torch._functorch.vmap  # noqa: SLF001
 _wrappers: Any = torch._C._functorch  # type: ignore[attr-defined]  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
-
-_batched: Callable[..., Any] = _vmap._create_batched_inputs  # noqa: SLF001
-_unbatched: Callable[..., Any] = _vmap._remove_batch_dim  # noqa: SLF001
 
 
 @contextmanager
-def followed(flows: Callable[[Tensor], bool]) -> Iterator[None]:
-    """Inside, `torch.vmap` of what `flows` says flows is followed for one example, in this thread."""
-    thread = threading.get_ident()
-    with _lock:
-        _recording[thread] = flows
-        _vmap._create_batched_inputs = _first_slices  # noqa: SLF001
-        _vmap._remove_batch_dim = _expanded  # noqa: SLF001
-    try:
+def followed(flows: Callable[[Tensor], bool] | None, home: torch.device) -> Iterator[None]:
+    """Inside, `vmap` and `autocast` of this thread are those of a forward pass that is recorded.
+
+    Args:
+        flows: Whether a tensor is an activation or a weight; None if maps over such are not to be followed.
+        home: The device of the model.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_AUTOCAST.active("cpu" if home.type == "meta" else home.type))
+        if flows is not None:
+            stack.enter_context(_VMAP.active(flows))
         yield
-    finally:
-        with _lock:
-            del _recording[thread]
-            if not _recording:
-                _vmap._create_batched_inputs = _batched  # noqa: SLF001
-                _vmap._remove_batch_dim = _unbatched  # noqa: SLF001
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -80,17 +73,29 @@ def _dual(_call: Call) -> NoReturn:
 
 
 def _first_slices(in_dims: list[int | None], args: list[Any], level: int, spec: Any) -> Any:
-    flows = _recording.get(threading.get_ident())
+    flows = _VMAP.of_this_thread()
     mapped = [arg for dim, arg in zip(in_dims, args, strict=True) if dim is not None]
     if flows is None or not any(map(flows, mapped)):
-        return _batched(in_dims, args, level, spec)
+        return _VMAP.original("_create_batched_inputs")(in_dims, args, level, spec)
     sliced = [arg if dim is None else arg.select(dim, 0) for dim, arg in zip(in_dims, args, strict=True)]
     return tree_unflatten(sliced, spec)
 
 
 def _expanded(output: Tensor, level: int, size: int, dim: int) -> Tensor:
-    flows = _recording.get(threading.get_ident())
+    flows = _VMAP.of_this_thread()
     if flows is None or is_wrapped(output) or not flows(output):
-        return _unbatched(output, level, size, dim)
+        return _VMAP.original("_remove_batch_dim")(output, level, size, dim)
     dim %= output.ndim + 1
     return output.unsqueeze(dim).expand(*output.shape[:dim], size, *output.shape[dim:])
+
+
+def _autocast(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+    home = _AUTOCAST.of_this_thread()
+    known = home if home is not None and device_type == "meta" else device_type
+    _AUTOCAST.original("__init__")(self, known, *args, **kwargs)
+
+
+_VMAP: Replacement[Callable[[Tensor], bool]] = Replacement(
+    torch._functorch.vmap, _create_batched_inputs=_first_slices, _remove_batch_dim=_expanded  # noqa: SLF001
+)  # fmt: skip
+_AUTOCAST: Replacement[str] = Replacement(torch.autocast, __init__=_autocast)
