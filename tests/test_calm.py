@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
+import ghn_init
 from ghn_init import GHN, load, plan, predict
 from ghn_init._writing import calm
 
@@ -239,3 +242,16 @@ def test_one_layer_gets_the_whole_factor(bundled: GHN) -> None:
     model = nn.Sequential(nn.Conv2d(3, 10, 9), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     found = factors(plan(model, bundled, example_input=(1, 3, 32, 32)))
     assert found["0.weight"] == found["0.bias"] <= 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "shufflenet_v2_x0_5"])
+def test_a_second_prediction_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, num_classes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)
+        ghn_init.predict(network)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        ghn_init.predict(network)
+    for key, value in network.state_dict().items():
+        assert torch.allclose(value, before[key], rtol=2e-3), key

@@ -13,7 +13,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from ghn_init._network.scale import rounded
+from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.known import scales_are_known
 from ghn_init._writing.levels import rises
 
@@ -33,6 +36,12 @@ _READ: Final = 7.0
 in its weights grows with it, and beyond 2 (1 + momentum) / rate training diverges: with 30 a CNN of two 5x5
 layers was at chance again after 300 steps of SGD at its best rate."""
 
+_COMPARED: Final = 16
+"""Rows of a classifier that are compared with its prediction."""
+
+_THE_SAME: Final = 0.7
+"""Cosine from which on they are that, noise of `diversify` included; those of independent values are 0.1."""
+
 _SHALLOW: Final = 8
 """Layers in a row up to which that holds; what is estimated is about half their number times too large."""
 
@@ -45,16 +54,19 @@ def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry
         entries: From `ready_to_train`.
         told: What activations say of them.
     """
-    entries = [_less_amplified(entry, told.amplified.get(entry.key or "", 1.0)) for entry in entries]
-    if not told.outputs or not scales_are_known(graph, entries):
+    whole = bool(told.outputs) and scales_are_known(graph, entries)
+    entries = [
+        _less_amplified(entry, told.amplified.get(entry.key or "", 1.0), lasting=not whole) for entry in entries
+    ]
+    if not whole:
         return entries
     predicted = {entry.key for entry in entries if entry.tile is not None}
     factors = _factors(graph, predicted, told)
     return [_multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
 
 
-def _less_amplified(entry: Entry, factor: float) -> Entry:
-    """The entry of a classifier at own scale, so many times smaller.
+def _less_amplified(entry: Entry, factor: float, *, lasting: bool) -> Entry:
+    """The entry of a classifier at own scale, so many times smaller; only once, if that is its scale then.
 
     A spectral norm says what a weight does at most. Predicted features agree with the predicted classifier
     that reads them, up to nine times more than independent ones would. So a ShuffleNet would begin at a loss
@@ -62,8 +74,24 @@ def _less_amplified(entry: Entry, factor: float) -> Entry:
     """
     if entry.tile is None or entry.rms is None or not 1 < factor < math.inf:
         return entry
+    if lasting and _is_there(entry):
+        return entry
     rms = rounded(entry.rms / factor)
     return replace(entry, rms=rms, tile=entry.tile.scaled(rms / entry.rms))
+
+
+def _is_there(entry: Entry) -> bool:
+    """Whether the parameter has this prediction already, so that its own scale is that of an earlier call.
+
+    Every further call would make it smaller by the factor again.
+    """
+    assert entry.tile is not None
+    param = entry.param
+    if param.is_meta or is_sharded(param) or entry.computed is not None or param.ndim != len(entry.tile.sizes):
+        return False
+    values = entry.tile.first(_COMPARED)
+    own = param.detach()[tuple(slice(size) for size in values.shape)].to(values.device, values.dtype)
+    return float(torch.nn.functional.cosine_similarity(own.flatten(), values.flatten(), 0)) > _THE_SAME
 
 
 def _multiplied(entry: Entry, factor: float) -> Entry:
