@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import ghn_init
 from ghn_init import OutOfDistributionWarning, PredictError, plan, predict
-from ghn_init._writing.familiarity import ALL_KEPT
+from ghn_init._writing.familiarity import is_nothing
 from ghn_init.cli import app
 from ghn_init.deepnets import DeepNets1M
 
@@ -103,7 +103,8 @@ def test_by_default_it_is_only_told_that_nothing_is_predicted(name: str) -> None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         planned = plan(model, GHN)
-    told = (ALL_KEPT,) if name in KEPT_WHOLE else ()
+    told = tuple(filter(is_nothing, planned.unfamiliar))
+    assert len(told) == (name in KEPT_WHOLE)
     assert (planned.unfamiliar, planned.warned) == ((*reasons, *told), told)
     assert [told[0] in str(w.message) for w in caught] == [True] * len(told)
     assert planned.counts()["kept"][0] < len(planned.rows) or told
@@ -115,6 +116,21 @@ def test_what_the_caller_keeps_whole_is_an_error_not_a_warning() -> None:
         assert planned.warned == ()
         with pytest.raises(PredictError, match="nothing to write"):
             planned.apply()
+
+
+def test_the_advice_is_one_that_helps() -> None:
+    with pytest.warns(
+        OutOfDistributionWarning, match=r"nothing is predicted \(no node type fits: used by lstm\); see"
+    ):
+        plan(nn.LSTM(8, 8), GHN)
+    with pytest.warns(
+        OutOfDistributionWarning, match=r"its network reads no images.*scale='own' predicts all"
+    ):
+        plan(nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 10)), GHN)
+    with torch.inference_mode():
+        unwritable = net(nn.BatchNorm2d(8))
+    with pytest.raises(PredictError, match=r"nothing to write.*inference_mode.*build it outside"):
+        predict(unwritable, GHN)
 
 
 def test_a_classifier_of_unknown_width_matters_where_it_is_predicted() -> None:
@@ -199,6 +215,6 @@ def test_the_command_says_that_nothing_is_predicted_and_writes_the_networks_own_
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("nothing is predicted") == 1
     report = json.loads(done.stdout)
-    assert ALL_KEPT in report["unfamiliar"]
+    assert any(map(is_nothing, report["unfamiliar"]))
     if command == "predict":
         assert set(load_file(report["file"])) == {"weight", "bias"}

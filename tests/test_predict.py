@@ -332,7 +332,7 @@ def test_parameters_that_cannot_take_floats_are_kept(ghn: GHN) -> None:
         "rare": "sparse_coo layout",
         "none": "no elements",
         "mix.weight": "its elements share memory (expanded tensor)",
-        "grow.bias": "made under torch.inference_mode()",
+        "grow.bias": "made under torch.inference_mode(), which forbids writing: build it outside",
     }
     predict(model, ghn)
     assert model.table.tolist() == [0, 1, 2]

@@ -56,7 +56,8 @@ def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry
     """
     whole = bool(told.outputs) and scales_are_known(graph, entries)
     entries = [
-        _less_amplified(entry, told.amplified.get(entry.key or "", 1.0), lasting=not whole) for entry in entries
+        _less_amplified(entry, told.amplified.get(entry.key or "", 1.0), lasting=not whole)
+        for entry in entries
     ]
     if not whole:
         return entries
@@ -87,7 +88,12 @@ def _is_there(entry: Entry) -> bool:
     """
     assert entry.tile is not None
     param = entry.param
-    if param.is_meta or is_sharded(param) or entry.computed is not None or param.ndim != len(entry.tile.sizes):
+    if (
+        param.is_meta
+        or is_sharded(param)
+        or entry.computed is not None
+        or param.ndim != len(entry.tile.sizes)
+    ):
         return False
     values = entry.tile.first(_COMPARED)
     own = param.detach()[tuple(slice(size) for size in values.shape)].to(values.device, values.dtype)

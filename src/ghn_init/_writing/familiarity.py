@@ -9,12 +9,14 @@ much of a network is tiled, depth, width.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from sys import _getframe
 from typing import TYPE_CHECKING, Final
 
+from ghn_init._errors import listing
 from ghn_init._graph.graph import WEIGHT_TYPES
-from ghn_init._writing.select import FROZEN, is_of_the_caller
+from ghn_init._writing.select import FROZEN, INFERENCE, is_of_the_caller
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,7 +38,9 @@ UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
 
 _FROZEN_BACKBONE: Final = "all but the classifier is frozen, and kept"
 
-ALL_KEPT: Final = "nothing is predicted, for reasons that the plan has (scale='own' predicts all the same)"
+_NOTHING: Final = "nothing is predicted"
+
+_AUTO: Final = " (scale='auto')"
 
 
 class OutOfDistributionWarning(UserWarning):
@@ -57,7 +61,9 @@ def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int, options
 
 def to_warn_of(reasons: Sequence[str], *, own_scale: bool) -> tuple[str, ...]:
     """The reasons to expect something bad of: all but, at their own scale, those about accuracy untrained."""
-    return tuple(reason for reason in reasons if not own_scale or reason in (_FROZEN_BACKBONE, ALL_KEPT))
+    return tuple(
+        reason for reason in reasons if not own_scale or reason == _FROZEN_BACKBONE or is_nothing(reason)
+    )
 
 
 def warn(model: str, reasons: Sequence[str]) -> None:
@@ -66,7 +72,7 @@ def warn(model: str, reasons: Sequence[str]) -> None:
     By Python's default filter that is once for each line and message.
     """
     if reasons:
-        text = f"{described(model, reasons)}; see docs/familiarity.md"
+        text = f"{described(model, reasons)}; see print(ghn_init.plan(model)) and docs/familiarity.md"
         warnings.warn(text, OutOfDistributionWarning, stacklevel=_frames_inside() + 1)
 
 
@@ -89,14 +95,29 @@ def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int, options: 
     if _only_the_classifier_trains(graph, entries):
         yield _FROZEN_BACKBONE
     if options.own_scale and options.scale == "auto" and _all_are_kept(entries):
-        yield ALL_KEPT
+        yield _nothing(entries)
+
+
+def is_nothing(reason: str) -> bool:
+    """Whether one of the reasons says that nothing is predicted."""
+    return reason.startswith(_NOTHING)
+
+
+def _nothing(entries: Sequence[Entry]) -> str:
+    """That nothing is predicted, and the commonest reasons why; what to do, where something can be done."""
+    counts = Counter[str]()
+    for entry in entries:
+        counts[entry.reason.removesuffix(_AUTO)] += entry.numel
+    why = listing([reason for reason, _ in counts.most_common()], 2)
+    chosen = any(entry.reason.endswith(_AUTO) for entry in entries)
+    return f"{_NOTHING} ({why})" + ("; scale='own' predicts all the same" if chosen else "")
 
 
 def _all_are_kept(entries: Sequence[Entry]) -> bool:
-    """Whether nothing is predicted, and not by the caller's choice alone."""
-    return not any(entry.decision.predict for entry in entries) and not all(
-        is_of_the_caller(entry.reason) for entry in entries
-    )
+    """Whether nothing is predicted, neither by choice nor because nothing can be written."""
+    reasons = {entry.reason for entry in entries}
+    written = any(entry.decision.predict for entry in entries)
+    return not written and INFERENCE not in reasons and not all(map(is_of_the_caller, reasons))
 
 
 def reads_images(graph: Graph, *, volumes: bool = False) -> bool:

@@ -21,7 +21,7 @@ from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import traced
 from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
-from ghn_init._writing.familiarity import ALL_KEPT, described, to_warn_of, unfamiliar, warn
+from ghn_init._writing.familiarity import described, is_nothing, to_warn_of, unfamiliar, warn
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
@@ -86,7 +86,7 @@ class Plan(Generic[ModelT]):
                 written.
         """
         entries, network = to_write(self.rows), self._network()
-        if not entries and ALL_KEPT not in self.unfamiliar:
+        if not entries and not any(map(is_nothing, self.unfamiliar)):
             reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
             raise PredictError(
                 f"{type(self.model).__name__}: nothing to write, all {len(self.rows)} parameters are kept "

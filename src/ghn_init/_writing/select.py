@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 FROZEN: Final = "frozen (frozen='keep')"
+INFERENCE: Final = "made under torch.inference_mode(), which forbids writing: build it outside"
 """Why a parameter without requires_grad is kept."""
 
 _EXCLUDED: Final = "excluded by "
@@ -196,7 +197,7 @@ def unwritable(param: nn.Parameter) -> str:
     if param.numel() == 0:
         return "no elements"
     if param.is_inference():
-        return "made under torch.inference_mode()"
+        return INFERENCE
     if 0 in (strides := param.stride()) and any(
         stride == 0 and size > 1 for stride, size in zip(strides, param.shape, strict=True)
     ):
