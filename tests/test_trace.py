@@ -292,6 +292,41 @@ def test_an_input_size_in_default_cfg_is_believed() -> None:
     assert len(trace(model)) == 9
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"default_cfg": {"input_size": 224}},
+        {"default_cfg": {"input_size": "3x224"}},
+        {"image_size": -1},
+        {"image_size": 10**10},
+        {"image_size": (None, None)},
+        {"image_size": True},
+        {"image_size": torch.tensor([32, 32])},
+        {"config": {"image_size": 10**10, "num_channels": [3, 64]}},
+    ],
+)
+def test_a_size_that_no_input_has_is_passed_over(said: dict[str, Any]) -> None:
+    model = LeNet()
+    for name, value in said.items():
+        setattr(model, name, value)
+    assert traced(model).example.origin == "first layer"
+
+
+def test_channels_that_are_no_number_are_those_of_the_first_layer() -> None:
+    model = LeNet()
+    model.config = {"image_size": 32, "num_channels": [3, 64]}  # type: ignore[assignment]
+    assert traced(model).example.described == "(1, 1, 32, 32)"
+
+
+@pytest.mark.parametrize("name", ["config", "image_size", "default_cfg", "main_input_name"])
+def test_a_property_that_fails_says_nothing_of_the_input(name: str) -> None:
+    def fails(model: nn.Module) -> None:
+        raise RuntimeError("not attached to a trainer")
+
+    model = type("Unattached", (LeNet,), {name: property(fails)})()
+    assert traced(model).example.origin == "first layer"
+
+
 def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
     with pytest.raises(
         TraceError, match=r"LeNet: the forward pass failed in head \(Linear\).*\(1, 1, 40, 40\)"

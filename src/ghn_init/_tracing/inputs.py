@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import TraceError
-from ghn_init._tracing.conventions import arguments
+from ghn_init._tracing.conventions import arguments, is_plausible, parameters_of_forward, said
 
 _SIZES: Final = {
     1: tuple((length,) for length in (1024, 128, 16000, 16)),
@@ -141,10 +141,7 @@ def _images_wanted(model: nn.Module) -> tuple[int, bool]:
 
     A forward pass with two arguments that have no default, as of optical flow, gets the same image twice.
     """
-    try:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):  # a forward that Python cannot look into
-        return 1, False
+    parameters = parameters_of_forward(model).values()
     required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
     listed = bool(required) and _LIST_OF_TENSORS.search(str(required[0].annotation)) is not None
     return max(len(required), 1), listed
@@ -161,25 +158,30 @@ def _images(one: ExampleInput, count: int, listed: bool) -> ExampleInput:
 
 
 def _declared_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What the model's attributes say, and which: timm's default_cfg, image_size, a config."""
+    """What the model's attributes say, and which: timm's default_cfg, image_size, a config.
+
+    What they say need not be meant as it is understood here, so shapes that no input has are left out.
+    """
+    for origin, sizes in _declared_sizes(model):
+        shape = (1, *sizes) if isinstance(sizes, (tuple, list)) else ()
+        if shape and is_plausible(shape):
+            yield origin, shape
+
+
+def _declared_sizes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(channels, height, width) as the model's attributes have them, whatever these hold, and which."""
     for attribute in ("pretrained_cfg", "default_cfg"):
-        size = _get(getattr(model, attribute, None), "input_size")
-        if size is not None:
-            yield "default_cfg", (1, *size)
-    config = getattr(model, "config", None)
-    channels = _get(config, "num_channels") or _channels(model)
+        yield "default_cfg", said(said(model, attribute), "input_size")
+    config = said(model, "config")
+    channels = said(config, "num_channels")
+    if not is_plausible((channels,)):
+        channels = _channels(model)
     for origin, owner in (("image_size", model), ("config", config)):
-        side = _get(owner, "image_size") or _get(owner, "img_size")
-        if isinstance(side, int):
-            yield origin, (1, channels, side, side)
-        elif isinstance(side, (tuple, list)) and len(side) == 2:
-            yield origin, (1, channels, *side)
-
-
-def _get(owner: object, key: str) -> Any:
-    if isinstance(owner, Mapping):
-        return owner.get(key)
-    return getattr(owner, key, None) if owner is not None else None
+        for side in (said(owner, "image_size"), said(owner, "img_size")):
+            if isinstance(side, int):
+                yield origin, (channels, side, side)
+            elif isinstance(side, (tuple, list)) and len(side) == 2:
+                yield origin, (channels, *side)
 
 
 def _channels(model: nn.Module) -> int:
