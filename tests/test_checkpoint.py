@@ -260,6 +260,8 @@ def test_things_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         load(3)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="no such weights"):
         load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"^weights='': the name is empty; expected a bundled name"):
+        load("")
     for address in ("hf://", "hf://org", "hf://org/repo/more", "hf://org/repo@"):
         with pytest.raises(CheckpointError, match="expected hf://org/repo or hf://org/repo@revision"):
             load(address)

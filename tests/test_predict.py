@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -268,11 +269,18 @@ def test_included_values_are_those_of_the_whole_prediction(ghn: GHN) -> None:
         ({"head": "both"}, "head='both': expected one of 'auto', 'predict', 'keep'"),
         ({"diversify": "qr"}, "diversify='qr': expected None, 'noise', 'orthogonal'"),
         ({"seed": 1.5}, "seed=1.5: expected an integer"),
+        ({"seed": True}, "seed=True: expected an integer"),
+        ({"include": 5}, r"include=5: expected a name pattern such as 'layer1\.\*', or several in a list"),
     ],
 )
 def test_bad_options_are_refused(ghn: GHN, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PredictError, match=message):
         plan(Net(), ghn, **options)
+
+
+def test_a_seed_of_numpy_is_as_good_as_pythons(ghn: GHN) -> None:
+    ours, numpys = (predict(Net(), ghn, diversify="noise", seed=seed) for seed in (3, np.int64(3)))
+    assert torch.equal(ours.mix.weight, numpys.mix.weight)
 
 
 def test_strict_lists_what_would_be_kept(ghn: GHN) -> None:
@@ -691,6 +699,8 @@ def test_failed_calibration_puts_everything_back(ghn: GHN) -> None:
     assert (model.training, model.norm.training, model.norm.momentum) == (False, False, 0.1)
     with pytest.raises(PredictError, match="Linear has no batch norm"):
         calibrate_batchnorm(nn.Linear(2, 2), [torch.zeros(1, 2)])
+    with pytest.raises(PredictError, match="loader: expected batches to go over, found int; give a DataL"):
+        calibrate_batchnorm(model, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

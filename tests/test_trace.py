@@ -334,6 +334,30 @@ def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
         trace(LeNet(), (1, 1, 40, 40))
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({1: IMAGES}, r"expected their names, found 1 \(int\); give a tuple"),
+        (((1, 3, -1, 32),), r"there is no input of shape \(1, 3, -1, 32\): .*negative dimension"),
+        ({"x": (1, 3, -1, 32)}, r"there is no input of shape \(1, 3, -1, 32\)"),
+        ({"x": [{"y": (10**12, 10**12)}]}, r"there is no input of shape \(10{12}, 10{12}\): .*overflow"),
+    ],
+)
+def test_examples_that_no_network_takes_are_refused(example: Any, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(LeNet(), example)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_example_is_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(5, 8)], layout=layout)
+    with pytest.raises(
+        TraceError, match="a nested tensor, whose parts differ in shape; give a padded"
+    ):
+        trace(nn.Linear(8, 2), nested)
+
+
 def test_an_error_says_that_no_input_fits() -> None:
     class Strange(nn.Module):
         def forward(self, sides: dict[str, Tensor]) -> Tensor:
