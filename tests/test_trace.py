@@ -352,9 +352,7 @@ def test_examples_that_no_network_takes_are_refused(example: Any, message: str) 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_a_nested_example_is_refused(layout: torch.layout) -> None:
     nested = torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(5, 8)], layout=layout)
-    with pytest.raises(
-        TraceError, match="a nested tensor, whose parts differ in shape; give a padded"
-    ):
+    with pytest.raises(TraceError, match="a nested tensor, whose parts differ in shape; give a padded"):
         trace(nn.Linear(8, 2), nested)
 
 
