@@ -91,7 +91,15 @@ def shown_names(names: Iterable[object]) -> list[str]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (message_of(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def message_of(error: BaseException) -> str:
+    """An error's message; of the user's own errors, that may itself fail, and is then empty."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001
+        return ""
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
