@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghn_init
 from ghn_init import (
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.tile import Tile
+
+
+def fake() -> nn.Module:
+    with FakeTensorMode():
+        return nn.Linear(3, 4)
 
 
 plan = partial(ghn_init.plan, scale="predicted", frozen="predict")
@@ -314,6 +320,10 @@ def test_a_plan_with_nothing_to_write_is_an_error(ghn: GHN) -> None:
         ("resnet50", "expected a torch.nn.Module, found str 'resnet50'"),
         (None, "expected a torch.nn.Module, found NoneType"),
         (nn.ReLU(), "ReLU has no parameters"),
+        (
+            fake(),
+            r"Linear was made under FakeTensorMode: .*; build it without that, or in ghn_init\.large_on_m",
+        ),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyLinear(10)), "1.weight, 1.bias have no shape yet"),
     ],
 )
