@@ -99,6 +99,21 @@ def test_model_card_says_what_was_saved(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "library_name: ghn-init" in card
     assert "for 5 classes" in card
+    assert 'weights="hf://org/repo"' in card
+
+
+def test_model_card_names_the_repository_where_it_is_known(ghn: GHN, tmp_path: Path) -> None:
+    ghn.save_pretrained(tmp_path, repo_id="me/mine")
+    assert 'weights="hf://me/mine"' in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("my own")
+    ghn.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own"
+
+
+def test_a_model_card_that_cannot_be_written_is_an_error_of_ours(ghn: GHN, tmp_path: Path) -> None:
+    (tmp_path / "README.md").symlink_to(tmp_path / "gone" / "card.md")
+    with pytest.raises(CheckpointError, match=r"README\.md cannot be written: No such file.*; remove"):
+        ghn.save_pretrained(tmp_path)
 
 
 def test_loaded_model_saves_and_loads_again(ghn: GHN, folder: Path, tmp_path: Path) -> None:
@@ -260,6 +275,8 @@ def test_things_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         load(3)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="no such weights"):
         load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"^weights='': the name is empty; expected a bundled name"):
+        load("")
     for address in ("hf://", "hf://org", "hf://org/repo/more", "hf://org/repo@"):
         with pytest.raises(CheckpointError, match="expected hf://org/repo or hf://org/repo@revision"):
             load(address)
@@ -520,17 +537,63 @@ def test_pushing_uploads_the_saved_files(ghn: GHN, monkeypatch: pytest.MonkeyPat
         def __init__(self, **_: Any) -> None: ...
 
         def create_repo(self, repo_id: str, **_: Any) -> huggingface_hub.RepoUrl:
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/org/{repo_id}")
 
         def upload_folder(self, *, folder_path: Path, repo_id: str, **_: Any) -> str:
             uploaded[repo_id] = load(folder_path), sorted(path.name for path in Path(folder_path).iterdir())
+            assert f'weights="hf://{repo_id}"' in (folder_path / "README.md").read_text()
             return "commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert ghn.push_to_hub("org/repo") == "commit"
+    assert ghn.push_to_hub("repo") == "commit"  # the hub puts the user's name before it
     loaded, names = uploaded["org/repo"]
     assert equal(loaded, ghn)
     assert names == ["README.md", "config.json", "model.safetensors"]
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that lets nobody write; a repository's name says what it answers."""
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        status = next(status for status in (401, 403, 404) if str(status).encode() in asked)
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: Any) -> None:
+        """Be silent."""
+
+
+PUSH = """
+import ghn_init
+ghn = ghn_init.GHN(ghn_init.GHNConfig.mlp(3, hid=4, max_shape=(3, 4, 3, 3)))
+for repo in ("me/401", "me/403", "me/404", "me/bad name"):
+    try:
+        ghn.push_to_hub(repo, token="x")
+    except ghn_init.CheckpointError as error:
+        print(repo, "fails:", error)
+"""
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_what_cannot_be_uploaded_is_an_error_with_the_remedy(tmp_path: Path, up: bool) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port if up else 9}"
+        found = in_new_process(PUSH, tmp_path / "home", address)
+        server.shutdown()
+    lines = found.splitlines()
+    assert len(lines) == 4, found
+    for line, name in zip(lines, ("me/401", "me/403", "me/404", "me/bad name"), strict=True):
+        assert line.startswith(f"{name} fails: hf://{name}: expected a repository to upload to, found ")
+        assert "check its name, that the token may write to it (`hf auth login`, HF_TOKEN), and" in line
+    assert up or re.search(r"found Connect(ion)?Error: ", lines[0])
 
 
 def test_local_weights_need_no_hub(folder: Path) -> None:

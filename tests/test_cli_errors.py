@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typer.testing import Result
 
 MODEL = """
+import torch
 from torch import nn
 net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
 class Odd(nn.Module):
@@ -31,6 +32,8 @@ class Odd(nn.Module):
     def forward(self, x):
         assert x.shape == (2, 5, 7), f"not for {tuple(x.shape)}"
         return self.fc(x)
+phased = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+phased.register_buffer("phase", torch.zeros(3, dtype=torch.complex128))
 """
 
 
@@ -115,6 +118,19 @@ def test_a_missing_input_is_asked_for_in_the_words_of_the_command_line(run: Call
     assert "example_input" not in result.stderr
     assert "(--head predict forces it)" in run("m.py:Odd", "--input-shape", "2,5,7").stderr
     assert run("m.py:Odd", "--input-shape", "2,5,7", "--head", "predict").exit_code == 0
+
+
+def test_a_tensor_that_safetensors_cannot_hold(run: Callable[..., Result]) -> None:
+    for arguments in ([], ["--max-shard-size", "1GB"]):
+        result = run("m.py:phased", "-o", "net.safetensors", *arguments)
+        assert_error(result, "safetensors cannot hold torch.complex128")
+
+
+@pytest.mark.parametrize("seed", [str(1 << 64), str(-(1 << 63) - 1)])
+def test_a_seed_of_more_than_64_bits(run: Callable[..., Result], seed: str) -> None:
+    result = run("m.py:net", "--seed", seed)
+    assert result.exit_code == 2
+    assert "is no seed; expected one of 64 bits" in " ".join(re.sub("[│╭╰─╮╯]", " ", result.stderr).split())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")

@@ -72,6 +72,38 @@ def test_shapes_of_arguments_follow_the_configuration(
     assert shapes(Follower(FORWARDS[name], name, **config)) == [{name: shape} for shape in expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("pixel_values", {"image_size": -1}),
+        ("pixel_values", {"image_size": 10**10}),
+        ("pixel_values", {"image_size": (None, None)}),
+        ("pixel_values", {"image_size": {}}),
+        ("pixel_values", {"image_size": True}),
+        ("pixel_values", {"num_channels": [3, 64]}),
+        ("input_ids", {"image_token_id": 9, "patch_size": 0}),
+        ("input_features", {"num_mel_bins": "80"}),
+        ("visual_feats", {"visual_feat_dim": 0}),
+    ],
+)
+def test_sizes_that_no_input_has_are_passed_over(name: str, config: dict[str, Any]) -> None:
+    assert shapes(Follower(FORWARDS[name], name, **config)) == []
+
+
+def test_configurations_may_fail_and_have_slots() -> None:
+    class Unready:
+        __slots__ = ()
+        model_type = "test"
+
+        @property
+        def image_size(self) -> int:
+            raise RuntimeError("not attached")
+
+    model = Follower(FORWARDS["pixel_values"], "pixel_values")
+    model.config = Unready()  # type: ignore[assignment]
+    assert shapes(model) == [{"pixel_values": (1, 3, 224, 224)}]
+
+
 def test_other_networks_have_no_such_arguments() -> None:
     assert shapes(nn.Linear(2, 2)) == []
 

@@ -5,6 +5,7 @@ More examples: `pytest tests/test_damaged_files.py --hypothesis-profile=nightly`
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from ghn_init._weights.directory import save
 from ghn_init._weights.pickled_state import read_state
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TINY = GHNConfig.ghn2(3, hid=4, max_shape=(3, 4, 3, 3))
@@ -243,6 +245,53 @@ def test_sizes_beyond_reason_are_refused(sound: GHN, tmp_path: Path, key: str) -
         load(tmp_path)
 
 
+def shared(container: Callable[[Any], Any]) -> Any:
+    """A container with twenty levels, each there twice in the one above: a million times in the first."""
+    value = container([])
+    for _ in range(20):
+        value = container([value, value])
+    return value
+
+
+SHARING: dict[str, Callable[[Any], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "OrderedDict": lambda items: OrderedDict(enumerate(items)),
+    "Namespace": lambda items: argparse.Namespace(items=items),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("key", ["max_shape", "num_classes", "hypernet", "ve", "a_key"])
+def test_values_that_share_their_items_are_not_written_out(key: str, kind: str, tmp_path: Path) -> None:
+    config = {name: TINY.to_dict()[name] for name in PUBLISHED_FIELDS} | {key: shared(SHARING[kind])}
+    torch.save({"state_dict": GHN(TINY).state_dict(), "config": config}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=rf"{key}") as raised:
+        load(tmp_path / "x.pt")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 400
+
+
+@pytest.mark.parametrize("where", ["file", "config", "state_dict"])
+def test_names_that_share_their_items_are_not_written_out(where: str, tmp_path: Path) -> None:
+    config = {name: TINY.to_dict()[name] for name in PUBLISHED_FIELDS}
+    parts: dict[str, dict[Any, Any]] = {"state_dict": dict(GHN(TINY).state_dict()), "config": config}
+    document = {} if where == "file" else parts
+    (document if where == "file" else parts[where])[shared(tuple)] = 3
+    torch.save(document, tmp_path / "x.pt")
+    with pytest.raises(GHNInitError, match=r"\(\.\.\.\)") as raised:
+        load(tmp_path / "x.pt")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 900
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(1 << 20_000, "<int>"), ("x" * 10**6, r"'x+\.\.\.x+'")], ids=["integer", "text"]
+)
+def test_a_long_value_is_cut(value: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"hypernet={found}; expected one of") as raised:
+        GHNConfig(hypernet=value)
+    assert len(str(raised.value)) < 300
+
+
 def test_the_largest_sizes_take_no_memory(sound: GHN, tmp_path: Path) -> None:
     save(sound, tmp_path)
     largest = {"num_classes": 10**6, "hid": 65_536, "max_shape": [4096] * 4}
@@ -363,6 +412,9 @@ STREAMS = {
     "a number for a name": (b"}K\x01Ns.", "something else than a dictionary of names"),
     "a string that is called": (b"X\x17\x00\x00\x00collections.OrderedDict)R.", "something else than a name"),
     "an unknown place in the memo": (b"h\x07.", "refused"),
+    "a name of tuples that share their items": (
+        b")" + 20 * b"q\x01h\x01\x86" + b"q\x01h\x01\x93.", "a name that is no text",
+    ),
     "another instruction": (b"(lp0\n.", "the instruction LIST"),
     "no end": (b"}", "refused"),
     "a number alone": (b"K\x01.", "it holds a int, no dictionary"),

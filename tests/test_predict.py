@@ -10,10 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghn_init
 from ghn_init import (
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 
     from ghn_init._graph.graph import Graph
     from ghn_init._hypernetwork.tile import Tile
+
+
+def fake() -> nn.Module:
+    with FakeTensorMode():
+        return nn.Linear(3, 4)
 
 
 plan = partial(ghn_init.plan, scale="predicted", frozen="predict")
@@ -268,11 +275,18 @@ def test_included_values_are_those_of_the_whole_prediction(ghn: GHN) -> None:
         ({"head": "both"}, "head='both': expected one of 'auto', 'predict', 'keep'"),
         ({"diversify": "qr"}, "diversify='qr': expected None, 'noise', 'orthogonal'"),
         ({"seed": 1.5}, "seed=1.5: expected an integer"),
+        ({"seed": True}, "seed=True: expected an integer"),
+        ({"include": 5}, r"include=5: expected a name pattern such as 'layer1\.\*', or several in a list"),
     ],
 )
 def test_bad_options_are_refused(ghn: GHN, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PredictError, match=message):
         plan(Net(), ghn, **options)
+
+
+def test_a_seed_of_numpy_is_as_good_as_pythons(ghn: GHN) -> None:
+    ours, numpys = (predict(Net(), ghn, diversify="noise", seed=seed) for seed in (3, np.int64(3)))
+    assert torch.equal(ours.mix.weight, numpys.mix.weight)
 
 
 def test_strict_lists_what_would_be_kept(ghn: GHN) -> None:
@@ -306,6 +320,10 @@ def test_a_plan_with_nothing_to_write_is_an_error(ghn: GHN) -> None:
         ("resnet50", "expected a torch.nn.Module, found str 'resnet50'"),
         (None, "expected a torch.nn.Module, found NoneType"),
         (nn.ReLU(), "ReLU has no parameters"),
+        (
+            fake(),
+            r"Linear was made under FakeTensorMode: .*; build it without that, or in ghn_init\.large_on_m",
+        ),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyLinear(10)), "1.weight, 1.bias have no shape yet"),
     ],
 )
@@ -708,6 +726,8 @@ def test_failed_calibration_puts_everything_back(ghn: GHN) -> None:
     assert (model.training, model.norm.training, model.norm.momentum) == (False, False, 0.1)
     with pytest.raises(PredictError, match="Linear has no batch norm"):
         calibrate_batchnorm(nn.Linear(2, 2), [torch.zeros(1, 2)])
+    with pytest.raises(PredictError, match="loader: expected batches to go over, found int; give a DataL"):
+        calibrate_batchnorm(model, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -164,11 +165,17 @@ def test_a_full_folder_is_refused(ghn: GHN, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1])
+@pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1, None, 1.5])
 def test_what_is_no_size_of_a_shard_is_refused(size: Any, ghn: GHN, tmp_path: Path) -> None:
     with pytest.raises(PredictError, match=f"max_shard_size={size!r}: "):
         predict_to(on_meta(Net), tmp_path / "out", ghn, max_shard_size=size)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [None, "", "o\0", 3])
+def test_what_names_no_folder_is_refused(folder: Any, ghn: GHN, tmp_path: Path) -> None:
+    with pytest.raises(PredictError, match=f"^{re.escape(repr(folder))} names no folder; expected a path"):
+        predict_to(on_meta(Net), folder, ghn)
 
 
 def test_what_does_not_fit_into_safetensors(ghn: GHN, tmp_path: Path) -> None:

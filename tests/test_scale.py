@@ -265,6 +265,13 @@ def test_ends_of_rows_that_are_all_one_number_are_those_of_the_tensor() -> None:
     assert constants_of(tensors) == [None, 0.0, 1.0, 3.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_values_of_one_byte_have_a_scale(dtype: torch.dtype) -> None:
+    values = torch.linspace(-3, 5, 64).view(4, 16).to(dtype)
+    assert scales_of([values]) == scales_of([values.float()])
+    assert constants_of([torch.ones(4, 2).to(dtype), values]) == [1.0, None]
+
+
 def test_the_largest_eigenvalue_is_that_of_torch() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(n, m) for n, m in ((5, 9), (64, 70), (1, 4), (64, 64))] + [torch.zeros(3, 3)]

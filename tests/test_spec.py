@@ -66,10 +66,22 @@ def test_texts_that_name_no_model_are_refused(text: str) -> None:
 
 
 def test_settings_are_literals_else_strings() -> None:
-    pairs = ["a=1", "b=1e-3", "c=None", "d=[1, 2]", "e=hello", "f='1'", "g=", "h=x=y", "i=True", "j=-2"]
+    pairs = [
+        "a=1",
+        "b=1e-3",
+        "c=None",
+        "d=[1, 2]",
+        "e=hello",
+        "f='1'",
+        "g=",
+        "h=x=y",
+        "i=True",
+        "j=-2",
+        "k={[1]:2}",
+    ]
     assert parse_settings(pairs) == {
         "a": 1, "b": 1e-3, "c": None, "d": [1, 2], "e": "hello", "f": "1", "g": "",
-        "h": "x=y", "i": True, "j": -2,
+        "h": "x=y", "i": True, "j": -2, "k": "{[1]:2}",
     }  # fmt: skip
 
 
@@ -89,6 +101,8 @@ def test_texts_that_are_no_settings_are_refused(pairs: list[str], message: str) 
         (NET + "criterion = nn.CrossEntropyLoss()\n", "Net"),
         (NET + "def build_model():\n    raise SystemExit('called')\n", "Net"),
         (HIDDEN + "def anything() -> nn.Module:\n    return _Net()\n", "anything"),
+        (NET + "def helper() -> 'Net or (': ...\n", "Net"),
+        (NET + "def helper() -> '1 / 0': ...\n", "Net"),
         (HIDDEN + "def anything() -> '_Net':\n    return _Net()\n", "anything"),
         (NET + "def get_data():\n    raise SystemExit('called')\n", "Net"),
         (NET + "def main():\n    raise SystemExit('called')\n", "Net"),
@@ -160,6 +174,7 @@ def test_an_instance_class_factory_or_method_may_be_named(
         ("net", {"width": 3}, r"model\.py:net: is an instance and takes no --set"),
         ("fails", {}, r"^model\.py:8: ValueError: no luck \(while calling model\.py:fails\(\)\)$"),
         ("deep", {}, r"^model\.py:10: ZeroDivisionError: .* by zero \(while"),
+        ("mute", {}, r"^model\.py:15: Mute \(while calling model\.py:mute\(\)\)$"),
         ("leaves", {}, r"^model\.py:12: SystemExit: 3 \(while"),
     ],
 )
@@ -172,6 +187,7 @@ def test_named_things_that_are_no_model(
         "def fails(): raise ValueError('no luck')\n"
         "def deep():\n    return Net(1 // 0)\n"
         "def leaves():\n    raise SystemExit(3)\n"
+        "class Mute(Exception):\n    __str__ = leaves and (lambda self: 1 // 0)\ndef mute(): raise Mute\n"
     )
     with pytest.raises(ModelSpecError, match=message):
         load_model(write(body, attribute=attribute), settings)
@@ -195,6 +211,18 @@ def test_errors_of_the_file_carry_its_line(write: Callable[..., ModelSpec], body
     with pytest.raises(ModelSpecError, match=message):
         load_model(spec)
     assert "_ghn_init_spec_model" not in sys.modules
+
+
+def test_a_module_that_fails_to_look_a_name_up(write: Callable[..., ModelSpec]) -> None:
+    body = (
+        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
+        "    raise ImportError(f'{name} requires the library foo')\n"
+    )
+    message = (
+        r"^model\.py:6: ImportError: Net requires the library foo \(while looking up Net in model\.py\)$"
+    )
+    with pytest.raises(ModelSpecError, match=message):
+        load_model(write(body, attribute="Net"))
 
 
 def test_main_guard_is_not_run_and_prints_go_to_stderr(

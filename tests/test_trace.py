@@ -294,11 +294,68 @@ def test_an_input_size_in_default_cfg_is_believed() -> None:
     assert len(trace(model)) == 9
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"default_cfg": {"input_size": 224}},
+        {"default_cfg": {"input_size": "3x224"}},
+        {"image_size": -1},
+        {"image_size": 10**10},
+        {"image_size": (None, None)},
+        {"image_size": True},
+        {"image_size": torch.tensor([32, 32])},
+        {"config": {"image_size": 10**10, "num_channels": [3, 64]}},
+    ],
+)
+def test_a_size_that_no_input_has_is_passed_over(said: dict[str, Any]) -> None:
+    model = LeNet()
+    for name, value in said.items():
+        setattr(model, name, value)
+    assert traced(model).example.origin == "first layer"
+
+
+def test_channels_that_are_no_number_are_those_of_the_first_layer() -> None:
+    model = LeNet()
+    model.config = {"image_size": 32, "num_channels": [3, 64]}  # type: ignore[assignment]
+    assert traced(model).example.described == "(1, 1, 32, 32)"
+
+
+@pytest.mark.parametrize("name", ["config", "image_size", "default_cfg", "main_input_name"])
+def test_a_property_that_fails_says_nothing_of_the_input(name: str) -> None:
+    def fails(model: nn.Module) -> None:
+        raise RuntimeError("not attached to a trainer")
+
+    model = type("Unattached", (LeNet,), {name: property(fails)})()
+    assert traced(model).example.origin == "first layer"
+
+
 def test_a_wrong_input_names_the_module_and_the_remedy() -> None:
     with pytest.raises(
         TraceError, match=r"LeNet: the forward pass failed in head \(Linear\).*\(1, 1, 40, 40\)"
     ):
         trace(LeNet(), (1, 1, 40, 40))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({1: IMAGES}, r"expected their names, found 1 \(int\); give a tuple"),
+        (((1, 3, -1, 32),), r"there is no input of shape \(1, 3, -1, 32\): .*negative dimension"),
+        ({"x": (1, 3, -1, 32)}, r"there is no input of shape \(1, 3, -1, 32\)"),
+        ({"x": [{"y": (10**12, 10**12)}]}, r"there is no input of shape \(10{12}, 10{12}\): .*overflow"),
+    ],
+)
+def test_examples_that_no_network_takes_are_refused(example: Any, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(LeNet(), example)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_example_is_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(5, 8)], layout=layout)
+    with pytest.raises(TraceError, match="a nested tensor, whose parts differ in shape; give a padded"):
+        trace(nn.Linear(8, 2), nested)
 
 
 def test_an_error_says_that_no_input_fits() -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ghn_init._errors import ConfigError
+from ghn_init._errors import ConfigError, listing, shown, shown_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,16 +91,16 @@ class GHNConfig:
         for name, (least, most) in _INTEGERS.items():
             value = getattr(self, name)
             if not _is_int(value) or value < least:
-                raise ConfigError(f"GHN configuration: {name}={value!r}; expected an integer >= {least}")
+                raise ConfigError(f"GHN configuration: {name}={shown(value)}; expected an integer >= {least}")
             if value > most:
                 raise ConfigError(f"GHN configuration: {name} is too large; expected at most {most:,}")
         for name in _BOOLEANS:
             if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"GHN configuration: {name}={value!r}; expected true or false")
+                raise ConfigError(f"GHN configuration: {name}={shown(value)}; expected true or false")
         object.__setattr__(self, "whitening", _checked_factor(self.whitening))
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"GHN configuration: {name}={value!r}; expected one of {choices}")
+                raise ConfigError(f"GHN configuration: {name}={shown(value)}; expected one of {choices}")
         if self.hid % 4:
             raise ConfigError(
                 f"GHN configuration: hid={self.hid}; expected a multiple of 4 (four shape parts)"
@@ -159,9 +159,9 @@ class GHNConfig:
             ConfigError: Names the keys that are no fields.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(map(str, set(values) - known)):
+        if unknown := shown_names(set(values) - known):
             raise ConfigError(
-                f"GHN configuration: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; "
+                f"GHN configuration: unknown key{'s' * (len(unknown) > 1)} {listing(unknown)}; "
                 f"expected {', '.join(sorted(known))}"
             )
         return cls(**values)
@@ -185,14 +185,14 @@ class GHNConfig:
         required = ("max_shape", "num_classes", "hid") if transformer else PUBLISHED_FIELDS
         if missing := [name for name in required if name not in values]:
             raise ConfigError(f"GHN configuration: published file lacks {', '.join(missing)}")
-        if unknown := sorted(map(str, set(values) - set(known))):
-            raise ConfigError(f"GHN configuration: published file has unknown {', '.join(unknown)}")
+        if unknown := shown_names(set(values) - set(known)):
+            raise ConfigError(f"GHN configuration: published file has unknown {listing(unknown)}")
         if not transformer:
             return cls.from_dict({name: values[name] for name in PUBLISHED_FIELDS})
         if values.get("is_ghn2", False) is not False:
             raise ConfigError(
-                f"GHN configuration: published file has is_ghn2={values['is_ghn2']!r} and a transformer's "
-                "tensors; expected is_ghn2 to be absent or false"
+                f"GHN configuration: published file has is_ghn2={shown(values['is_ghn2'])} and a "
+                "transformer's tensors; expected is_ghn2 to be absent or false"
             )
         missing_mean = dict.fromkeys(("weight_norm", "ve", "layernorm"), False)
         given = {name: value for name, value in values.items() if name != "is_ghn2"}
@@ -235,7 +235,7 @@ def _is_int(value: object) -> bool:
 def _checked_factor(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _LARGEST_FACTOR:
         raise ConfigError(
-            f"GHN configuration: whitening={value!r}; expected a number from 0 to {_LARGEST_FACTOR:,}"
+            f"GHN configuration: whitening={shown(value)}; expected a number from 0 to {_LARGEST_FACTOR:,}"
         )
     return float(value)
 
@@ -243,7 +243,9 @@ def _checked_factor(value: object) -> float:
 def _checked_shape(shape: object) -> tuple[int, ...]:
     sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
     if len(sizes) != 4 or not all(_is_int(size) and size > 0 for size in sizes) or sizes[2] != sizes[3]:
-        raise ConfigError(f"GHN configuration: max_shape={shape!r}; expected four sizes (O, I, K, K) > 0")
+        raise ConfigError(
+            f"GHN configuration: max_shape={shown(shape)}; expected four sizes (O, I, K, K) > 0"
+        )
     if max(sizes) > _LONGEST_SIDE:
         raise ConfigError(
             f"GHN configuration: max_shape has sizes past {_LONGEST_SIDE:,}, which are too large"

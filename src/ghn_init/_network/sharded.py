@@ -1,7 +1,8 @@
 """Parameters that are spread over several processes: DTensor, as FSDP2 and tensor parallelism make them.
 
 Every rank predicts the whole network, which gives the same bits everywhere, and writes the part that it
-holds. Nothing is communicated, so ranks need not predict at the same time.
+holds. Weights are not communicated; but unless `scale="predicted"` the ranks add up a few numbers for every
+parameter that is cut, its scale (`_network/scale.py`), so that all of them have to predict.
 """
 
 from __future__ import annotations

@@ -7,13 +7,15 @@ Such a network has a `config` with a `model_type` and takes arguments whose name
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
@@ -31,6 +33,35 @@ _FRAMES: Final = 64
 _SIDE: Final = 224
 """Side of an image in pixels where the configuration does not say."""
 
+_MOST_ELEMENTS: Final = 1 << 31
+"""Elements of an input that is believed: those of an image of 26,000 by 26,000 pixels."""
+
+
+def said(owner: object, name: str) -> Any:
+    """What an object or mapping says under a name; None where it says nothing, or where asking fails.
+
+    A model's attributes are the user's code: a property may raise whatever it likes before the model is
+    attached to something, say. That is no reason not to try other inputs.
+    """
+    try:
+        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def is_plausible(shape: tuple[object, ...]) -> TypeGuard[Shape]:
+    """Whether an input may have this shape: whole numbers above 0, and not too many elements."""
+    sizes = [size for size in shape if isinstance(size, int) and not isinstance(size, bool) and size > 0]
+    return len(sizes) == len(shape) and math.prod(sizes) <= _MOST_ELEMENTS
+
+
+def parameters_of_forward(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the forward pass takes; nothing of one that Python cannot look into."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+
 
 class Configuration:
     """A configuration and, behind it, those inside it: attributes of the first that has one.
@@ -40,14 +71,15 @@ class Configuration:
     """
 
     def __init__(self, config: object) -> None:
-        inner = [value for value in vars(config).values() if hasattr(value, "model_type")]
+        own = said(config, "__dict__") or {}  # None of one with slots, inside which none is looked for
+        inner = [value for value in own.values() if _is_configuration(value)]
         self._configs = (config, *inner)
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of `names` that a configuration has and that is not None."""
         for config in self._configs:
             for name in names:
-                value = getattr(config, name, None)
+                value = said(config, name)
                 if value is not None:
                     return value
         return default
@@ -55,13 +87,13 @@ class Configuration:
 
 def arguments(model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
     """Keyword arguments, on meta, that the network may take, the fullest first; none for other networks."""
-    main, own = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    if not isinstance(main, str) or not hasattr(own, "model_type"):
+    main, own = said(model, "main_input_name"), said(model, "config")
+    if not isinstance(main, str) or not _is_configuration(own):
         return
-    config = Configuration(own)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    taken = inspect.signature(model.forward).parameters
-    known = [name for name in taken if name in _SHAPES and _SHAPES[name](config)]
+    taken = parameters_of_forward(model)
+    shapes_of = {name: _shapes(name, Configuration(own)) for name in taken if name in _SHAPES}
+    known = [name for name, shapes in shapes_of.items() if shapes]
     required = [name for name in known if taken[name].default is inspect.Parameter.empty]
     tried = set()
     for names in (known, [main, *required], [main]):
@@ -69,8 +101,21 @@ def arguments(model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
         if not chosen or chosen in tried:
             continue
         tried.add(chosen)
-        for shapes in product(*(_SHAPES[name](config) for name in chosen)):
+        for shapes in product(*(shapes_of[name] for name in chosen)):
             yield {name: _empty(name, shape, dtype) for name, shape in zip(chosen, shapes, strict=True)}
+
+
+def _is_configuration(value: object) -> bool:
+    return not isinstance(value, Mapping) and said(value, "model_type") is not None
+
+
+def _shapes(name: str, config: Configuration) -> list[Shape]:
+    """The shapes that an argument may have as the configuration has it, without those that no input has."""
+    try:
+        shapes = _SHAPES[name](config)
+    except Exception:  # noqa: BLE001 (values of any type stand where numbers are looked for)
+        return []
+    return [shape for shape in shapes if is_plausible(shape)]
 
 
 def _empty(name: str, shape: Shape, dtype: torch.dtype) -> Tensor:

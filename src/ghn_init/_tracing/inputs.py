@@ -11,8 +11,8 @@ from typing import Any, Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ghn_init._errors import TraceError
-from ghn_init._tracing.conventions import arguments
+from ghn_init._errors import TraceError, first_line
+from ghn_init._tracing.conventions import arguments, is_plausible, parameters_of_forward, said
 
 _SIZES: Final = {
     1: tuple((length,) for length in (1024, 128, 16000, 16)),
@@ -63,19 +63,14 @@ def given_input(example_input: object) -> ExampleInput:
     """The user's example: a tensor, a shape, a tuple of arguments or a dict of keyword arguments.
 
     Raises:
-        TraceError: It is none of these.
+        TraceError: It is none of these, or has a shape that no tensor has.
     """
     if isinstance(example_input, Tensor):
         return ExampleInput((_on_meta(example_input),), {}, str(tuple(example_input.shape)))
     if isinstance(example_input, Mapping):
-        return ExampleInput((), {key: _argument(value) for key, value in example_input.items()}, "dict")
+        return ExampleInput((), _named_arguments(example_input), "dict")
     if _is_shape(example_input):
-        try:
-            return _of_shape(example_input)
-        except (RuntimeError, TypeError) as error:  # a size below 0, or more elements than torch can count
-            raise TraceError(
-                f"there is no input of shape {tuple(example_input)}: {str(error).splitlines()[0]}"
-            ) from error
+        return _of_shape(example_input)
     if isinstance(example_input, (tuple, list)):
         return ExampleInput(tuple(_argument(value) for value in example_input), {}, "tuple")
     raise TraceError(
@@ -88,12 +83,23 @@ def _is_shape(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
 
+def _named_arguments(named: Mapping[Any, object]) -> dict[str, object]:
+    """Keyword arguments as the network is called with them."""
+    if alien := [key for key in named if not isinstance(key, str)]:
+        raise TraceError(
+            f"example_input is a dict of keyword arguments: expected their names, found {alien[0]!r:.80} "
+            f"({type(alien[0]).__name__}); give a tuple for positional arguments, or for one that is a "
+            "dict, a tuple of that dict alone"
+        )
+    return {key: _argument(value) for key, value in named.items()}
+
+
 def _argument(value: object) -> object:
     """An argument of the user's with its tensors on meta; a shape becomes a tensor."""
     if isinstance(value, Tensor):
         return _on_meta(value)
     if isinstance(value, tuple) and _is_shape(value):
-        return torch.empty(value, device="meta")
+        return _meta(value)
     if isinstance(value, tuple):
         return tuple(_argument(item) for item in value)
     if isinstance(value, list):
@@ -105,17 +111,29 @@ def _argument(value: object) -> object:
 
 def _on_meta(tensor: Tensor) -> Tensor:
     """Its shape and dtype; of integers in one dimension on the CPU, such as lengths, the values too."""
+    if tensor.is_nested:
+        raise TraceError(
+            "example_input has a nested tensor, whose parts differ in shape; give a padded tensor, or its "
+            "shape"
+        )
     is_integer = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.bool
     if is_integer and tensor.ndim <= 1 and tensor.device.type == "cpu" and tensor.numel() <= _LENGTHS:
         return tensor.detach().clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
+def _meta(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of a shape that the user or the model gives."""
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+    except (RuntimeError, TypeError) as error:  # a size below 0, or more elements than torch can count
+        raise TraceError(f"there is no input of shape {tuple(shape)}: {first_line(error)}") from error
+
+
 def _of_shape(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, origin: str = "given"
 ) -> ExampleInput:
-    image = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    return ExampleInput((image,), {}, str(tuple(shape)), origin)
+    return ExampleInput((_meta(shape, dtype),), {}, str(tuple(shape)), origin)
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
@@ -141,10 +159,7 @@ def _images_wanted(model: nn.Module) -> tuple[int, bool]:
 
     A forward pass with two arguments that have no default, as of optical flow, gets the same image twice.
     """
-    try:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):  # a forward that Python cannot look into
-        return 1, False
+    parameters = parameters_of_forward(model).values()
     required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
     listed = bool(required) and _LIST_OF_TENSORS.search(str(required[0].annotation)) is not None
     return max(len(required), 1), listed
@@ -161,25 +176,30 @@ def _images(one: ExampleInput, count: int, listed: bool) -> ExampleInput:
 
 
 def _declared_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What the model's attributes say, and which: timm's default_cfg, image_size, a config."""
+    """What the model's attributes say, and which: timm's default_cfg, image_size, a config.
+
+    What they say need not be meant as it is understood here, so shapes that no input has are left out.
+    """
+    for origin, sizes in _declared_sizes(model):
+        shape = (1, *sizes) if isinstance(sizes, (tuple, list)) else ()
+        if shape and is_plausible(shape):
+            yield origin, shape
+
+
+def _declared_sizes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(channels, height, width) as the model's attributes have them, whatever these hold, and which."""
     for attribute in ("pretrained_cfg", "default_cfg"):
-        size = _get(getattr(model, attribute, None), "input_size")
-        if size is not None:
-            yield "default_cfg", (1, *size)
-    config = getattr(model, "config", None)
-    channels = _get(config, "num_channels") or _channels(model)
+        yield "default_cfg", said(said(model, attribute), "input_size")
+    config = said(model, "config")
+    channels = said(config, "num_channels")
+    if not is_plausible((channels,)):
+        channels = _channels(model)
     for origin, owner in (("image_size", model), ("config", config)):
-        side = _get(owner, "image_size") or _get(owner, "img_size")
-        if isinstance(side, int):
-            yield origin, (1, channels, side, side)
-        elif isinstance(side, (tuple, list)) and len(side) == 2:
-            yield origin, (1, channels, *side)
-
-
-def _get(owner: object, key: str) -> Any:
-    if isinstance(owner, Mapping):
-        return owner.get(key)
-    return getattr(owner, key, None) if owner is not None else None
+        for side in (said(owner, "image_size"), said(owner, "img_size")):
+            if isinstance(side, int):
+                yield origin, (channels, side, side)
+            elif isinstance(side, (tuple, list)) and len(side) == 2:
+                yield origin, (channels, *side)
 
 
 def _channels(model: nn.Module) -> int:

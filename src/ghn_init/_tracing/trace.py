@@ -43,7 +43,7 @@ def trace(model: nn.Module, example_input: object = None) -> Graph:
     The forward pass is recorded once on meta tensors, as `record` does: real shapes and control flow, no
     data, no computation. Then one pass over the recorded graph says what every function is in a GHN's graph.
     Parameters, buffers, train/eval mode, attributes, containers and random state are left as they
-    are. The model may be on any device, meta included. Of a wrapped network (see `_wrappers`) the
+    are. The model may be on any device, meta included. Of a wrapped network (see `_network/wrappers`) the
     graph is that of the network inside.
 
     Args:

@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ghn_init._errors import CheckpointError
+from ghn_init._files import reason, write_bytes
 from ghn_init._hypernetwork.model import Hypernetwork
 from ghn_init._weights.directory import read_directory, save
 
@@ -31,9 +33,12 @@ weights of a network from its computational graph (Knyazev et al. 2021, arXiv 21
 ```python
 import ghn_init
 
-model = ghn_init.predict(model, weights="hf://org/repo")
+model = ghn_init.predict(model, weights="hf://{repo}")
 ```
 """
+
+_PLACEHOLDER: Final = "org/repo"
+"""What a model card calls a repository that is not known."""
 
 
 class GHN(Hypernetwork):
@@ -55,7 +60,7 @@ class GHN(Hypernetwork):
 
         Args:
             save_directory: The directory. A model card that is there stays.
-            repo_id: The repository to upload to; default: the directory's name.
+            repo_id: The repository to upload to, which the model card names; default: the directory's name.
             push_to_hub: Upload it as well.
             private: Whether a new repository is private; default: as the organisation wants it.
             token: The hub's token; default: the one that is stored.
@@ -64,12 +69,11 @@ class GHN(Hypernetwork):
             The address of the commit if it was uploaded.
 
         Raises:
-            CheckpointError: The files cannot be written.
+            CheckpointError: The files cannot be written, or not uploaded.
         """
         directory = Path(save_directory)
         save(self, directory)
-        if not (card := directory / _CARD_FILE).exists():
-            card.write_text(self._card(), encoding="utf-8")
+        self._save_card(directory / _CARD_FILE, repo_id or "")
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or directory.name, private=private, token=token)
@@ -96,15 +100,18 @@ class GHN(Hypernetwork):
 
         Returns:
             The commit's address.
-        """
-        from ghn_init._weights.hub import upload
 
+        Raises:
+            CheckpointError: The hub cannot be reached, or takes nothing for this repository from this user.
+        """
+        from ghn_init._weights.hub import make_repository, upload
+
+        name = make_repository(repo_id, private=private, token=token, branch=branch)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, repo_id=name)
             return upload(
                 Path(folder),
-                repo_id,
-                private=private,
+                name,
                 token=token,
                 branch=branch,
                 commit_message=commit_message,
@@ -153,8 +160,27 @@ class GHN(Hypernetwork):
             )
         return read_directory(cls, directory).to(map_location)
 
-    def _card(self) -> str:
-        """A model card that says what was saved."""
+    def _save_card(self, file: Path, repo: str) -> None:
+        """Write a model card, unless there is one.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        try:
+            if not file.exists():
+                write_bytes(file, self._card(repo).encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be written: {reason(error)}; remove what is there, a link to nowhere perhaps"
+            ) from error
+
+    def _card(self, repo: str) -> str:
+        """A model card that says what was saved, and names the repository if that is a whole name."""
         network = "per-node hypernetwork (MLP)" if self.config.hypernet == "mlp" else "graph hypernetwork"
         parameters = sum(values.numel() for values in self.parameters())
-        return _CARD.format(network=network, parameters=parameters, num_classes=self.config.num_classes)
+        return _CARD.format(
+            network=network,
+            parameters=parameters,
+            num_classes=self.config.num_classes,
+            repo=repo if "/" in repo else _PLACEHOLDER,
+        )

@@ -99,24 +99,55 @@ def _fetched(repo: str, file: str | None, options: dict[str, Any]) -> Path:
     return weights.parent
 
 
+def make_repository(repo: str, *, private: bool | None, token: str | bool | None, branch: str | None) -> str:
+    """Make a repository, and a branch of it, if need be; returns its whole name, "org/name".
+
+    Raises:
+        CheckpointError: It cannot be reached or made.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    with _upload_errors(repo):
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(name, branch=branch, exist_ok=True)
+    return name
+
+
 def upload(
     folder: Path,
     repo: str,
     *,
-    private: bool | None,
     token: str | bool | None,
     branch: str | None,
     commit_message: str | None,
     create_pr: bool,
 ) -> str:
-    """Upload a folder to a repository, which is made if need be; returns the commit's address."""
-    api = huggingface_hub.HfApi(token=token)
-    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-    if branch is not None:
-        api.create_branch(repo, branch=branch, exist_ok=True)
-    return api.upload_folder(
-        folder_path=folder, repo_id=repo, revision=branch, commit_message=commit_message, create_pr=create_pr
-    )
+    """Upload a folder to a repository; returns the commit's address.
+
+    Raises:
+        CheckpointError: It cannot be reached, or takes nothing from this user.
+    """
+    with _upload_errors(repo):
+        return huggingface_hub.HfApi(token=token).upload_folder(
+            folder_path=folder,
+            repo_id=repo,
+            revision=branch,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+@contextmanager
+def _upload_errors(repo: str) -> Iterator[None]:
+    """Turn the hub's errors while something is written there into one of ours that says what to do."""
+    try:
+        yield
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise CheckpointError(
+            f"hf://{repo}: expected a repository to upload to, found {type(error).__name__}: "
+            f"{first_line(error)}; check its name, that the token may write to it (`hf auth login`, "
+            "HF_TOKEN), and the connection (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        ) from error
 
 
 @contextmanager

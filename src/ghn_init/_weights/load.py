@@ -87,6 +87,8 @@ def _find(weights: str | PathLike[str], config: GHNConfig | None) -> GHN:
     """Tell the sources apart and read."""
     if not isinstance(weights, str | PathLike):
         raise CheckpointError(f"weights of type {type(weights).__name__}; expected a name, a path or a GHN")
+    if weights == "":  # which is the current folder for `Path`
+        raise CheckpointError(f"weights='': the name is empty; {_expected()}")
     place: Path | Traversable = Path(weights)
     if isinstance(weights, str) and weights in bundled_names():
         place = _bundled_folder() / weights
@@ -99,12 +101,13 @@ def _find(weights: str | PathLike[str], config: GHNConfig | None) -> GHN:
     if place.is_dir():
         return read_directory(GHN, place)
     if not isinstance(place, Path) or not place.is_file():
-        raise CheckpointError(
-            f"{str(weights)!r}: no such weights; expected a bundled name "
-            f"({', '.join(bundled_names()) or 'none in this installation'}), a directory, a .safetensors or "
-            ".pt file, or hf://org/repo"
-        )
+        raise CheckpointError(f"{str(weights)!r}: no such weights; {_expected()}")
     return read_files(GHN, place, place.with_name(CONFIG_FILE))
+
+
+def _expected() -> str:
+    bundled = ", ".join(bundled_names()) or "none in this installation"
+    return f"expected a bundled name ({bundled}), a directory, a .safetensors or .pt file, or hf://org/repo"
 
 
 def _on_hub(address: str) -> Path:

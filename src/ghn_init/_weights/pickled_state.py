@@ -117,7 +117,7 @@ class _Machine:
             self.set_items(self.since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()])
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             parts = argument.split(" ") if name == "GLOBAL" else [stack.pop(-2), stack.pop()]
-            stack.append(_known(".".join(map(str, parts))))
+            stack.append(_known(parts))
         elif name == "REDUCE":
             called, arguments = self.top(2)
             stack[-2:] = [_call(called, arguments)]
@@ -158,7 +158,13 @@ class _Machine:
         target.update(zip(items[::2], items[1::2], strict=True))
 
 
-def _known(name: str) -> _Name:
+def _known(parts: list[Any]) -> _Name:
+    """The name that a module's and a function's make together."""
+    if not all(
+        isinstance(part, str) for part in parts
+    ):  # and are not written out: tuples may share their items
+        raise _RefusedError("a name that is no text")
+    name = ".".join(parts)
     if name not in (_ORDERED_DICT, _STORAGE, _TENSOR):
         raise _RefusedError(f"the name {name[:100]}")
     return _Name(name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from ghn_init._errors import CheckpointError, ConfigError
+from ghn_init._errors import CheckpointError, ConfigError, shown, shown_names
 from ghn_init._hypernetwork.config import GHNConfig
 from ghn_init._weights.files import read_pickled
 
@@ -109,11 +109,11 @@ def _parts(found: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
         state, told = found["state_dict"], found.get("config")
     named = isinstance(state, dict) and any(isinstance(values, torch.Tensor) for values in state.values())
     if not named or not isinstance(told, dict | None):
-        keys = sorted(map(str, found))[:8] if isinstance(found, dict) else type(found).__name__
+        keys = shown_names(found)[:8] if isinstance(found, dict) else type(found).__name__
         raise CheckpointError(
             f"{path}: expected a dictionary with state_dict and config, or a state dict, found {keys}"
         )
-    return {str(name): values for name, values in state.items()}, told
+    return {name if isinstance(name, str) else shown(name): values for name, values in state.items()}, told
 
 
 def _check_memory(state: Mapping[str, Tensor], path: Path) -> None:

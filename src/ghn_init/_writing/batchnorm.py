@@ -36,13 +36,18 @@ def calibrate_batchnorm(
         The same module.
 
     Raises:
-        PredictError: No batch norm keeps running statistics, or the loader is empty. Whatever
+        PredictError: No batch norm keeps running statistics, or the loader is empty or no iterable. Whatever
             fails, and that includes errors of the model and the loader, the statistics are put back.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise PredictError(
             f"{type(model).__name__} has no batch norm with running statistics: there is nothing to calibrate"
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):  # `iter` starts workers
+        raise PredictError(
+            f"loader: expected batches to go over, found {type(loader).__name__}; give a DataLoader or "
+            "a list of tensors"
         )
     batches = _Counted(loader)
     with _restored(model, norms):

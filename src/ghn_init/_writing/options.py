@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ghn_init._errors import PredictError
 
@@ -46,8 +47,7 @@ class Options:
         if self.diversify is not None and self.diversify not in get_args(Diversify):
             choices = ", ".join(map(repr, get_args(Diversify)))
             raise PredictError(f"diversify={self.diversify!r}: expected None, {choices}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise PredictError(f"seed={self.seed!r}: expected an integer")
+        object.__setattr__(self, "seed", _checked_seed(self.seed))
 
     @property
     def own_scale(self) -> bool:
@@ -73,15 +73,30 @@ def as_patterns(option: str, patterns: str | Iterable[str] | None) -> tuple[str,
     """Normalise `include` or `exclude`: None, one pattern, or several.
 
     Raises:
-        PredictError: A pattern that is no text.
+        PredictError: Something else, or a pattern that is no text.
     """
     if patterns is None:
         return ()
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    try:
+        listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    except TypeError as error:
+        raise PredictError(
+            f"{option}={patterns!r:.80}: expected a name pattern such as 'layer1.*', or several in a list"
+        ) from error
     for pattern in listed:
         if not isinstance(pattern, str):
             raise PredictError(f"{option}={patterns!r}: expected name patterns, found {pattern!r}")
     return listed
+
+
+def _checked_seed(seed: Any) -> int:
+    """The seed as Python's own integer, which numpy's are not."""
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise PredictError(f"seed={seed!r:.80}: expected an integer")
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:

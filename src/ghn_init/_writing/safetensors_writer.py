@@ -9,6 +9,7 @@ values. Which tensor goes into which file is left to huggingface_hub.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -110,11 +111,11 @@ def size_in_bytes(size: int | str) -> int:
     Raises:
         PredictError: It is neither, or not above 0.
     """
-    match = None if isinstance(size, int) else _SIZE.fullmatch(size.strip())
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else size
     if not isinstance(found, int) or found < 1:
         raise PredictError(
-            f"max_shard_size={size!r}: expected a number of bytes above 0, or text such as '5GB' "
+            f"max_shard_size={size!r:.80}: expected a number of bytes above 0, or text such as '5GB' "
             "in KB, MB, GB or TB"
         )
     return found
@@ -157,9 +158,9 @@ def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """Inside, a new folder to write into, which becomes `folder` at the end; after an error nothing is left.
 
     Raises:
-        PredictError: `folder` exists and is not empty, or cannot be made.
+        PredictError: `folder` is no path, exists and is not empty, or cannot be made.
     """
-    target = Path(folder)
+    target = _path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
     try:
@@ -176,3 +177,11 @@ def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
         raise PredictError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone if it was renamed
+
+
+def _path(folder: str | PathLike[str]) -> Path:
+    """What the caller gave for the folder, which may be anything."""
+    name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise PredictError(f"{folder!r:.80} names no folder; expected a path such as 'checkpoint'")
+    return Path(name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -38,8 +39,8 @@ def check_model(model: object) -> None:
     """Refuse what is not a module with initialised parameters.
 
     Raises:
-        PredictError: Not a `torch.nn.Module` instance, a module without parameters, a lazy one, or one
-            whose parameters are not there.
+        PredictError: Not a `torch.nn.Module` instance, a module without parameters, a lazy or fake one, or
+            one whose parameters are not there.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise PredictError(
@@ -55,6 +56,11 @@ def check_model(model: object) -> None:
         raise PredictError(
             f"{type(model).__name__}: {listing(lazy)} have no shape yet (lazy module); "
             "call the model once on an example input, then predict"
+        )
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(modules)):
+        raise PredictError(
+            f"{type(model).__name__} was made under FakeTensorMode: its tensors have no values and take "
+            "none; build it without that, or in ghn_init.large_on_meta() if it is to take no memory"
         )
     offloaded = [path for path, module in modules if _is_offloaded(module)]
     if offloaded:

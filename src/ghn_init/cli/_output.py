@@ -160,5 +160,10 @@ def save(model: nn.Module, path: Path) -> int:
             return partial.stat().st_size
     except OSError as error:
         raise PredictError(f"{path} cannot be written: {reason(error)}") from error
+    except KeyError as error:  # what safetensors makes of a dtype that it has no name for
+        raise PredictError(
+            f"{path} cannot be written: safetensors cannot hold {error.args[0]}; use ghn_init.predict in "
+            "Python and torch.save"
+        ) from error
     except (SafetensorError, RuntimeError) as error:
         raise PredictError(f"{path} cannot be written: {error}") from error

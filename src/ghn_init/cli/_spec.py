@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import nn
 
-from ghn_init._errors import ModelSpecError
+from ghn_init._errors import ModelSpecError, message_of
 from ghn_init._files import LONGEST_SHOWN, reason
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             raise ModelSpecError(f"--set {key}=... is given twice")
         try:
             settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        # What `literal_eval` is documented to raise; unhashable keys are a TypeError.
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             settings[key] = value
     return settings
 
@@ -236,7 +237,8 @@ def _user_error(spec: ModelSpec, doing: str, error: BaseException) -> ModelSpecE
     """
     if isinstance(error, SyntaxError):
         return ModelSpecError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}")
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    message = message_of(error)
+    what = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return ModelSpecError(f"{_place(spec, error)}{what} (while {doing})")
 
 
@@ -282,18 +284,21 @@ def _makes_a_model(name: str, value: object, module: ModuleType) -> bool:
     """Whether this is a public instance with parameters, or a class or annotated function of the file."""
     if name.startswith("_"):
         return False
-    if isinstance(value, nn.Module):
-        return any(True for _ in value.parameters())  # a loss or an activation that stands about is no model
-    if getattr(value, "__module__", None) != module.__name__:
-        return False
-    if inspect.isfunction(value):
-        try:
-            # Its return alone: other annotations may name what is imported for type checking only.
-            returns = SimpleNamespace(__annotations__={"return": value.__annotations__.get("return")})
-            value = get_type_hints(returns, vars(module))["return"]
-        except (NameError, AttributeError):
+    try:
+        if isinstance(value, nn.Module):
+            return any(True for _ in value.parameters())  # a loss or an activation that stands about is none
+        if getattr(value, "__module__", None) != module.__name__:
             return False
-    return inspect.isclass(value) and issubclass(value, nn.Module)
+        made = _annotated_return(value, module) if inspect.isfunction(value) else value
+        return inspect.isclass(made) and issubclass(made, nn.Module)
+    except FAILURES:  # looking at it runs the user's code: annotations are evaluated, a proxy asks its owner
+        return False
+
+
+def _annotated_return(function: Any, module: ModuleType) -> object:
+    """What a function says that it returns; other annotations may name what is imported for checking only."""
+    returns = SimpleNamespace(__annotations__={"return": function.__annotations__.get("return")})
+    return get_type_hints(returns, vars(module))["return"]
 
 
 def _refusal(target: object, settings: Mapping[str, Any]) -> str | None:
@@ -315,13 +320,20 @@ def _refusal(target: object, settings: Mapping[str, Any]) -> str | None:
 def _resolve(module: ModuleType, spec: ModelSpec) -> Any:
     value: Any = module
     for part in (spec.attribute or "").split("."):
-        if not hasattr(value, part):
-            names = [name for name in dir(value) if not name.startswith("_")]
-            near = get_close_matches(part, names)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ModelSpecError(f"{spec.source} has no {part!r}{hint}")
-        value = getattr(value, part)
+        value = _part(value, part, spec)
     return value
+
+
+def _part(value: object, name: str, spec: ModelSpec) -> Any:
+    """The attribute of this name; a module's `__getattr__` may import something to find it."""
+    try:
+        return getattr(value, name)
+    except AttributeError:
+        near = get_close_matches(name, [known for known in dir(value) if not known.startswith("_")])
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ModelSpecError(f"{spec.source} has no {name!r}{hint}") from None
+    except FAILURES as error:
+        raise _user_error(spec, f"looking up {name} in {spec.source}", error) from error
 
 
 def _build(target: Any, spec: ModelSpec, settings: Mapping[str, Any]) -> nn.Module:

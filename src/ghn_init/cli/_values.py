@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from ghn_init.cli._spec import ModelSpec
     from ghn_init.training._config import TrainConfig
+
+_SEEDS: Final = -(1 << 63), (1 << 64) - 1
+"""The least and the largest seed that `torch.manual_seed` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,15 @@ class Request:
 def make_request(
     spec: str, settings: Sequence[str] | None, weights: str, input_shape: str | None, **arguments: Any
 ) -> Request:
-    """Parse the texts among the options.
+    """Parse the texts among the options, and see that torch takes the seed.
 
     Raises:
         typer.BadParameter: Wrong usage (exit status 2).
         ModelSpecError: The model's file is not there.
     """
+    seed = arguments["seed"]
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise typer.BadParameter(f"{seed} is no seed; expected one of 64 bits", param_hint="--seed")
     parsed, keywords = parse_model(spec, settings)
     return Request(parsed, keywords, weights, {"example_input": parse_shape(input_shape), **arguments})
 
