@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -85,9 +86,62 @@ def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(loaded["weights"][name], value) for name, value in values.items())
 
 
+def test_more_than_a_hundred_parts_are_joined_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_checkpoint, "PART", 100)
+    values = torch.arange(3000.0)
+    path = _checkpoint.save(tmp_path, 1, Checkpoint({"weights": {"a": values}}, {}))
+    assert (path / "weights.safetensors.120").exists()
+    assert torch.equal(_checkpoint.load(path).tensors["weights"]["a"], values)
+
+
+def remove_sizes(path: Path) -> None:
+    """Make it a checkpoint of before sizes were kept."""
+    state = json.loads((path / "state.json").read_text())
+    del state["bytes"]
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_checkpoint_that_lacks_a_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, sizes: bool
+) -> None:
+    monkeypatch.setattr(_checkpoint, "PART", 1000)
+    values = torch.arange(1000.0)
+    path = _checkpoint.save(tmp_path, 1, Checkpoint({"weights": {"a": values}}, {}))
+    if not sizes:
+        remove_sizes(path)
+    assert torch.equal(_checkpoint.load(path).tensors["weights"]["a"], values)
+    (path / f"weights.safetensors.{lost:02d}").unlink()
+    with pytest.raises(TrainingError, match=rf"not a complete .* weights\.safetensors lacks part {lost}"):
+        _checkpoint.load(path)
+
+
+def test_files_that_are_not_of_a_checkpoint_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_checkpoint, "PART", 1000)
+    values = torch.arange(1000.0)
+    path = _checkpoint.save(tmp_path, 1, Checkpoint({"weights": {"a": values}}, {}))
+    for name in ("weights.safetensors.bak", "weights.safetensors.00~", "other.safetensors", "note.txt"):
+        (path / name).write_bytes(b"stray")
+    loaded = _checkpoint.load(path)
+    assert loaded.tensors.keys() == {"weights"}
+    assert torch.equal(loaded.tensors["weights"]["a"], values)
+    (path / "weights.safetensors.05").write_bytes(b"one too many")
+    with pytest.raises(TrainingError, match=r"has \d+ bytes in 6 files; expected \d+"):
+        _checkpoint.load(path)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = _checkpoint.save(tmp_path, 3, checkpoint(1.0))
-    (path / "weights.safetensors").write_bytes(b"damaged")
+    whole = path / "weights.safetensors"
+    whole.write_bytes(b"damaged".ljust(whole.stat().st_size))
+    with pytest.raises(TrainingError, match="cannot be read as a training checkpoint"):
+        _checkpoint.load(path)
+    (path / "state.json").write_text(json.dumps({"format": _checkpoint.FORMAT, "bytes": 3}))
     with pytest.raises(TrainingError, match="cannot be read as a training checkpoint"):
         _checkpoint.load(path)
     (path / "state.json").write_text("{}")

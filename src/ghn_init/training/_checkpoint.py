@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ PART = 15 * 2**20
 """Bytes of the largest file; longer ones are cut into `.00`, `.01`, ..., to be read one after another."""
 
 _PREFIX, _STATE, _SUFFIX = "checkpoint-", "state.json", ".safetensors"
+_FILE = re.compile(r"(\w+)\.safetensors(?:\.(\d{2,}))?")
+"""Names of the files with tensors: what they hold, and the number of the part where there are several."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,8 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         partial = _temporary(folder)
-        for name, tensors in checkpoint.tensors.items():
-            _write_tensors(partial, name, tensors)
-        state = {"format": FORMAT, "step": step, **checkpoint.state}
+        sizes = {name: _write_tensors(partial, name, tensors) for name, tensors in checkpoint.tensors.items()}
+        state = {"format": FORMAT, "step": step, "bytes": sizes, **checkpoint.state}
         write_bytes(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
         _sync(partial)
         partial.rename(path)
@@ -65,6 +67,8 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
+    Files of other names are left alone, and so are tensors that its state does not name.
+
     Raises:
         TrainingError: A folder that is not one, or a damaged one, or one of another format.
     """
@@ -75,12 +79,12 @@ def load(path: Path) -> Checkpoint:
         state = json.loads((path / _STATE).read_text())
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise TrainingError(f"{path}: not a training checkpoint of format {FORMAT}")
-        parts: dict[str, bytes] = {}
-        for file in sorted(path.glob(f"*{_SUFFIX}*")):
-            name = file.name.partition(_SUFFIX)[0]
-            parts[name] = parts.get(name, b"") + file.read_bytes()
-        return Checkpoint({name: parse(data) for name, data in parts.items()}, state)
-    except (OSError, ValueError, SafetensorError) as error:
+        files = _tensor_files(path)
+        # Checkpoints had no sizes at first: what is there then counts.
+        sizes = state.get("bytes", dict.fromkeys(files))
+        data = {name: _join(path, name, files.get(name, {}), size) for name, size in sizes.items()}
+        return Checkpoint({name: parse(content) for name, content in data.items()}, state)
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise TrainingError(f"{path}: cannot be read as a training checkpoint ({error})") from error
 
 
@@ -106,15 +110,43 @@ def _temporary(folder: Path) -> Path:
     return path
 
 
-def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> int:
+    """Write one or more files, and return their bytes."""
     from safetensors.torch import save as serialise
 
     data = serialise({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     if len(data) <= PART:
         write_bytes(folder / f"{name}{_SUFFIX}", data)
-        return
-    for number, start in enumerate(range(0, len(data), PART)):
-        write_bytes(folder / f"{name}{_SUFFIX}.{number:02d}", data[start : start + PART])
+    else:
+        for number, start in enumerate(range(0, len(data), PART)):
+            write_bytes(folder / f"{name}{_SUFFIX}.{number:02d}", data[start : start + PART])
+    return len(data)
+
+
+def _tensor_files(path: Path) -> dict[str, dict[int, Path]]:
+    """The files with tensors: by what they hold, and by the number of the part."""
+    files: dict[str, dict[int, Path]] = {}
+    for file in path.iterdir():
+        if found := _FILE.fullmatch(file.name):
+            files.setdefault(found[1], {})[int(found[2] or 0)] = file
+    return files
+
+
+def _join(path: Path, name: str, parts: Mapping[int, Path], size: int | None) -> bytes:
+    """The content of the parts one after another, which are to have `size` bytes where that is known."""
+    if missing := [number for number in range(max(parts, default=0) + 1) if number not in parts]:
+        raise TrainingError(
+            f"{path}: not a complete training checkpoint: {name}{_SUFFIX} lacks part {missing[0]}; put it "
+            "back, or remove the folder to start from an earlier checkpoint or anew"
+        )
+    data = b"".join(parts[number].read_bytes() for number in sorted(parts))
+    if size is not None and len(data) != size:
+        raise TrainingError(
+            f"{path}: not a complete training checkpoint: {name}{_SUFFIX} has {len(data)} bytes in "
+            f"{len(parts)} files; expected {size}. Put back what it was, or remove the folder to start from an "
+            "earlier checkpoint or anew"
+        )
+    return data
 
 
 def _sync(folder: Path) -> None:
