@@ -158,3 +158,27 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     (path / "average.safetensors").unlink()
     with pytest.raises(TrainingError, match="not a complete training checkpoint"):
         tiny_trainer(tmp_path)
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint-old", "checkpoint-9", "checkpoint-00000009.bak"):
+        (tmp_path / name).mkdir()
+    assert _checkpoint.newest(tmp_path) is None
+    path = _checkpoint.save(tmp_path, 3, checkpoint(1.0))
+    assert _checkpoint.newest(tmp_path) == path
+    assert len(list(tmp_path.iterdir())) == 4
+    assert _checkpoint.save(tmp_path, 123_456_789, checkpoint(1.0)) == _checkpoint.newest(tmp_path)
+    assert not path.exists()
+
+
+def test_saving_leaves_what_another_run_may_be_writing(tmp_path: Path) -> None:
+    later, unfinished, left = (
+        tmp_path / name for name in ("checkpoint-00000100", ".checkpoint-1", ".checkpoint-2")
+    )
+    for folder in (later, unfinished, left):
+        folder.mkdir()
+        (folder / "weights.safetensors").touch()
+    for path in (left / "weights.safetensors", left):
+        os.utime(path, (0, 0))
+    saved = _checkpoint.save(tmp_path, 7, checkpoint(1.0))
+    assert set(tmp_path.iterdir()) == {saved, later, unfinished}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import write_bytes
+from ghn_init._files import idle, write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +28,12 @@ FORMAT = 2
 PART = 15 * 2**20
 """Bytes of the largest file; longer ones are cut into `.00`, `.01`, ..., to be read one after another."""
 
+_STALE = 3600.0
+"""Seconds after which an unfinished checkpoint that nobody writes to is one of a process that was killed."""
+
 _PREFIX, _STATE, _SUFFIX = "checkpoint-", "state.json", ".safetensors"
-_FILE = re.compile(r"(\w+)\.safetensors(?:\.(\d{2,}))?")
+_NAME = re.compile(rf"{_PREFIX}([0-9]{{8,}})")
+_FILE = re.compile(r"(\w+)\.safetensors(?:\.([0-9]{2,}))?")
 """Names of the files with tensors: what they hold, and the number of the part where there are several."""
 
 
@@ -43,11 +47,16 @@ class Checkpoint:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run that keeps its files in `folder`, if there is one."""
-    return max(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name[len(_PREFIX) :]), default=None)
+    found = _steps(folder)
+    return found[max(found)] if found else None
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write the checkpoint of `step` and remove older ones; one of this step that is there already stays."""
+    """Write the checkpoint of `step` and remove those of earlier steps; one of this step stays as it is.
+
+    Those of later steps are another run's, which may still go on, and so are unfinished ones that have been
+    written to lately.
+    """
     path = folder / f"{_PREFIX}{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -58,9 +67,9 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         _sync(partial)
         partial.rename(path)
         _sync(folder)
-    for other in (*folder.glob(f"{_PREFIX}*"), *folder.glob(f".{_PREFIX}*")):
-        if other != path:
-            shutil.rmtree(other)
+    earlier = [other for number, other in _steps(folder).items() if number < step]
+    for other in (*earlier, *_unfinished(folder)):
+        shutil.rmtree(other)
     return path
 
 
@@ -103,6 +112,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by their steps; what only begins with the name is the user's."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob(f"{_PREFIX}*"))
+    return {int(found[1]): path for found, path in named if found}
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What killed processes left: other unfinished checkpoints that nobody writes to any more."""
+    return [path for path in folder.glob(f".{_PREFIX}*") if _abandoned(path)]
+
+
+def _abandoned(path: Path) -> bool:
+    try:
+        return idle(path) > _STALE
+    except OSError:  # it is a whole checkpoint by now, or another process removes it, too
+        return False
+
+
 def _temporary(folder: Path) -> Path:
     path = folder / f".{_PREFIX}{os.getpid()}"
     shutil.rmtree(path, ignore_errors=True)  # of a killed process with the same number
@@ -143,8 +170,8 @@ def _join(path: Path, name: str, parts: Mapping[int, Path], size: int | None) ->
     if size is not None and len(data) != size:
         raise TrainingError(
             f"{path}: not a complete training checkpoint: {name}{_SUFFIX} has {len(data)} bytes in "
-            f"{len(parts)} files; expected {size}. Put back what it was, or remove the folder to start from an "
-            "earlier checkpoint or anew"
+            f"{len(parts)} files; expected {size}. Put back what it was, or remove the folder to start from "
+            "an earlier checkpoint or anew"
         )
     return data
 
