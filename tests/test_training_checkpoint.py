@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ import torch
 from ghn_init._errors import TrainingError
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
+from ghn_init.training._output import only_writer
 from training_runs import tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
@@ -182,3 +186,56 @@ def test_saving_leaves_what_another_run_may_be_writing(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     saved = _checkpoint.save(tmp_path, 7, checkpoint(1.0))
     assert set(tmp_path.iterdir()) == {saved, later, unfinished}
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    second, refused = tiny_trainer(tmp_path), []
+
+    def on_step(_: Any) -> None:
+        with pytest.raises(TrainingError, match=r"another run writes there; .* another output folder"):
+            second.run()
+        refused.append(True)
+
+    assert not tiny_trainer(tmp_path, time_limit=0.0).run(on_step)
+    assert refused == [True]
+    with pytest.raises(TrainingError, match="another run has written it since this one took up step 0"):
+        second.run()
+    trainer = tiny_trainer(tmp_path, time_limit=0.0)
+    assert not trainer.run()
+    assert not trainer.run()
+    assert trainer.state.step == 3
+
+
+def test_a_killed_run_leaves_its_folder_unlocked(tmp_path: Path) -> None:
+    holds = (
+        "import os, pathlib, signal, sys\n"
+        "from ghn_init.training._output import only_writer\n"
+        "with only_writer(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    command = [sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match="another run writes there"), only_writer(tmp_path):
+            pass
+        process.kill()
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_goes_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with only_writer(tmp_path), only_writer(tmp_path):
+        pass
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    trainer = tiny_trainer(tmp_path / "file" / "run")
+    with pytest.raises(TrainingError, match="run cannot be written: Not a directory"):
+        trainer.run()

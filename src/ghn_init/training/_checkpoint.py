@@ -51,6 +51,11 @@ def newest(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint of `step` and remove those of earlier steps; one of this step stays as it is.
 

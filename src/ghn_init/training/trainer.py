@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ghn_init.training._engine import Engine, Result, fast_precision
 from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._meta_batches import MetaBatch, MetaBatches, ahead
 from ghn_init.training._optimizer import make_optimizer
+from ghn_init.training._output import only_writer
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._run import Clock, RunOptions, State, Termination
 from ghn_init.training._scaled_init import init_for_training
@@ -159,29 +160,40 @@ class Trainer:
             curve is drawn. False if it waits to be resumed.
 
         Raises:
-            TrainingError: Many steps in a row without a finite loss; another rank died. A checkpoint is
+            TrainingError: Another run writes to the output folder, or has gone on there since this trainer
+                was made. Many steps in a row without a finite loss; another rank died: a checkpoint is
                 written before.
         """
-        step = self.ranks.gather([self.state.step])[0][0]
-        if step != self.state.step:
-            raise TrainingError(
-                f"process {self.ranks.rank} found a checkpoint of step {self.state.step} in "
-                f"{self.options.output}, the first process one of step {step:.0f}; expected a folder that "
-                "all processes see"
-            )
-        try:
-            self._run(on_step or (lambda _: None))
-        except TrainingError:
+        with only_writer(self.options.output) if self.ranks.first else nullcontext():
+            self._check_step()
+            try:
+                self._run(on_step or (lambda _: None))
+            except TrainingError:
+                self.save()
+                raise
             self.save()
-            raise
-        self.save()
-        if self.done < 1:
-            return False
-        if self.ranks.first:
-            self.export(self.options.output / "ghn")
-            if find_spec("matplotlib"):  # of the `train` extra; a run without it is none the worse
-                draw_curve(self.options.output)
-        return True
+            if self.done < 1:
+                return False
+            if self.ranks.first:
+                self.export(self.options.output / "ghn")
+                if find_spec("matplotlib"):  # of the `train` extra; a run without it is none the worse
+                    draw_curve(self.options.output)
+            return True
+
+    def _check_step(self) -> None:
+        """See that all processes are at the step of the newest checkpoint, or beyond it."""
+        mine, output = self.state.step, self.options.output
+        if self.ranks.first and (path := _checkpoint.newest(output)) and _checkpoint.step_of(path) > mine:
+            raise TrainingError(
+                f"{path}: another run has written it since this one took up step {mine}; start again to go "
+                "on from there, or give another output folder"
+            )
+        step = self.ranks.gather([mine])[0][0]
+        if step != mine:
+            raise TrainingError(
+                f"process {self.ranks.rank} found a checkpoint of step {mine} in {output}, the first process "
+                f"one of step {step:.0f}; expected a folder that all processes see"
+            )
 
     def _run(self, on_step: Callable[[Record], None]) -> None:
         options, state, first = self.options, self.state, self.ranks.first
