@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import json
 import os
 import shutil
@@ -17,8 +19,10 @@ import torch
 from ghn_init._errors import TrainingError
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
+from ghn_init.training._engine import Engine
+from ghn_init.training._log import LOG, Log
 from ghn_init.training._output import only_writer
-from training_runs import tiny_config, tiny_trainer
+from training_runs import figures, tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -239,3 +243,92 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "file" / "run")
     with pytest.raises(TrainingError, match="run cannot be written: Not a directory"):
         trainer.run()
+
+
+def full_disk(*_: Any) -> None:
+    """What writing to a full disk raises; it names no file."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_checkpoint_for_which_there_is_no_room_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _checkpoint.save(tmp_path, 1, checkpoint(1.0))
+    for function in ("write_bytes", "_sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_checkpoint, function, full_disk)
+            with pytest.raises(TrainingError, match="checkpoint-00000002 cannot be written: No space left"):
+                _checkpoint.save(tmp_path, 2, checkpoint(2.0))
+        assert list(tmp_path.iterdir()) == [before]
+
+
+def test_a_log_for_which_there_is_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        """A log file on a full disk, which says so again when it is closed."""
+
+        write = full_disk  # pyright: ignore[reportAssignmentType]
+
+        def close(self) -> None:
+            super().close()
+            full_disk()
+
+    def enter(log: Log) -> Log:
+        log._file = Full()
+        return log
+
+    monkeypatch.setattr(Log, "__enter__", enter)
+    with pytest.raises(TrainingError, match=rf"{LOG} cannot be written: No space left on device"):
+        tiny_trainer(tmp_path).run()
+    monkeypatch.undo()
+    assert tiny_trainer(tmp_path).state.step == 1
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_any_error_in_a_step_leaves_a_checkpoint_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    run, calls = Engine.run, itertools.count()
+
+    def sometimes(*args: Any) -> Any:
+        if next(calls) == 5:
+            raise MemoryError("no room for it")
+        return run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", sometimes)
+        if not room:
+            patch.setattr(_checkpoint, "write_bytes", full_disk)
+        with pytest.raises(MemoryError, match="no room for it"):
+            tiny_trainer(tmp_path).run()
+    found: list[Any] = []
+    trainer = tiny_trainer(tmp_path)
+    first = trainer.state.step
+    assert first == (2 if room else 0)
+    assert trainer.run(lambda record: found.append(figures(record)))
+    whole: list[Any] = []
+    tiny_trainer(tmp_path / "whole").run(lambda record: whole.append(figures(record)))
+    assert found == whole[first:]
+
+
+def test_half_an_update_is_not_saved(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, save_every=0.0)
+    step, calls = trainer.optimizer.step, itertools.count()
+
+    def sometimes() -> None:
+        step()
+        if next(calls) == 2:
+            raise RuntimeError("half of it")
+
+    trainer.optimizer.step = sometimes
+    with pytest.raises(RuntimeError, match="half of it"):
+        trainer.run()
+    path = _checkpoint.newest(tmp_path)
+    assert path is not None
+    assert path.name == "checkpoint-00000002"
+    trainer.save()
+    assert _checkpoint.newest(tmp_path) == path
+    weights = _checkpoint.load(path).tensors["weights"]
+    assert not torch.equal(weights["embed.weight"], trainer.ghn.embed.weight)
+    with pytest.raises(TrainingError, match="after half of step 3; make a new one"):
+        trainer.run()
+    assert tiny_trainer(tmp_path).run()

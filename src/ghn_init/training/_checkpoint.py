@@ -11,11 +11,13 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import idle, write_bytes
+from ghn_init.training._output import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,20 +63,19 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
 
     Those of later steps are another run's, which may still go on, and so are unfinished ones that have been
     written to lately.
+
+    Raises:
+        TrainingError: It cannot be written; nothing is left of it then, and the others are as they were.
     """
     path = folder / f"{_PREFIX}{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        partial = _temporary(folder)
-        sizes = {name: _write_tensors(partial, name, tensors) for name, tensors in checkpoint.tensors.items()}
-        state = {"format": FORMAT, "step": step, "bytes": sizes, **checkpoint.state}
-        write_bytes(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
-        _sync(partial)
-        partial.rename(path)
-        _sync(folder)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _write(path, step, checkpoint)
     earlier = [other for number, other in _steps(folder).items() if number < step]
     for other in (*earlier, *_unfinished(folder)):
-        shutil.rmtree(other)
+        with suppress(OSError):  # in use on a network's file system, say: the next one tries again
+            shutil.rmtree(other)
     return path
 
 
@@ -140,6 +141,19 @@ def _temporary(folder: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)  # of a killed process with the same number
     path.mkdir()
     return path
+
+
+def _write(path: Path, step: int, checkpoint: Checkpoint) -> None:
+    partial = _temporary(path.parent)
+    try:
+        sizes = {name: _write_tensors(partial, name, tensors) for name, tensors in checkpoint.tensors.items()}
+        state = {"format": FORMAT, "step": step, "bytes": sizes, **checkpoint.state}
+        write_bytes(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
+        _sync(partial)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk nothing else could be written
+    _sync(path.parent)
 
 
 def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> int:

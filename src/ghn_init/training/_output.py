@@ -43,7 +43,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path | str) -> Iterator[None]:
     """Inside, an error of the system's becomes one of ours that names `path`: that of a full disk names none.
 
     Raises:
