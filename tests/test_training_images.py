@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,66 @@ def test_decoded_images_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     opened.clear()
     assert same(load_images(folder, "train"), "train")
     assert not opened
+
+
+def test_images_that_change_in_a_folder_are_read_again(folder: Path) -> None:
+    root = folder / "train"
+    first = root / "ant" / "000.png"
+
+    def brightest() -> list[int]:
+        return load_images(folder, "train").pixels.amax((1, 2, 3)).tolist()
+
+    found = [brightest()]
+    for path in (root / "ant" / "999.png", first, root / "dog" / "000.png"):  # added, changed, a new class
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (250, 250, 250)).save(path)
+        os.utime(root, (0, 0))
+        found.append(brightest())
+    assert [values.count(250) for values in found] == [0, 1, 2, 3]
+    first.unlink()
+    assert brightest().count(250) == 2
+    assert load_images(folder, "train").classes == (*CLASSES, "dog")
+
+
+def test_images_are_read_without_a_cache_where_none_can_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in its place")
+    for cache in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert same(load_images(folder, "train", cache=cache), "train")
+    assert same(load_images(folder, "train"), "train")
+    (own,) = tmp_path.glob("ghn-init-images-*")
+    assert own.stat().st_mode & 0o077 == 0
+    (stored,) = own.iterdir()
+    stored.write_bytes(b"damaged")
+    assert same(load_images(folder, "train"), "train")
+    assert stored.stat().st_size > 100
+    user = os.getuid() + 1
+    theirs = tmp_path / f"ghn-init-images-{user}"
+    monkeypatch.setattr("os.getuid", lambda: user)
+    theirs.mkdir()
+    assert same(load_images(folder, "train"), "train")
+    assert not list(theirs.iterdir())
+    theirs.rmdir()
+    theirs.touch()
+    assert same(load_images(folder, "train"), "train")
+
+
+def test_a_disk_without_room_for_the_cache_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert same(load_images(folder, "train", cache=tmp_path / "cache"), "train")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "train" / "bee" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(TrainingError, match=r"gone\.png: cannot be read \(No such file"):
+        load_images(folder, "train")
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])

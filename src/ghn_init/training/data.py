@@ -5,11 +5,14 @@ Images are uint8 tensors (N, 3, H, W) throughout; a batch becomes float when it 
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import io
+import os
 import tarfile
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghn_init._errors import TrainingError
+from ghn_init._files import reason, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -186,24 +190,35 @@ def load_images(
             - a .tar, .tar.gz or .tar.xz of that; a folder that holds `*train*.tar.xz` and so on;
             - the folder of torchvision's CIFAR10 or CIFAR100 (`cifar-10-batches-py`).
         split: "train" or "test".
-        cache: Folder for decoded images, so that a second run starts at once; default: the system's
-            temporary folder.
+        cache: Folder for decoded images, so that a second run starts at once; default: one of the user's
+            own in the system's temporary folder. Where it cannot be used they are decoded every time.
 
     Raises:
         TrainingError: Nothing readable there, or images of several sizes.
     """
     if split not in ("train", "test"):
         raise TrainingError(f"split {split!r}; expected 'train' or 'test'")
-    path = _find(Path(source).expanduser(), split)
+    path = Path(source).expanduser()
+    try:
+        return _load(_find(path, split), split, cache)
+    except OSError as error:
+        raise TrainingError(f"{error.filename or path}: cannot be read ({reason(error)})") from error
+
+
+def _load(path: Path, split: str, cache: str | PathLike[str] | None) -> Images:
     if path.suffix == ".npz":
         return _read_npz(path, split)
     if (found := _torchvision_cifar(path, split)) is not None:
         return found
-    stored = _cache_file(path, split, cache)
-    if stored.exists():
+    folder = Path(cache).expanduser() if cache else _own_cache()
+    if folder is None:
+        return _decode(_files(path, split), path)
+    stored = folder / _cache_name(path, split)
+    with suppress(TrainingError):  # it is not there yet, or cannot be read
         return _read_npz(stored, split)
     images = _decode(_files(path, split), path)
-    _write_npz(stored, images, split)
+    with suppress(OSError):
+        _write_npz(stored, images, split)
     return images
 
 
@@ -217,19 +232,54 @@ def _find(path: Path, split: str) -> Path:
     return path
 
 
-def _cache_file(path: Path, split: str, cache: str | PathLike[str] | None) -> Path:
-    stat = path.stat()
-    key = f"{path.resolve()}/{split}/{stat.st_size}/{stat.st_mtime_ns}"
-    folder = Path(cache).expanduser() if cache else Path(tempfile.gettempdir()) / "ghn-init-images"
-    return folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
+def _own_cache() -> Path | None:
+    """A folder of the user's in the system's temporary one, where everybody may write; None if there is none.
+
+    Somebody else's folder of that name is not used: what it holds would be taken for the images.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    try:
+        folder = Path(tempfile.gettempdir()) / f"ghn-init-images-{user}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = not hasattr(os, "getuid") or folder.lstat().st_uid == user
+    except OSError:
+        return None
+    return folder if mine else None
+
+
+def _cache_name(path: Path, split: str) -> str:
+    """The name under which the decoded images of a source are kept; another one when a file of it changes."""
+    found = hashlib.blake2b(f"{path.resolve()}/{split}".encode(errors="surrogateescape"), digest_size=12)
+    files = _image_files(_root(path, split)) if path.is_dir() else [("", path)]
+    for name, file in files:
+        stat = file.stat()
+        line = f"\n{name}/{file.name}/{stat.st_size}/{stat.st_mtime_ns}"
+        found.update(line.encode(errors="surrogateescape"))
+    return f"{found.hexdigest()}.npz"
+
+
+def _root(path: Path, split: str) -> Path:
+    """The folder with one folder per class."""
+    return path / split if (path / split).is_dir() else path
+
+
+def _image_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
+    """(class name, file) of all image files, sorted by name."""
+    found = [
+        (folder.name, file)
+        for folder in os.scandir(root)
+        if folder.is_dir()
+        for file in os.scandir(folder)
+        if Path(file.name).suffix.lower() in SUFFIXES
+    ]
+    return sorted(found, key=lambda entry: (entry[0], entry[1].name))
 
 
 def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
     """(class name, encoded image) of all image files, sorted by name."""
     if path.is_dir():
-        root = path / split if (path / split).is_dir() else path
-        for file in sorted(p for p in root.glob("*/*") if p.suffix.lower() in SUFFIXES):
-            yield file.parent.name, file.read_bytes()
+        for name, file in _image_files(_root(path, split)):
+            yield name, Path(file).read_bytes()
         return
     found: list[tuple[str, bytes]] = []
     try:
@@ -277,10 +327,9 @@ def _write_npz(path: Path, images: Images, split: str) -> None:
         f"{split}_labels": images.labels.numpy(),
         "classes": np.array(images.classes),
     }
-    # Under a name of its own first: another process may be reading or writing the same cache.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+    # In one piece: another process may be reading or writing the same cache.
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (takes any names)
-    Path(file.name).replace(path)
 
 
 def _read_npz(path: Path, split: str) -> Images:
