@@ -11,7 +11,6 @@ import io
 import os
 import tarfile
 import tempfile
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -60,6 +59,11 @@ class Images:
             raise TrainingError(
                 f"{len(self.pixels)} images and labels of shape {tuple(self.labels.shape)}; "
                 "expected one label for every image"
+            )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise TrainingError(
+                f"labels from {self.labels.min()} to {self.labels.max()} and {len(self.classes)} classes; "
+                f"expected 0 to {len(self.classes) - 1}, the place of each image's class among their names"
             )
 
     def __len__(self) -> int:
@@ -289,7 +293,7 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
                 name = Path(member.name)
                 if name.suffix.lower() in SUFFIXES and (content := archive.extractfile(member)):
                     found.append((member.name, content.read()))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile's, or of any kind from what decompresses
         raise TrainingError(f"{path}: not a readable archive of images ({error})") from error
     nested = [entry for entry in found if split in Path(entry[0]).parts[:-2]]
     for name, content in sorted(nested or found):
@@ -297,7 +301,7 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     names: list[str] = []
     pixels: list[np.ndarray] = []
@@ -305,7 +309,7 @@ def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # its decoders raise what they like for a damaged file
             raise TrainingError(f"{path}: image {len(names)} of class {name} is damaged ({error})") from error
         names.append(name)
         if pixels[-1].shape != pixels[0].shape:
@@ -336,15 +340,35 @@ def _read_npz(path: Path, split: str) -> Images:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
-            classes = file["classes"].tolist() if "classes" in file else range(int(labels.max()) + 1)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            classes = file.get("classes")
+    except Exception as error:  # numpy, zipfile and zlib each have their own for a damaged file
         raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise TrainingError(
             f"{path}: {split}_images is {pixels.dtype} {pixels.shape}; expected uint8 (N, H, W, 3)"
         )
+    if not _whole(labels):
+        raise TrainingError(
+            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; expected whole numbers (N,) from 0, "
+            "with the classes' names in `classes`"
+        )
+    if classes is None:
+        classes = np.arange(labels.max(initial=-1) + 1)
+    if classes.ndim != 1:
+        raise TrainingError(f"{path}: classes is {classes.dtype} {classes.shape}; expected names (C,)")
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes)))
+    try:
+        return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes.tolist())))
+    except TrainingError as error:
+        raise TrainingError(f"{path}: {error}") from error
+
+
+def _whole(values: np.ndarray) -> bool:
+    """Whether these are whole numbers, of whatever type."""
+    if values.dtype.kind not in "biuf":
+        return False
+    with np.errstate(invalid="ignore"):
+        return np.array_equal(values, values.astype(np.int64))
 
 
 def _torchvision_cifar(path: Path, split: str) -> Images | None:
