@@ -137,3 +137,12 @@ def test_a_seed_of_more_than_64_bits(run: Callable[..., Result], seed: str) -> N
 def test_weights_in_a_pipe_are_not_waited_for(run: Callable[..., Result]) -> None:
     os.mkfifo("pipe")
     assert_error(run("m.py:net", "--weights", "pipe"), "'pipe': no such weights")
+
+
+@pytest.mark.parametrize("option", ["--duration", "--time-limit", "--save-every", "--validate-every"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1s"])
+def test_a_length_of_time_that_is_none(run: Callable[..., Result], option: str, value: str) -> None:
+    length = [] if option == "--duration" else ["--steps", "1"]
+    result = run("train", "images", *length, f"{option}={value}")
+    assert result.exit_code == 2
+    assert "is no length of time" in " ".join(result.stderr.replace("│", " ").split())

@@ -246,5 +246,6 @@ def test_lengths_of_time_become_seconds() -> None:
     import typer
 
     assert [seconds(text) for text in ("90", "90s", "30m", "2h")] == [90, 90, 1800, 7200]
-    with pytest.raises(typer.BadParameter, match="is no length of time"):
-        seconds("soon")
+    for text in ("soon", "nan", "inf", "1e400h", "-5s", "infm", ""):
+        with pytest.raises(typer.BadParameter, match="is no length of time"):
+            seconds(text)

@@ -25,7 +25,7 @@ import training_runs
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
-from ghn_init.training import TrainConfig
+from ghn_init.training import RunOptions, TrainConfig
 from ghn_init.training import trainer as trainer_module
 from ghn_init.training._engine import KERNELS, Engine, Result, fast_precision, inject, prepare_process
 from ghn_init.training._layers import prepare
@@ -72,6 +72,10 @@ def steps_of(output: str) -> list[tuple[int, float, float, float | None]]:
         ({}, "exactly one of them"),
         ({"steps": 5, "duration": 5.0}, "exactly one of them"),
         ({"steps": 0}, "no length"),
+        ({"duration": math.nan}, "duration=nan; expected a finite number"),
+        ({"duration": math.inf}, "duration=inf; expected a finite number"),
+        ({"duration": -1.0}, "no length"),
+        ({"steps": 5, "lr": math.nan}, "lr=nan; expected a finite number"),
         ({"steps": 5, "lr": "abc"}, "lr='abc'; expected float"),
         ({"steps": 5, "seed": 1.5}, "seed=1.5; expected int"),
         ({"steps": "five"}, r"steps='five'; expected int \| None"),
@@ -85,6 +89,13 @@ def steps_of(output: str) -> list[tuple[int, float, float, float | None]]:
 def test_configurations_that_no_run_can_have(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["time_limit", "save_every", "validate_every"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_lengths_of_time_that_no_run_can_have(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value}; expected a finite number of seconds from 0"):
+        RunOptions(output=tmp_path, **{name: value})
 
 
 def test_a_configuration_survives_json() -> None:

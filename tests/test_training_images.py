@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from ghn_init.training import Images, Normalisation, hold_out, load_images
 from ghn_init.training.data import augment, batch_indices, generator, sized
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -84,6 +88,66 @@ def test_decoded_images_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not opened
 
 
+def test_images_that_change_in_a_folder_are_read_again(folder: Path) -> None:
+    root = folder / "train"
+    first = root / "ant" / "000.png"
+
+    def brightest() -> list[int]:
+        return load_images(folder, "train").pixels.amax((1, 2, 3)).tolist()
+
+    found = [brightest()]
+    for path in (root / "ant" / "999.png", first, root / "dog" / "000.png"):  # added, changed, a new class
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (250, 250, 250)).save(path)
+        os.utime(root, (0, 0))
+        found.append(brightest())
+    assert [values.count(250) for values in found] == [0, 1, 2, 3]
+    first.unlink()
+    assert brightest().count(250) == 2
+    assert load_images(folder, "train").classes == (*CLASSES, "dog")
+
+
+def test_images_are_read_without_a_cache_where_none_can_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in its place")
+    for cache in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert same(load_images(folder, "train", cache=cache), "train")
+    assert same(load_images(folder, "train"), "train")
+    (own,) = tmp_path.glob("ghn-init-images-*")
+    assert own.stat().st_mode & 0o077 == 0
+    (stored,) = own.iterdir()
+    stored.write_bytes(b"damaged")
+    assert same(load_images(folder, "train"), "train")
+    assert stored.stat().st_size > 100
+    user = os.getuid() + 1
+    theirs = tmp_path / f"ghn-init-images-{user}"
+    monkeypatch.setattr("os.getuid", lambda: user)
+    theirs.mkdir()
+    assert same(load_images(folder, "train"), "train")
+    assert not list(theirs.iterdir())
+    theirs.rmdir()
+    theirs.touch()
+    assert same(load_images(folder, "train"), "train")
+
+
+def test_a_disk_without_room_for_the_cache_is_no_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert same(load_images(folder, "train", cache=tmp_path / "cache"), "train")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "train" / "bee" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(TrainingError, match=r"gone\.png: cannot be read \(No such file"):
+        load_images(folder, "train")
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
 def test_archives_beside_each_other_hold_a_split_each(folder: Path, tmp_path: Path, kind: str) -> None:
     mode = {"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz"}[kind]
@@ -149,6 +213,77 @@ def test_images_that_do_not_fit_are_refused(folder: Path) -> None:
         Images(torch.zeros(2, 3, 4, 4), torch.zeros(2), ("a",))
     with pytest.raises(TrainingError, match="one label for every image"):
         Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), ("a",))
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
+def test_labels_outside_of_the_classes_are_refused(labels: list[int]) -> None:
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(TrainingError, match=r"labels from .* and 3 classes; expected 0 to 2"):
+        Images(pixels, torch.tensor(labels), CLASSES)
+
+
+def array(*values: Any) -> np.ndarray:
+    return np.array(values)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"train_labels": array(-1, 0)}, r"set\.npz: labels from -1 to 0 and 1 classes"),
+        ({"classes": array("a")}, r"set\.npz: labels from 0 to 1 and 1 classes"),
+        ({"train_labels": array("x", "y")}, r"train_labels is <U1 \(2,\); expected whole numbers"),
+        ({"train_labels": array(0.5, 1.0)}, r"train_labels is float64 \(2,\); expected whole numbers"),
+        ({"train_labels": array(np.nan, 1.0)}, r"train_labels is float64 \(2,\); expected whole numbers"),
+        ({"classes": np.array(3)}, r"classes is int64 \(\); expected names \(C,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    sound = {"train_images": np.zeros((2, 8, 8, 3), np.uint8), "train_labels": array(0, 1)}
+    np.savez(tmp_path / "set.npz", **sound | arrays)
+    with pytest.raises(TrainingError, match=message):
+        load_images(tmp_path / "set.npz", "train")
+    np.savez(tmp_path / "set.npz", **sound | {"train_labels": array(0.0, 1.0)})
+    assert load_images(tmp_path / "set.npz", "train").labels.tolist() == [0, 1]
+
+
+def damaged(content: bytes) -> Iterator[bytes]:
+    """The content with a stretch of noise in one place after another, or cut there."""
+    rng = np.random.default_rng(0)
+    for place in range(20, len(content), len(content) // 20):
+        yield content[:place] + rng.bytes(30) + content[place + 30 :]
+        yield content[:place]
+
+
+def test_damaged_files_are_refused_whatever_their_decoders_raise(folder: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).integers(0, 4, (32, 32, 3), np.uint8)  # which can be compressed
+    for index in range(20):
+        Image.fromarray(np.roll(noise, index, 0)).save(folder / "train" / "ant" / f"{index:03d}.png")
+    for kind in ("gz", "xz", "bz2"):
+        with tarfile.open(tmp_path / f"set.tar.{kind}", f"w:{kind}") as archive:  # pyright: ignore
+            archive.add(folder / "train", "train")
+    np.savez_compressed(tmp_path / "set.npz", train_images=noise[None], train_labels=np.zeros(1, int))
+    refused: set[str] = set()
+    for source in tmp_path.glob("set.*"):
+        for content in damaged(source.read_bytes()):
+            path = tmp_path / f"damaged{''.join(source.suffixes)}"
+            path.write_bytes(content)
+            try:
+                load_images(path, "train", cache=tmp_path / "cache")
+            except TrainingError as error:
+                refused.add(type(error.__cause__).__name__)
+    assert refused >= {"LZMAError", "error", "EOFError"}
+
+
+def test_other_files_are_refused_under_the_names_of_images(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(TrainingError, match=r"array\.npz: cannot read train_images"):
+        load_images(tmp_path / "array.npz", "train")
+    picture = folder / "train" / "ant" / "000.png"
+    for content in damaged(picture.read_bytes()):
+        picture.write_bytes(content)
+        with suppress(TrainingError):
+            load_images(folder, "train")
 
 
 def numbered(count: int, size: int = 6) -> Images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,11 @@ def test_soft_labels_of_other_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"soft labels \(48, 10\) of other images; .*ghn-init teach"):
         with_soft_labels(images, tmp_path / "soft.npz")
     (tmp_path / "bad.npz").write_bytes(b"no labels")
-    with pytest.raises(TrainingError, match=r"bad\.npz: cannot be read as soft labels"):
-        with_soft_labels(images, tmp_path / "bad.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "empty.npz").touch()
+    for name in ("bad.npz", "array.npy", "empty.npz"):
+        with pytest.raises(TrainingError, match=rf"{name}: cannot be read as soft labels"):
+            with_soft_labels(images, tmp_path / name)
 
 
 def test_a_run_with_soft_labels_needs_them(tmp_path: Path) -> None:

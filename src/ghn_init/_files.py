@@ -80,12 +80,12 @@ def partial_beside(target: Path) -> Path:
     """
     for other in target.parent.glob(".*.partial"):
         with suppress(OSError):  # gone meanwhile, or another user's: it is no reason not to write
-            if _PARTIAL.fullmatch(other.name) and _idle(other) > _STALE:
+            if _PARTIAL.fullmatch(other.name) and idle(other) > _STALE:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
     return target.with_name(f".{secrets.token_hex(8)}.partial")
 
 
-def _idle(path: Path) -> float:
+def idle(path: Path) -> float:
     """Seconds since a file, or one in a folder, was written to."""
     files = (path, *path.iterdir()) if path.is_dir() else (path,)
     return time.time() - max(file.stat().st_mtime for file in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -107,9 +108,12 @@ def seconds(text: str) -> float:
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
     try:
-        return float(number) * unit
+        value = float(number) * unit
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no length of time; write 90s, 30m or 2h") from None
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is no length of time; write 90s, 30m or 2h")
+    return value
 
 
 def training_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -103,6 +104,8 @@ class TrainConfig:
             value = getattr(self, entry.name)
             if not isinstance(value, _TYPES.get(str(entry.type), object)) or isinstance(value, bool):
                 raise ConfigError(f"training: {entry.name}={value!r}; expected {entry.type}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"training: {entry.name}={value!r}; expected a finite number")
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected at least {least}")

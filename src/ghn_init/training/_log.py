@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
+from ghn_init.training._output import writing
 from ghn_init.training._records import read_records
 
 if TYPE_CHECKING:
@@ -52,32 +54,43 @@ class Log:
 
     Lines of steps after `resume_at` are removed first: a resumed run does them again. Without a folder
     nothing is written. With `tensorboard` the numbers go to event files in `tensorboard/`, too.
+
+    Raises:
+        TrainingError: From every method: the log cannot be written.
     """
 
     def __init__(
         self, folder: Path | None, every: int, resume_at: int = 0, *, tensorboard: bool = False
     ) -> None:
         self._path = folder / LOG if folder else None
+        self._name = self._path or LOG
         self._every, self._pending = every, list[Record]()
         self._large: list[dict[str, Any]] = []
         self._board: SummaryWriter | None = None
         if folder is not None and self._path is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                kept = [line for line in read_records(self._path) if line["step"] <= resume_at]
-                write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+            with writing(self._path):
+                folder.mkdir(parents=True, exist_ok=True)
+                if self._path.exists():
+                    kept = [line for line in read_records(self._path) if line["step"] <= resume_at]
+                    write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
             if tensorboard:
                 self._board = summary_writer()(folder / TENSORBOARD, purge_step=resume_at + 1)
 
     def __enter__(self) -> Log:
-        self._file = self._path.open("a", buffering=1) if self._path else io.StringIO()
+        with writing(self._name):
+            self._file = self._path.open("a", buffering=1) if self._path else io.StringIO()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._flush()
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The error that ends the run is the one to show, not that its log cannot be finished either.
+        with suppress(TrainingError) if kind else nullcontext():
+            self._close()
+
+    def _close(self) -> None:
         if self._board is not None:
             self._board.close()
+        with writing(self._name), self._file:
+            self._flush()
 
     def step(self, record: Record, large: Sequence[dict[str, Any]] = ()) -> None:
         """Take up one step, and its networks of large "loss" (None: not finite); write if it is time."""
@@ -111,7 +124,8 @@ class Log:
         self._pending, self._large = [], []
 
     def _emit(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        with writing(self._name):
+            self._file.write(json.dumps(values) + "\n")
         if self._board is not None:
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from ghn_init._errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +29,9 @@ class RunOptions:
         validation_images: Validation images of a quick validation.
         log_every: Steps between lines of the log.
         tensorboard: Write the log for TensorBoard, too.
+
+    Raises:
+        ConfigError: A length of time that is negative or not finite.
     """
 
     output: Path
@@ -36,6 +42,12 @@ class RunOptions:
     validation_images: int = 320
     log_every: int = 10
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("time_limit", "save_every", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"training: {name}={value!r}; expected a finite number of seconds from 0")
 
 
 @dataclass

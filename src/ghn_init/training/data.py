@@ -5,11 +5,13 @@ Images are uint8 tensors (N, 3, H, W) throughout; a batch becomes float when it 
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import io
+import os
 import tarfile
 import tempfile
-import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghn_init._errors import TrainingError
+from ghn_init._files import reason, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,6 +59,11 @@ class Images:
             raise TrainingError(
                 f"{len(self.pixels)} images and labels of shape {tuple(self.labels.shape)}; "
                 "expected one label for every image"
+            )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise TrainingError(
+                f"labels from {self.labels.min()} to {self.labels.max()} and {len(self.classes)} classes; "
+                f"expected 0 to {len(self.classes) - 1}, the place of each image's class among their names"
             )
 
     def __len__(self) -> int:
@@ -186,24 +194,35 @@ def load_images(
             - a .tar, .tar.gz or .tar.xz of that; a folder that holds `*train*.tar.xz` and so on;
             - the folder of torchvision's CIFAR10 or CIFAR100 (`cifar-10-batches-py`).
         split: "train" or "test".
-        cache: Folder for decoded images, so that a second run starts at once; default: the system's
-            temporary folder.
+        cache: Folder for decoded images, so that a second run starts at once; default: one of the user's
+            own in the system's temporary folder. Where it cannot be used they are decoded every time.
 
     Raises:
         TrainingError: Nothing readable there, or images of several sizes.
     """
     if split not in ("train", "test"):
         raise TrainingError(f"split {split!r}; expected 'train' or 'test'")
-    path = _find(Path(source).expanduser(), split)
+    path = Path(source).expanduser()
+    try:
+        return _load(_find(path, split), split, cache)
+    except OSError as error:
+        raise TrainingError(f"{error.filename or path}: cannot be read ({reason(error)})") from error
+
+
+def _load(path: Path, split: str, cache: str | PathLike[str] | None) -> Images:
     if path.suffix == ".npz":
         return _read_npz(path, split)
     if (found := _torchvision_cifar(path, split)) is not None:
         return found
-    stored = _cache_file(path, split, cache)
-    if stored.exists():
+    folder = Path(cache).expanduser() if cache else _own_cache()
+    if folder is None:
+        return _decode(_files(path, split), path)
+    stored = folder / _cache_name(path, split)
+    with suppress(TrainingError):  # it is not there yet, or cannot be read
         return _read_npz(stored, split)
     images = _decode(_files(path, split), path)
-    _write_npz(stored, images, split)
+    with suppress(OSError):
+        _write_npz(stored, images, split)
     return images
 
 
@@ -217,19 +236,54 @@ def _find(path: Path, split: str) -> Path:
     return path
 
 
-def _cache_file(path: Path, split: str, cache: str | PathLike[str] | None) -> Path:
-    stat = path.stat()
-    key = f"{path.resolve()}/{split}/{stat.st_size}/{stat.st_mtime_ns}"
-    folder = Path(cache).expanduser() if cache else Path(tempfile.gettempdir()) / "ghn-init-images"
-    return folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
+def _own_cache() -> Path | None:
+    """A folder of the user's in the system's temporary one, where everybody may write; None if there is none.
+
+    Somebody else's folder of that name is not used: what it holds would be taken for the images.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    try:
+        folder = Path(tempfile.gettempdir()) / f"ghn-init-images-{user}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = not hasattr(os, "getuid") or folder.lstat().st_uid == user
+    except OSError:
+        return None
+    return folder if mine else None
+
+
+def _cache_name(path: Path, split: str) -> str:
+    """The name under which the decoded images of a source are kept; another one when a file of it changes."""
+    found = hashlib.blake2b(f"{path.resolve()}/{split}".encode(errors="surrogateescape"), digest_size=12)
+    files = _image_files(_root(path, split)) if path.is_dir() else [("", path)]
+    for name, file in files:
+        stat = file.stat()
+        line = f"\n{name}/{file.name}/{stat.st_size}/{stat.st_mtime_ns}"
+        found.update(line.encode(errors="surrogateescape"))
+    return f"{found.hexdigest()}.npz"
+
+
+def _root(path: Path, split: str) -> Path:
+    """The folder with one folder per class."""
+    return path / split if (path / split).is_dir() else path
+
+
+def _image_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
+    """(class name, file) of all image files, sorted by name."""
+    found = [
+        (folder.name, file)
+        for folder in os.scandir(root)
+        if folder.is_dir()
+        for file in os.scandir(folder)
+        if Path(file.name).suffix.lower() in SUFFIXES
+    ]
+    return sorted(found, key=lambda entry: (entry[0], entry[1].name))
 
 
 def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
     """(class name, encoded image) of all image files, sorted by name."""
     if path.is_dir():
-        root = path / split if (path / split).is_dir() else path
-        for file in sorted(p for p in root.glob("*/*") if p.suffix.lower() in SUFFIXES):
-            yield file.parent.name, file.read_bytes()
+        for name, file in _image_files(_root(path, split)):
+            yield name, Path(file).read_bytes()
         return
     found: list[tuple[str, bytes]] = []
     try:
@@ -239,7 +293,7 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
                 name = Path(member.name)
                 if name.suffix.lower() in SUFFIXES and (content := archive.extractfile(member)):
                     found.append((member.name, content.read()))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile's, or of any kind from what decompresses
         raise TrainingError(f"{path}: not a readable archive of images ({error})") from error
     nested = [entry for entry in found if split in Path(entry[0]).parts[:-2]]
     for name, content in sorted(nested or found):
@@ -247,7 +301,7 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     names: list[str] = []
     pixels: list[np.ndarray] = []
@@ -255,7 +309,7 @@ def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # its decoders raise what they like for a damaged file
             raise TrainingError(f"{path}: image {len(names)} of class {name} is damaged ({error})") from error
         names.append(name)
         if pixels[-1].shape != pixels[0].shape:
@@ -277,25 +331,44 @@ def _write_npz(path: Path, images: Images, split: str) -> None:
         f"{split}_labels": images.labels.numpy(),
         "classes": np.array(images.classes),
     }
-    # Under a name of its own first: another process may be reading or writing the same cache.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+    # In one piece: another process may be reading or writing the same cache.
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (takes any names)
-    Path(file.name).replace(path)
 
 
 def _read_npz(path: Path, split: str) -> Images:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
-            classes = file["classes"].tolist() if "classes" in file else range(int(labels.max()) + 1)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            classes = file.get("classes")
+    except Exception as error:  # numpy, zipfile and zlib each have their own for a damaged file
         raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise TrainingError(
             f"{path}: {split}_images is {pixels.dtype} {pixels.shape}; expected uint8 (N, H, W, 3)"
         )
+    if not _whole(labels):
+        raise TrainingError(
+            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; expected whole numbers (N,) from 0, "
+            "with the classes' names in `classes`"
+        )
+    if classes is None:
+        classes = np.arange(labels.max(initial=-1) + 1)
+    if classes.ndim != 1:
+        raise TrainingError(f"{path}: classes is {classes.dtype} {classes.shape}; expected names (C,)")
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes)))
+    try:
+        return Images(tensor, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes.tolist())))
+    except TrainingError as error:
+        raise TrainingError(f"{path}: {error}") from error
+
+
+def _whole(values: np.ndarray) -> bool:
+    """Whether these are whole numbers, of whatever type."""
+    if values.dtype.kind not in "biuf":
+        return False
+    with np.errstate(invalid="ignore"):
+        return np.array_equal(values, values.astype(np.int64))
 
 
 def _torchvision_cifar(path: Path, split: str) -> Images | None:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
+from ghn_init._files import write_bytes
 from ghn_init._weights.ghn import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from ghn_init.training._engine import Engine, Result, fast_precision
 from ghn_init.training._log import Log, Record, summary_writer
 from ghn_init.training._meta_batches import MetaBatch, MetaBatches, ahead
 from ghn_init.training._optimizer import make_optimizer
+from ghn_init.training._output import only_writer, writing
 from ghn_init.training._ranks import Ranks
 from ghn_init.training._run import Clock, RunOptions, State, Termination
 from ghn_init.training._scaled_init import init_for_training
@@ -83,6 +85,7 @@ class Trainer:
         self.engine = Engine(self.precision, config.label_smoothing)
         self.state = State()
         self._skipped_in_a_row = 0
+        self._whole = True
         self.validation = Validation(
             validation,
             self.normalise,
@@ -159,29 +162,47 @@ class Trainer:
             curve is drawn. False if it waits to be resumed.
 
         Raises:
-            TrainingError: Many steps in a row without a finite loss; another rank died. A checkpoint is
-                written before.
+            TrainingError: Another run writes to the output folder, or has gone on there since this trainer
+                was made; it cannot be written. Many steps in a row without a finite loss; another rank died.
+            Exception: Whatever else ends a step. After every error a checkpoint of the last whole step is
+                written if that is possible: not where an update of the weights was interrupted.
         """
-        step = self.ranks.gather([self.state.step])[0][0]
-        if step != self.state.step:
-            raise TrainingError(
-                f"process {self.ranks.rank} found a checkpoint of step {self.state.step} in "
-                f"{self.options.output}, the first process one of step {step:.0f}; expected a folder that "
-                "all processes see"
-            )
-        try:
-            self._run(on_step or (lambda _: None))
-        except TrainingError:
+        with only_writer(self.options.output) if self.ranks.first else nullcontext():
+            self._check_step()
+            try:
+                self._run(on_step or (lambda _: None))
+            except Exception:
+                with suppress(Exception):  # the first error is the one to show, whatever comes of this
+                    self.save()
+                raise
             self.save()
-            raise
-        self.save()
-        if self.done < 1:
-            return False
-        if self.ranks.first:
-            self.export(self.options.output / "ghn")
-            if find_spec("matplotlib"):  # of the `train` extra; a run without it is none the worse
-                draw_curve(self.options.output)
-        return True
+            if self.done < 1:
+                return False
+            if self.ranks.first:
+                self.export(self.options.output / "ghn")
+                if find_spec("matplotlib"):  # of the `train` extra; a run without it is none the worse
+                    draw_curve(self.options.output)
+            return True
+
+    def _check_step(self) -> None:
+        """See that all processes are at the step of the newest checkpoint, or beyond it."""
+        mine, output = self.state.step, self.options.output
+        if not self._whole:
+            raise TrainingError(
+                f"an error within an update of the weights left this trainer after half of step {mine + 1}; "
+                "make a new one, which takes up the newest checkpoint"
+            )
+        if self.ranks.first and (path := _checkpoint.newest(output)) and _checkpoint.step_of(path) > mine:
+            raise TrainingError(
+                f"{path}: another run has written it since this one took up step {mine}; start again to go "
+                "on from there, or give another output folder"
+            )
+        step = self.ranks.gather([mine])[0][0]
+        if step != mine:
+            raise TrainingError(
+                f"process {self.ranks.rank} found a checkpoint of step {mine} in {output}, the first process "
+                f"one of step {step:.0f}; expected a folder that all processes see"
+            )
 
     def _run(self, on_step: Callable[[Record], None]) -> None:
         options, state, first = self.options, self.state, self.ranks.first
@@ -233,6 +254,7 @@ class Trainer:
         networks, world = len(results) * self.ranks.world, self.ranks.world
         state.step, state.position, state.networks = state.step + 1, batch.stop, state.networks + networks
         state.dropped += networks - round(figures[2].item() * world)
+        self._whole = True
         self._note_skipped(norm is None)
         return Record(
             step=state.step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, skipped=state.skipped,
@@ -315,6 +337,9 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.ghn.parameters(), self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # From here until the step is counted, weights, optimizer and average are those of no step: an update
+        # may end halfway, as Muon's does where the process with which it exchanges matrices is lost.
+        self._whole = False
         self.optimizer.step()
         self._average()
         return norm.item()
@@ -355,8 +380,12 @@ class Trainer:
         return {"step": self.state.step, **self.validation(self.averaged(), self.precision)}
 
     def save(self) -> None:
-        """Write a checkpoint if this is the run's first process and it has made a step."""
-        if not (self.ranks.first and self.state.step):
+        """Write a checkpoint if this is the run's first process, and is after a step, not within one.
+
+        Raises:
+            TrainingError: It cannot be written.
+        """
+        if not (self.ranks.first and self.state.step and self._whole):
             return
         tensors = {
             "weights": self.ghn.state_dict(),
@@ -402,4 +431,6 @@ class Trainer:
             "mean": self.normalise.mean,
             "std": self.normalise.std,
         }
-        (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+        path = folder / "training.json"
+        with writing(path):
+            write_bytes(path, (json.dumps(figures, indent=2) + "\n").encode())
