@@ -716,3 +716,22 @@ def test_a_forward_pass_that_freezes_parts_does_not_reach_the_model() -> None:
     trace(network, (2, 3, 8, 8))
     assert network.steps == 0
     assert all(param.requires_grad for param in network.parameters())
+
+
+def test_what_no_input_mends_is_told_with_its_line_and_without_other_inputs() -> None:
+    def branching(x: Tensor) -> Tensor:
+        return x if x.mean() > 0 else -x
+
+    with pytest.raises(TraceError, match=r"test_trace\.py:\d+: Tensor\.__bool__ needs") as caught:
+        trace(Small(branching))
+    assert "example_input" not in str(caught.value)
+
+
+def test_a_forward_pass_that_takes_its_input_by_name_is_traced() -> None:
+    class Named(Small):
+        def forward(self, *, image: Tensor) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(image)
+
+    assert signature(trace(Named())) == signature(trace(Small()))
+    with pytest.raises(TraceError, match=r"on an input of shape image \(1, 5, 8, 8\)"):
+        trace(Named(), {"image": (1, 5, 8, 8)})

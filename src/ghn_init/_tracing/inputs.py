@@ -68,11 +68,13 @@ def given_input(example_input: object) -> ExampleInput:
     if isinstance(example_input, Tensor):
         return ExampleInput((_on_meta(example_input),), {}, str(tuple(example_input.shape)))
     if isinstance(example_input, Mapping):
-        return ExampleInput((), _named_arguments(example_input), "dict")
+        named = _named_arguments(example_input)
+        return ExampleInput((), named, ", ".join(f"{name} {_shown(named[name])}" for name in named))
     if _is_shape(example_input):
         return _of_shape(example_input)
     if isinstance(example_input, (tuple, list)):
-        return ExampleInput(tuple(_argument(value) for value in example_input), {}, "tuple")
+        given = tuple(_argument(value) for value in example_input)
+        return ExampleInput(given, {}, ", ".join(map(_shown, given)))
     raise TraceError(
         "example_input must be a tensor, a shape such as (1, 3, 224, 224), a tuple of positional "
         f"arguments or a dict of keyword arguments; found {type(example_input).__name__}"
@@ -107,6 +109,11 @@ def _argument(value: object) -> object:
     if isinstance(value, dict):
         return {key: _argument(item) for key, item in value.items()}
     return value
+
+
+def _shown(value: object) -> str:
+    """An argument in messages: the shape of a tensor, else the type."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -144,12 +151,14 @@ def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[int, ...]] = set()
     count, listed = _images_wanted(model)
+    named = _named_alone(model)
     usual = [(_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model)]
     bare = [(_FIRST_PARAMETER, shape) for shape in _shapes_of_first_parameter(model)]
     for origin, shape in (*_declared_shapes(model), *usual, *bare):
         if shape not in seen:
             seen.add(shape)
-            yield _images(_of_shape(shape, dtype, origin), count, listed)
+            one = _of_shape(shape, dtype, origin)
+            yield _by_name(one, named) if named else _images(one, count, listed)
     if isinstance(_first_layer(model), nn.Embedding):
         yield _of_shape((1, _TOKENS), torch.long, _FIRST_LAYER)
 
@@ -163,6 +172,21 @@ def _images_wanted(model: nn.Module) -> tuple[int, bool]:
     required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
     listed = bool(required) and _LIST_OF_TENSORS.search(str(required[0].annotation)) is not None
     return max(len(required), 1), listed
+
+
+def _named_alone(model: nn.Module) -> list[str]:
+    """The arguments that the forward pass takes by their names, if it takes none by its place."""
+    parameters = parameters_of_forward(model).values()
+    if any(p.kind in (*_POSITIONAL, p.VAR_POSITIONAL) for p in parameters):
+        return []
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
+def _by_name(one: ExampleInput, names: Sequence[str]) -> ExampleInput:
+    """The same for each of these arguments."""
+    named = dict.fromkeys(names, one.args[0])
+    described = ", ".join(f"{name} {one.described}" for name in names)
+    return ExampleInput((), named, described, f"{one.origin}, by name")
 
 
 def _images(one: ExampleInput, count: int, listed: bool) -> ExampleInput:

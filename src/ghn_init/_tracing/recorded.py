@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -76,15 +77,20 @@ def recorded(
         # The user's forward may raise anything; it is raised again with the place and the remedy.
         except Exception as error:
             place = _failing_module(model, error.__traceback__)
-            told = TraceError(
-                f"{type(model).__name__}: the forward pass failed{place} on an input of shape "
-                f"{example.described}: {type(error).__name__}: {first_line(error)}{_remedy(error)}"
-            )
+            begin = f"{type(model).__name__}: the forward pass failed{place}"
             if not isinstance(error, UnknownValueError):
-                raise told from error
+                raise TraceError(
+                    f"{begin} on an input of shape {example.described}: {type(error).__name__}: "
+                    f"{first_line(error)}{_remedy(error)}"
+                ) from error
+            told = UnfollowableError(f"{begin}{_line(error.__traceback__)}: {first_line(error)}")
             told.__cause__ = error
             return recorder.recording(), told
     return recorder.finish(output), None
+
+
+class UnfollowableError(TraceError):
+    """A forward pass that cannot be recorded, whatever it gets."""
 
 
 def called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,6 +157,21 @@ def _remedy(error: Exception) -> str:
     if not (isinstance(error, NotImplementedError) or _NEEDS_MEMORY.search(str(error))):
         return ""
     return " (for a layer that cannot run on meta tensors, add a rule with ghn_init.register)"
+
+
+def _line(traceback: TracebackType | None) -> str:
+    """' at file:line', the innermost that is neither torch's nor of this package."""
+    place = ""
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if not file.startswith(_NOT_THE_USERS):
+            place = f" at {Path(file).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+_NOT_THE_USERS: Final = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
+"""How names of files begin that are not the user's."""
 
 
 def _failing_module(model: nn.Module, traceback: TracebackType | None) -> str:

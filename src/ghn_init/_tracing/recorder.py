@@ -251,7 +251,9 @@ class Recorder(TorchFunctionMode):
                 if func.__name__ == "__contains__" and not tensor.is_floating_point():
                     return False  # no token is a special one, such as padding
                 raise UnknownValueError(
-                    f"Tensor.{func.__name__} needs the values of activations, which have none while tracing"
+                    f"Tensor.{func.__name__} needs the values of activations, which have none while tracing, "
+                    "whatever the input; write it without (torch.where, masks), or put it into a layer with "
+                    "a rule (ghn_init.register): docs/tracing.md, Limits"
                 )
         return func(*args, **kwargs)
 

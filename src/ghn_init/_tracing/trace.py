@@ -12,14 +12,14 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ghn_init._errors import TraceError
+from ghn_init._errors import TraceError, listing
 from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.walk import modules_of, params_of
 from ghn_init._network.wrappers import bare, unwrapped
 from ghn_init._threads import alone, uncollected
 from ghn_init._tracing.foreign import inputs_of, is_complete, recording_of
 from ghn_init._tracing.inputs import ExampleInput, candidate_inputs, given_input
-from ghn_init._tracing.recorded import recorded, recorders
+from ghn_init._tracing.recorded import UnfollowableError, recorded, recorders
 from ghn_init._tracing.rules.registered import registered_layers  # and with it all rules, into RULES
 from ghn_init._tracing.sketch import Sketch
 from ghn_init._tracing.untouched import snapshot
@@ -168,8 +168,10 @@ def _check(model: object) -> None:
 
 def _no_input_fits(model: nn.Module, failures: list[tuple[ExampleInput, TraceError]]) -> TraceError:
     """What the likeliest input gave, and which others were tried."""
+    if failures and isinstance(failures[0][1], UnfollowableError):
+        return failures[0][1]
     if failures:
-        others = ", ".join(candidate.described for candidate, _ in failures[1:])
+        others = listing([candidate.described for candidate, _ in failures[1:]], 3)
         told = f"{failures[0][1]}{f'; nor does it take {others}' if others else ''}"
     else:
         told = f"{type(model).__name__}: no example input is known for it"
