@@ -28,7 +28,7 @@ def main() -> None:
     for parameter in graph.unmatched:
         print(f"no node type fits {parameter.name} {parameter.shape}: {parameter.role}")
 
-    # .dot needs nothing else; .svg, .pdf and .png need graphviz: pip install 'ghn-init[draw]'
+    # .dot needs nothing else; .svg, .pdf and .png need graphviz: pip install graphviz
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()) / "vit.dot"
     graph.draw(path)
     print("drawn to", path)

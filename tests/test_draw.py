@@ -57,7 +57,7 @@ def test_without_the_package_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "graphviz", None)
-    with pytest.raises(DrawError, match=r"pip install 'ghn-init\[draw\]'.*g\.dot"):
+    with pytest.raises(DrawError, match=r"pip install graphviz.*g\.dot"):
         GRAPH.draw(tmp_path / "g.svg")
 
 

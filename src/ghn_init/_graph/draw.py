@@ -104,7 +104,7 @@ def _render(source: str, suffix: str, path: Path) -> bytes:
         import graphviz
     except ImportError as error:
         raise DrawError(
-            f"{path}: drawing {suffix} needs graphviz: pip install 'ghn-init[draw]' and the `dot` program "
+            f"{path}: drawing {suffix} needs graphviz: pip install graphviz, and the `dot` program "
             f"(apt install graphviz, brew install graphviz), {remedy}"
         ) from error
     try:

@@ -214,7 +214,7 @@ class Graph:
     def draw(self, path: str | PathLike[str]) -> None:
         """Draw the graph to `path` (.svg, .pdf, .png, .dot), coloured by node type, with a legend.
 
-        Needs graphviz for everything but .dot: `pip install ghn-init[draw]` and the `dot` program.
+        Needs graphviz for everything but .dot: `pip install graphviz` and the `dot` program.
         """
         draw(self, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from ghn_init.training import _records, teacher
 from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from os import PathLike
 
     from ghn_init._weights.ghn import GHN
     from ghn_init.training.data import Images
@@ -67,7 +68,7 @@ class Records:
     measurements: dict[int, Measurement]
 
 
-def read_records(path: Path) -> Records:
+def read_records(path: str | PathLike[str]) -> Records:
     """Read a file of measurements; a last line without its end, of a killed process, is passed over.
 
     Raises:
@@ -75,7 +76,7 @@ def read_records(path: Path) -> Records:
     """
     if not path.exists():
         raise TrainingError(f"{path}: no such file; expected one of `ghn-init measure`")
-    first, *others = _records.read_records(path) or [{}]
+    first, *others = _records.read_records(Path(path)) or [{}]
     try:
         header = Header.from_dict(first)
     except (KeyError, TypeError, TrainingError) as error:

@@ -143,8 +143,7 @@ def _search(kind: Kind, x: Array, y: Array) -> Any:
         from sklearn.svm import SVR
     except ImportError as error:
         raise TrainingError(
-            f"scikit-learn, which fits regressors, cannot be imported ({error}); "
-            "pip install 'ghn-init[search]'"
+            f"scikit-learn, which fits regressors, cannot be imported ({error}); pip install scikit-learn"
         ) from error
     if kind == "ridge":
         return RidgeCV(_ALPHAS).fit(x, y)

@@ -117,7 +117,8 @@ class TrainConfig:
                 raise ConfigError(f"training: {name}={value!r}; expected one of {choices}")
         if (self.steps is None) == (self.duration is None):
             raise ConfigError(
-                f"training: steps={self.steps}, duration={self.duration}; give exactly one of them"
+                f"training: steps={self.steps}, duration={self.duration}; give exactly one of them "
+                "(--steps 10000 or --duration 2h)"
             )
         if (self.steps or self.duration or 0) <= 0:
             raise ConfigError("training: a run of no length; expected steps or duration above 0")

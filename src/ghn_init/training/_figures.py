@@ -24,7 +24,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TrainingError(
-            f"matplotlib, which draws pictures, cannot be imported ({error}); pip install 'ghn-init[train]'"
+            f"matplotlib, which draws pictures, cannot be imported ({error}); pip install matplotlib"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -143,7 +143,7 @@ def summary_writer() -> type[SummaryWriter]:
     except ImportError as error:
         raise TrainingError(
             f"--tensorboard: TensorBoard cannot be imported ({error}); "
-            "pip install 'ghn-init[tensorboard]', or leave the option out"
+            "pip install tensorboard, or leave the option out"
         ) from error
     return SummaryWriter
 

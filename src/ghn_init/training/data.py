@@ -125,7 +125,7 @@ def hold_out(images: Images, count: int = VALIDATION_IMAGES) -> tuple[Images, Im
     """
     if not 0 < count < len(images):
         raise TrainingError(
-            f"cannot hold out {count} of {len(images)} images; expected 1 to {len(images) - 1}"
+            f"cannot hold out {count} of {len(images)} images; expected more than {count:,} training images"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     return images.take(order[:-count]), images.take(order[-count:])
