@@ -74,9 +74,10 @@ def read_records(path: str | PathLike[str]) -> Records:
     Raises:
         TrainingError: It is none, or damaged; the message names the line.
     """
+    path = Path(path)
     if not path.exists():
         raise TrainingError(f"{path}: no such file; expected one of `ghn-init measure`")
-    first, *others = _records.read_records(Path(path)) or [{}]
+    first, *others = _records.read_records(path) or [{}]
     try:
         header = Header.from_dict(first)
     except (KeyError, TypeError, TrainingError) as error:
