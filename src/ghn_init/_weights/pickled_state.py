@@ -160,9 +160,8 @@ class _Machine:
 
 def _known(parts: list[Any]) -> _Name:
     """The name that a module's and a function's make together."""
-    if not all(
-        isinstance(part, str) for part in parts
-    ):  # and are not written out: tuples may share their items
+    # What is no text is not written out: tuples that share their items would be endless.
+    if not all(isinstance(part, str) for part in parts):
         raise _RefusedError("a name that is no text")
     name = ".".join(parts)
     if name not in (_ORDERED_DICT, _STORAGE, _TENSOR):

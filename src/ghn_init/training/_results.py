@@ -118,10 +118,10 @@ def table(scores: Sequence[Score]) -> str:
     ]
     for score in scores:
         published = TARGETS.get((score.split, score.noise > 0))
-        errors = f"± {score.standard_error:.1f}"
+        errors = f" ± {score.standard_error:.1f}" if score.n > 1 else ""
         errors += f" ± {score.image_error:.1f} (images)" if score.image_error else ""
         lines.append(
-            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f} {errors} | "
+            f"| {score.split} | {score.n} | {score.images} | {score.noise:g} | {score.mean:.1f}{errors} | "
             f"{score.maximum:.1f} | {published or '-'} |"
         )
     return "\n".join(lines)
