@@ -652,10 +652,35 @@ def mixing() -> nn.Module:
     return nn.Sequential(*layers, *classifier(64))
 
 
+class DualPath(nn.Module):
+    """Cuts what it makes: some channels are added, the others joined to those before (arXiv 1707.01629)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*block(3, 64))
+        widths = range(64, 64 + 8 * 16, 16)
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 80, 3, padding=1))
+            for width in widths
+        )
+        self.end = nn.Sequential(nn.BatchNorm2d(192), nn.ReLU(), *classifier(192))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added = self.stem(x)
+        joined = added[:, :0]
+        for unit in self.units:
+            h = unit(torch.cat((added, joined), 1))
+            added, joined = added + h[:, :64], torch.cat((joined, h[:, 64:]), 1)
+        return self.end(torch.cat((added, joined), 1))
+
+
 @pytest.mark.parametrize(
     ("build", "most"),
-    [(residuals, 4), (inverted, 4), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10)],
-)
+    [
+        (residuals, 4), (inverted, 4), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
+        (DualPath, 4),
+    ],
+)  # fmt: skip
 def test_evaluation_mode_gives_outputs_of_the_size_that_training_mode_gives(
     build: Callable[[], nn.Module], most: float
 ) -> None:

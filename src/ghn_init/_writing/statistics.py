@@ -214,7 +214,19 @@ def _normalised(x: Signal, norm: _Norm | None) -> tuple[Signal, Tensor | None]:
         values = torch.mul(*_together(values, gain, norm))
     if not isinstance(shift, float) or shift:
         values = torch.add(*_together(values, shift, norm))
-    return Signal(values=values, channels=x.channels), torch.stack((mean, variance))
+    cut = norm is not None and x.channels not in (None, norm.channels)
+    statistics = _of_all(mean, variance) if cut else torch.stack((mean, variance))
+    return Signal(values=values, channels=x.channels), statistics
+
+
+def _of_all(mean: Tensor, variance: Tensor) -> Tensor:
+    """(2, 1): those of all channels together, where the graph does not say which of them a norm reads.
+
+    Some channels vary 90 times more than others in a DPN, which cuts and joins feature maps. Taken for one
+    another, they come out of its norms so many times too large.
+    """
+    usual = mean.mean()
+    return torch.stack((usual, (variance + (mean - usual).square()).mean()))[:, None]
 
 
 def _together(values: Tensor, number: Tensor | float, norm: _Norm | None) -> tuple[Tensor, Tensor | float]:
