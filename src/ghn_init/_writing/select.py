@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 
 FROZEN: Final = "frozen (frozen='keep')"
-INFERENCE: Final = "made under torch.inference_mode(), which forbids writing: build it outside"
 """Why a parameter without requires_grad is kept."""
+
+INFERENCE: Final = "made under torch.inference_mode(), which forbids writing: build it outside"
+"""Why one that cannot be written is kept, with the remedy."""
 
 _EXCLUDED: Final = "excluded by "
 _NOT_INCLUDED: Final = "not included"
