@@ -44,5 +44,6 @@ training() {
 
 accuracy &
 first=$!
+trap 'kill "$first" 2> /dev/null || true' EXIT # an error of the one ends the other, too
 training
 wait "$first"

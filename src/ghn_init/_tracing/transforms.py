@@ -3,8 +3,7 @@
 Inside a transform of `torch.func` tensors are wrapped, and what comes out of it was made by functions of C++
 that no mode sees. So where activations or weights are mapped over, the function, which is the same for all
 examples, is followed for one: it gets the first slice of every argument, and what it gives is expanded to
-all.
-Other transforms of activations (`grad`, `jvp`) are refused by `Recorder.value`.
+all. Of other transforms `jvp` is refused here, `grad` by `Recorder.value`.
 
 Code that turns autocast on or off for the device of an activation gets the meta device while recording, which
 has none: it is given that of the model's.
