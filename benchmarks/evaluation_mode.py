@@ -3,8 +3,8 @@
     python benchmarks/evaluation_mode.py DATA [--networks dpn68 dla34] [--side 96]
 
 For networks of timm, with the bundled weights and the default: the standard deviation of the outputs for 32
-test images, enlarged to `--side`, in both modes. Where they differ much, the running statistics that `predict`
-found from the weights are wrong, and `calibrate_batchnorm` is needed.
+test images, enlarged to `--side`, in both modes. Where they differ much, the running statistics that
+`predict` found from the weights are wrong, and `calibrate_batchnorm` is needed.
 """
 
 from __future__ import annotations
