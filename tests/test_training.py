@@ -98,6 +98,12 @@ def test_lengths_of_time_that_no_run_can_have(tmp_path: Path, name: str, value: 
         RunOptions(output=tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["log_every", "validation_networks", "validation_images"])
+def test_numbers_that_no_run_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0; expected a number from 1"):
+        RunOptions(output=tmp_path, **{name: 0})
+
+
 def test_a_configuration_survives_json() -> None:
     config = tiny_config(lr=3e-4, ghn={"hid": 16, "depth_buckets": 8})
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

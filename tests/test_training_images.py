@@ -246,6 +246,22 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, An
     assert load_images(tmp_path / "set.npz", "train").labels.tolist() == [0, 1]
 
 
+def test_an_archive_with_a_damaged_header_in_its_middle_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder / "train", "train")
+    with tarfile.open(path) as archive:
+        offset = archive.getmembers()[-2].offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 100] = b"?" * 100  # its name; the checksum is wrong then
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"set\.tar: not a readable archive.*header is damaged"):
+        load_images(path, "train")
+    path.write_bytes(content[: offset + 256])
+    with pytest.raises(TrainingError, match=r"set\.tar: not a readable archive.*header is damaged"):
+        load_images(path, "train")
+
+
 def damaged(content: bytes) -> Iterator[bytes]:
     """The content with a stretch of noise in one place after another, or cut there."""
     rng = np.random.default_rng(0)

@@ -31,7 +31,7 @@ class RunOptions:
         tensorboard: Write the log for TensorBoard, too.
 
     Raises:
-        ConfigError: A length of time that is negative or not finite.
+        ConfigError: A length of time that is negative or not finite, or a number that is less than 1.
     """
 
     output: Path
@@ -48,6 +48,9 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"training: {name}={value!r}; expected a finite number of seconds from 0")
+        for name in ("validation_networks", "validation_images", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected a number from 1")
 
 
 @dataclass

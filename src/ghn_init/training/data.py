@@ -279,6 +279,23 @@ def _image_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
     return sorted(found, key=lambda entry: (entry[0], entry[1].name))
 
 
+_DAMAGED: Final = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+)
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive. Where tarfile takes a damaged header for the end, this is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except _DAMAGED as error:
+            raise tarfile.ReadError(f"a member's header is damaged: {error}") from error
+
+
 def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
     """(class name, encoded image) of all image files, sorted by name."""
     if path.is_dir():
@@ -287,7 +304,7 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
         return
     found: list[tuple[str, bytes]] = []
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Member) as archive:
             # In the archive's own order: seeking back in a compressed archive starts it again.
             for member in archive:
                 name = Path(member.name)
