@@ -674,11 +674,34 @@ class DualPath(nn.Module):
         return self.end(torch.cat((added, joined), 1))
 
 
+class CrossStages(nn.Module):
+    """Half of the channels goes through residual blocks, then beside the other half (arXiv 1911.11929)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*block(3, 64))
+        self.units = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(*block(32, 32), *block(32, 32)[:2]) for _ in range(3))
+            for _ in range(3)
+        )
+        self.joins = nn.ModuleList(nn.Sequential(*block(64, 64)) for _ in range(3))
+        self.end = nn.Sequential(*classifier(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for units, join in zip(self.units, self.joins, strict=True):
+            kept, h = x.chunk(2, dim=1)
+            for unit in units:
+                h = torch.relu(h + unit(h))
+            x = join(torch.cat((h, kept), 1))
+        return self.end(x)
+
+
 @pytest.mark.parametrize(
     ("build", "most"),
     [
         (residuals, 4), (inverted, 4), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
-        (DualPath, 4),
+        (DualPath, 4), (CrossStages, 3),
     ],
 )  # fmt: skip
 def test_evaluation_mode_gives_outputs_of_the_size_that_training_mode_gives(

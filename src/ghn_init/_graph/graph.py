@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,24 @@ class Node:
     stored: tuple[int, ...] | None = None
 
 
+class Part(NamedTuple):
+    """Channels of one node, as another one reads them.
+
+    Attributes:
+        node: The index of the node.
+        cut: The first channel, the one after the last, and how many the node has; None: all of them.
+        scale: Name of the parameter that they are multiplied by, such as a layer scale, if any.
+    """
+
+    node: int
+    cut: tuple[int, int, int] | None = None
+    scale: str | None = None
+
+
+Parts = tuple[Part, ...]
+"""Channels side by side."""
+
+
 @dataclass(frozen=True, slots=True)
 class UnmatchedParameter:
     """A parameter of the model that no node stands for.
@@ -95,6 +113,9 @@ class Graph:
         cropped: Of the convolutions of whose filters much lies beside the image, by the node's index: for
             every axis, and for every place of the output along it, the first row of the filter that lies in
             the image and the one after the last. A GHN does not see the image's size.
+        reads: Of the nodes that read some of another node's channels, read them multiplied by a parameter, or
+            join nodes in another order than that of their indices, by index: what each operand consists of;
+            a `concat` has one. A GHN sees whole nodes.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -109,6 +130,7 @@ class Graph:
     cropped: Mapping[int, tuple[tuple[tuple[int, int], ...], ...]] = field(
         default_factory=dict, compare=False, repr=False
     )
+    reads: Mapping[int, tuple[Parts, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

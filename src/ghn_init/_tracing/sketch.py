@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from ghn_init._graph.graph import Graph, Node, UnmatchedParameter
 from ghn_init._tracing.arguments import argument, function_name, layout, shape_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
+from ghn_init._tracing.channels import Channels
 from ghn_init._tracing.values import DEVICE_MOVES, FILLED, FROM_NOTHING
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Sketch:
         rectified: The nodes whose output goes through an activation, see `Graph`.
         enlarged: The nodes whose output is enlarged, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
+        channels: Which channels tensors carry.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -119,6 +121,7 @@ class Sketch:
         self.rectified: set[int] = set()
         self.enlarged: set[int] = set()
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
+        self.channels = Channels(self)
         self.shapes = shapes
         self._carried: dict[fx.Node, Carried | tuple[Carried, ...]] = {}
         self._ends: tuple[int, ...] | None = None
@@ -172,15 +175,19 @@ class Sketch:
         if name in _OF_THE_FIRST:
             return self.carried(args[0])
         if name == "__getitem__" and isinstance(layout(args[0]), (tuple, list)):
-            return self._one_of(*args)
+            several, index = args
+            self.channels.one_of(several, index, node)
+            return self._one_of(several, index)
         operation = Operation(node, name, self)
         found = RULES.get(name)
+        count = len(self.nodes)
         if node.meta.get("known"):  # indices and counts: no activations, whatever is computed with them
             value = merged(operation.inputs())
         else:
             value = operation.passed_on() if found is None else found(operation)
         if name == "__setitem__":
             self._carried[args[0]] = value
+        self.channels.follow(node, name, value, count if len(self.nodes) > count else None)
         return value
 
     def _one_of(self, several: fx.Node, index: Any) -> Carried:
@@ -211,7 +218,14 @@ class Sketch:
             frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
         )
         cropped = {number[old]: rows for old, rows in self.cropped.items() if old in live}
-        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped)
+        reads = {
+            number[old]: tuple(
+                tuple(part._replace(node=number[part.node]) for part in parts) for parts in operands
+            )
+            for old, operands in self.channels.reads.items()
+            if old in live
+        }
+        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

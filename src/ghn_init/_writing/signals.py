@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ghn_init._graph.graph import Graph, Node
+    from ghn_init._graph.graph import Graph, Node, Part, Parts
     from ghn_init._hypernetwork.tile import Tile
     from ghn_init._writing.entry import Entry
 
@@ -90,6 +90,24 @@ def rectified(x: Signal) -> Signal:
     if x.values is None:
         return replace(x, square=x.square / 2, positive=True)
     return replace(x, values=x.values.relu())
+
+
+def read_from(parts: Parts, signals: Mapping[int, Signal], scales: Mapping[str, float]) -> Signal:
+    """The signal of channels of several nodes side by side; `scales` are those of parameters by name."""
+    signal = _joined([_part(signals[part.node], part, scales) for part in parts])
+    return replace(signal, told=any(signals[part.node].told for part in parts))
+
+
+def _part(x: Signal, part: Part, scales: Mapping[str, float]) -> Signal:
+    """Some of the channels, if there are as many in all as are said, times a number."""
+    first, end, channels = part.cut or (0, 0, None)
+    if channels is not None and x.channels == channels and (first, end) != (0, channels):
+        values = None if x.values is None else x.sampled(channels)[:, first:end]
+        x = replace(x, values=values, channels=end - first)
+    scale = 1.0 if part.scale is None else scales.get(part.scale, 1.0)
+    if scale == 1:
+        return x
+    return replace(x, square=x.square * scale**2, values=None if x.values is None else x.values * scale)
 
 
 def repeated(values: Tensor, channels: int) -> Tensor:

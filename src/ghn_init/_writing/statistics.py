@@ -20,9 +20,18 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_init._graph.graph import NORM_TYPES
-from ghn_init._network.scale import ends_of
+from ghn_init._network.scale import ends_of, scales_of
 from ghn_init._network.sharded import is_sharded
-from ghn_init._writing.signals import SAMPLES, Signal, groups_of, rectified, repeated, taps_of, through
+from ghn_init._writing.signals import (
+    SAMPLES,
+    Signal,
+    groups_of,
+    read_from,
+    rectified,
+    repeated,
+    taps_of,
+    through,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -78,10 +87,14 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     read: dict[str, float] = {}
     fresh = {key for key, norm in norms.items() if norm.fresh}
     readers = _readers(graph, heads | fresh)
+    scales = _layer_scales(graph, entries) if readers and graph.reads else {}
     signals: dict[int, Signal] = {}
     for index in sorted(readers):
         node, sources = graph.nodes[index], graph.predecessors[index]
-        inputs = [signals[source] for source in sources]
+        if (reads := graph.reads.get(index)) is None:
+            inputs = [signals[source] for source in sources]
+        else:
+            inputs = [read_from(parts, signals, scales) for parts in reads]
         if node.type == "bn" and inputs:
             norm = norms.get(node.param)
             signal, found = _normalised(inputs[0], norm)
@@ -104,6 +117,15 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             if not readers[source]:
                 del signals[source]
     return Followed(statistics, amplified, outputs, read)
+
+
+def _layer_scales(graph: Graph, entries: Sequence[Entry]) -> dict[str, float]:
+    """Root mean squares of the parameters that branches are multiplied by, where they are at hand."""
+    wanted = {part.scale for operands in graph.reads.values() for parts in operands for part in parts}
+    named = {name: entry for entry in entries for name in entry.names if name in wanted}
+    at_hand = {name: entry.param for name, entry in named.items() if entry.numel and not entry.param.is_meta}
+    scales = scales_of(list(at_hand.values()))
+    return {name: scale.rms for name, scale in zip(at_hand, scales, strict=True)}
 
 
 def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:

@@ -8,6 +8,7 @@ from torch import fx
 
 from ghn_init._graph.graph import Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
+from ghn_init._tracing.channels import LAYER_SCALE
 from ghn_init._tracing.rules.nodes import joined, main_parameter, note_others
 from ghn_init._tracing.rules.norms import normalised, takes_vector
 from ghn_init._tracing.sketch import Operation, rule
@@ -122,7 +123,7 @@ def _scaled(op: Operation, value: Flow, factors: tuple[Any, Any], carried: tuple
         gated = value.role != "normalised" and of_channels
         return joined(op, "cse", value.sources) if gated else value
     if not takes_vector(op, value, of_b if isinstance(of_a, Flow) else of_a, "param"):
-        note_others(op, [of_a, of_b], "scale of the attention" if value.role == "scores" else "layer scale")
+        note_others(op, [of_a, of_b], "scale of the attention" if value.role == "scores" else LAYER_SCALE)
     return value
 
 
