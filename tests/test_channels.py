@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ghn_init import Graph, plan, trace
 from ghn_init._graph.graph import Part
@@ -142,6 +142,31 @@ def test_nothing_is_said_of_channels_that_are_mixed(middle: Callable[[Tensor, Te
 )  # fmt: skip
 def test_nothing_need_be_said_of_whole_nodes(middle: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert not trace(Network(middle), (1, 3, 8, 8)).reads
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda a, b: torch.cat(torch.chunk(a, 2, 1), 1),
+        lambda a, b: torch.stack(torch.chunk(a, 2, 1), 2).flatten(1, 2),
+        lambda a, b: torch.max(a, 1, keepdim=True)[0].expand(-1, 4, -1, -1)[:, 1:],
+        lambda a, b: torch.cat((a.mean((2, 3)), b.mean((2, 3))), 1)[:, 1:, None, None].expand(-1, -1, 8, 8),
+        lambda a, b: torch.where(a[:, :B] > 0, a[:, :B], b),
+        lambda a, b: torch.cat((torch.zeros_like(b), a), 1),
+        lambda a, b: torch.cat((a[:, 4:], b), 2),
+        lambda a, b: torch.cat((a, b[:, :4], b[:, 4:]), 1).chunk(2, 0)[0],
+        lambda a, b: a.unbind(1)[2][:, None].repeat(1, 3, 1, 1),
+        lambda a, b: a.new_ones(A)[:, None, None] * a[:, :],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("written", [False, True])
+def test_whatever_code_does_with_channels_can_be_traced(
+    middle: Callable[[Tensor, Tensor], Tensor], *, written: bool
+) -> None:
+    network: nn.Module = Network(middle)
+    if written:
+        network = fx.symbolic_trace(network)
+    assert trace(network, (1, 3, 8, 8)).nodes[-1].param == "c.bias"
 
 
 @given(st.data())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.fx.node import map_arg
 
 from ghn_init._graph.graph import Part
-from ghn_init._tracing.arguments import argument, layout, shape_of
+from ghn_init._tracing.arguments import argument, layout
 from ghn_init._tracing.carried import Derived, Flow
 from ghn_init._tracing.values import DEVICE_MOVES, ELEMENTWISE
 
@@ -107,7 +107,7 @@ class Channels:
 
     def _of(self, node: fx.Node) -> tuple[Parts, ...]:
         """The terms of a tensor; none if they are not known."""
-        if node in self._unknown:
+        if node in self._unknown or node in self._several:
             return ()
         value = self._sketch.carried(node)
         whole = value.sources if isinstance(value, Flow) else ()
@@ -122,7 +122,7 @@ class Channels:
     def _read(self, node: fx.Node, added: int) -> None:
         """A graph node reads tensors: note of what they consist, where its edges do not say it."""
         kind, sources = self._sketch.nodes[added].type, self._sketch.predecessors[added]
-        if kind == "concat" and self._are_in_order(node, sources):
+        if kind == "concat" and (not _joins_channels(node) or self._are_in_order(node, sources)):
             return
         operands = [self._of(x) for x in self._flows(node)]
         known = [parts for terms in operands for parts in terms]
@@ -143,7 +143,7 @@ class Channels:
         """Whether whole nodes are joined in the order of the edges, told in a tenth of the time."""
         joined = argument(node, 0, "tensors")
         found: list[int] = []
-        for x in joined:
+        for x in joined if isinstance(joined, (tuple, list)) else ():
             value = self._sketch.carried(x)
             if x in self._terms or not isinstance(value, Flow):
                 return False
@@ -159,7 +159,7 @@ class Channels:
         flows = self._flows(node)
         operands = [self._of(x) for x in flows]
         terms = tuple(chain.from_iterable(operands))
-        kept = all(operands) and all(shape_of(x)[:2] == shape_of(node)[:2] for x in flows)
+        kept = all(operands) and all(_sizes(x) == _sizes(node) != () for x in flows)
         scale = self._scale(node, name)
         if not kept or name not in (_KEEPING if len(flows) == 1 else _SUBTRACTING):
             self._unknown.add(node)
@@ -182,17 +182,18 @@ class Channels:
 
     def _join(self, node: fx.Node) -> None:
         """Parts of one node, joined again."""
-        flows, dim = self._flows(node), argument(node, 1, "dim", 0)
+        flows = self._flows(node)
         operands = [self._of(x) for x in flows]
-        if dim not in (1, 1 - len(shape_of(node))) or any(len(terms) != 1 for terms in operands):
+        if not _joins_channels(node) or any(len(terms) != 1 for terms in operands):
             self._unknown.add(node)
             return
-        parts = (_bounded(terms[0], shape_of(x)[1]) for terms, x in zip(operands, flows, strict=True))
+        parts = (_bounded(terms[0], _shape(x)[1]) for terms, x in zip(operands, flows, strict=True))
         self._terms[node] = (_merged(chain.from_iterable(parts)),)
 
     def _cut(self, node: fx.Node, name: str) -> None:
-        x = self._flows(node)[0]
-        terms, shape = self._of(x), shape_of(x)
+        x: Any = argument(node, 0, "input")
+        terms = self._of(x) if x in self._flows(node) else ()
+        shape = _shape(x) if terms else ()
         ranges = _ranges(node, name, shape) if len(terms) == 1 and len(shape) in _DIMENSIONS else None
         if ranges is None:
             self._unknown.add(node)
@@ -205,6 +206,21 @@ class Channels:
             self._terms[node] = (found[0],)
         elif x in self._terms:
             self._terms[node] = terms
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Of the tensor that a node gives; of one that gives anything else ()."""
+    return tuple(getattr(layout(node), "shape", ()))
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    """The first two of them."""
+    return _shape(node)[:2]
+
+
+def _joins_channels(node: fx.Node) -> bool:
+    """Whether tensors are joined along the channels."""
+    return argument(node, 1, "dim", 0) in (1, 1 - len(_shape(node)))
 
 
 def _ranges(node: fx.Node, name: str, shape: Sequence[int]) -> list[tuple[int, int]] | None:
