@@ -193,16 +193,16 @@ class Channels:
     def _cut(self, node: fx.Node, name: str) -> None:
         x: Any = argument(node, 0, "input")
         terms = self._of(x) if x in self._flows(node) else ()
-        shape = _shape(x) if terms else ()
-        ranges = _ranges(node, name, shape) if len(terms) == 1 and len(shape) in _DIMENSIONS else None
+        ranges = _ranges(node, name, _shape(x)) if len(terms) == 1 and len(_shape(x)) in _DIMENSIONS else None
         if ranges is None:
             self._unknown.add(node)
             return
-        parts = _bounded(terms[0], shape[1])
+        width = _shape(x)[1]
+        parts = _bounded(terms[0], width)
         found = [_sliced(parts, first, end) for first, end in ranges]
         if isinstance(layout(node), (tuple, list)):
             self._several[node] = found
-        elif ranges != [(0, shape[1])]:
+        elif ranges != [(0, width)]:
             self._terms[node] = (found[0],)
         elif x in self._terms:
             self._terms[node] = terms
