@@ -19,9 +19,9 @@ kept() {
     mv "$out/$1.part" "$out/$1.txt"
 }
 
-evaluate() { kept "$1" ghn-init evaluate ghn3-cifar10 --data "$data" "${@:2}"; }
+evaluate() { kept "$1" ghn-init evaluate ghn3-cifar10 --data "$data" --workers 1 "${@:2}"; }
 
-panel() { kept "$1" python -W ignore "$root/benchmarks/starting_point.py" "$data" "$out/panel.jsonl" --batch 32 --rates 1 "${@:2}"; }
+panel() { kept "$1" python -W ignore "$root/benchmarks/starting_point.py" "$data" "$out/panel.jsonl" --batch 32 --rates 1 --no-search --search-steps 50 "${@:2}"; }
 
 accuracy() {
     evaluate test --images 1000 --split test --sample 50
@@ -38,7 +38,7 @@ training() {
     panel panel --steps 50 --seeds 1 --starts predicted other-classes
     panel panel-seeds --steps 50 --seeds 3 --starts predicted --networks plain-cnn vgg small-resnet lstm deepnets-gates \
         deepnets-bn densenet mobilenet-v3 shufflenet unet deepnets-bnfree deepnets-attention
-    panel panel-300 --steps 300 --search-steps 50 --seeds 1 --starts predicted --networks small-resnet vgg plain-cnn mobilenet-v3 \
+    panel panel-300 --steps 300 --seeds 1 --starts predicted --networks small-resnet vgg plain-cnn mobilenet-v3 \
         shufflenet unet resnet18 densenet lstm pyramid
 }
 

@@ -173,6 +173,16 @@ class Bench:
             network, start, optimizer, power, seed, steps or chosen.steps, chosen.batch, chosen.size, weights
         )
 
+    def best_on_record(self, network: str, optimizer: str) -> int | None:
+        """The best rate for a network's own initialisation among the trainings in the file, as a power."""
+        found = {
+            setting.power: training.area
+            for setting, training in self.done.items()
+            if setting
+            == self.setting(network, "default", optimizer, setting.power, 0, self.options.search_steps)
+        }
+        return min(found, key=lambda power: (found[power], abs(power)), default=None)
+
     def belongs(self, setting: Setting) -> bool:
         """Whether a training in the file is one of those that the command line speaks of."""
         chosen = self.options
@@ -265,12 +275,14 @@ def _wanted(members: Sequence[Member], options: argparse.Namespace, bench: Bench
     """The settings in the order in which they are wanted; the best rate is searched for on the way."""
     for member in members:
         for optimizer in options.optimizers:
-            best = yield from _search(
-                lambda power, name=member.name, how=optimizer: bench.setting(
-                    name, "default", how, power, 0, options.search_steps
-                ),
-                lambda setting: bench.done[setting].area,
-            )
+            best = None if options.search else bench.best_on_record(member.name, optimizer)
+            if best is None:
+                best = yield from _search(
+                    lambda power, name=member.name, how=optimizer: bench.setting(
+                        name, "default", how, power, 0, options.search_steps
+                    ),
+                    lambda setting: bench.done[setting].area,
+                )
             half = options.rates // 2
             powers = sorted(range(best - half, best - half + options.rates), key=lambda p: abs(p - best))
             for seed in range(options.seeds):
@@ -323,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=300, help="of a training")
     parser.add_argument("--search-steps", type=int, default=0, help="of those that find the best rate")
+    parser.add_argument(
+        "--no-search", dest="search", action="store_false", help="take the best rate in FILE where it has one"
+    )
     parser.add_argument("--batch", type=int, default=64, help="images in a step")
     parser.add_argument("--size", type=int, default=32, help="side of the images")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; 0 only reports")

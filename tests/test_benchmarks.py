@@ -201,6 +201,17 @@ def test_starting_points_are_compared_and_the_comparison_goes_on(tmp_path: Path)
     last = [json.loads(line)["setting"] for line in file.read_text().splitlines()[len(again) :]]
     assert [(setting["start"], setting["steps"]) for setting in last] == [("default", 6), ("predicted", 6)]
 
+    worst = max(
+        (r for r in records if r["setting"]["network"] == "plain-cnn"), key=lambda r: sum(r["losses"])
+    )
+    file.write_text(
+        json.dumps(worst | {"setting": worst["setting"] | {"start": "default", "weights": ""}}) + "\n"
+    )
+    searched = run(*chosen, "--seeds", "1", "--no-search", script="starting_point.py")
+    assert searched.returncode == 0, searched.stderr
+    _, told = (json.loads(line)["setting"] for line in file.read_text().splitlines())
+    assert (told["start"], told["power"]) == ("predicted", worst["setting"]["power"])
+
 
 def test_starting_points_are_computed_from_known_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
