@@ -115,7 +115,7 @@ def test_layers_in_a_row_share_the_factor_and_biases_go_with_them(
     assert 0 < each < 1
     assert found == {
         "0.weight": each, "0.bias": each, "2.weight": each, "2.bias": pytest.approx(each**2),
-        "6.weight": each, "6.bias": pytest.approx(each**3),
+        "6.weight": pytest.approx(each), "6.bias": pytest.approx(each**3),
     }  # fmt: skip
     assert f"{each:.2g} x predicted scale" in str(planned)
     assert {row["name"]: row["factor"] for row in planned.to_dict()["rows"]} == found
@@ -254,4 +254,4 @@ def test_a_second_prediction_changes_nothing(name: str) -> None:
         before = {key: value.clone() for key, value in network.state_dict().items()}
         ghn_init.predict(network)
     for key, value in network.state_dict().items():
-        assert torch.allclose(value, before[key], rtol=2e-3), key
+        assert torch.allclose(value, before[key], rtol=2**-8), key  # the digits that a scale has

@@ -700,7 +700,7 @@ class CrossStages(nn.Module):
 @pytest.mark.parametrize(
     ("build", "most"),
     [
-        (residuals, 4), (inverted, 4), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
+        (residuals, 4), (inverted, 5), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
         (DualPath, 4), (CrossStages, 3),
     ],
 )  # fmt: skip
