@@ -669,35 +669,6 @@ def test_autocast_on_the_device_of_an_activation() -> None:
         torch.autocast("meta")
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    "is_there",
-    [
-        lambda x, weight: x.device == weight.device,
-        lambda x, weight: torch.relu(x).device == weight.device,
-        lambda x, weight: x.device.type in (weight.device.type, "cuda"),
-        lambda x, weight: (x.is_cpu, x.is_cuda, x.is_meta) == (weight.is_cpu, weight.is_cuda, weight.is_meta),
-        lambda x, weight: torch.ones(3, 999, 999, device=x.device).device == weight.device,
-    ],
-)  # fmt: skip
-def test_activations_are_where_the_model_is(is_there: Callable[[Tensor, Tensor], bool], device: str) -> None:
-    def middle(x: Tensor) -> Tensor:
-        if not is_there(x, model.fc.weight):
-            raise RuntimeError("on another device")
-        return torch.relu(x)
-
-    model = Small(middle).to(device)
-    assert trace(model, (2, 3, 8, 8)) == trace(Small(), (2, 3, 8, 8))
-
-
-def test_what_is_made_where_activations_are_takes_no_memory() -> None:
-    def middle(x: Tensor) -> Tensor:
-        huge = torch.zeros(1 << 20, 1 << 20, 1 << 10, device=x.device)  # 4 PiB
-        return torch.relu(x) + huge[0, 0, 0]
-
-    assert not trace(Small(middle), (2, 3, 8, 8)).unmatched
-
-
 @dataclass
 class Result:
     logits: Tensor

@@ -78,8 +78,6 @@ class Recorder(TorchFunctionMode):
         self._shapes = {name: tuple(param.shape) for name, param in params.items()}
         home = next((param.device for param in params.values()), torch.device("cpu"))
         self._tape = Tape(home, readable=paths is not None)
-        # An object of its own, which is told from any other that equals it.
-        self._told = torch.device(str(home))
         self._names = {id(tensor): name for name, tensor in names.items()}
         self._names.update((id(param), name) for name, param in params.items())
         self._params = {id(param) for param in params.values()}
@@ -196,9 +194,8 @@ class Recorder(TorchFunctionMode):
         name = sort.name
         given = args, kwargs
         changes = sort.changes and bool(args)
-        device = kwargs.get("device")
-        if device is not None and (device is self._told or v.is_on_meta(device)):
-            kwargs = {**kwargs, "device": "cpu" if sort.host else _META}
+        if sort.host and v.is_on_meta(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
         inputs = tensors_in((args, kwargs) if kwargs else args)
         seen = self._values
         values = [seen.get(id(tensor)) or self.value(tensor) for tensor in inputs]
@@ -262,25 +259,16 @@ class Recorder(TorchFunctionMode):
 
     def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         output = func(*args)
-        name = func.__self__.__name__  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
         if not isinstance(output, Tensor):
-            return self._where(name, output) if args[0].is_meta else output
+            return output
         value = self.value(args[0])  # x.T, x.mT, x.data, ...
         output = func(self._resolve(value))
+        name = func.__self__.__name__  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
         node = self._tape.append("call_function", getattr, name, (self._tape.node_of(value), name))
         self._placed(node)
         node.meta["val"] = output
         self._set(output, (), _Made(varies=value.varies, constant=value.constant, node=node))
         return output
-
-    def _where(self, name: str, output: Any) -> Any:
-        """An attribute of a meta tensor: it is where the model is, since code compares that with parameters.
-
-        What code makes there is on meta nevertheless, told by the device, which is an object of its own.
-        """
-        if name == "device":
-            return self._told
-        return name == f"is_{self.home.type}" if name in v.PLACES else output
 
     # -- writing it down ------------------------------------------------------------------------
 

@@ -21,9 +21,6 @@ PLAIN: Final = frozenset({
 })  # fmt: skip
 """Functions that read what a tensor is and make none: called as they are."""
 
-PLACES: Final = frozenset({"is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
-"""Attributes that say on what kind of device a tensor is."""
-
 READING: Final = frozenset({
     "item", "tolist", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy",
     "__array__", "__contains__", "equal", "allclose",
