@@ -275,8 +275,9 @@ def _wanted(members: Sequence[Member], options: argparse.Namespace, bench: Bench
     """The settings in the order in which they are wanted; the best rate is searched for on the way."""
     for member in members:
         for optimizer in options.optimizers:
-            best = None if options.search else bench.best_on_record(member.name, optimizer)
-            if best is None:
+            known = None if options.search else bench.best_on_record(member.name, optimizer)
+            best: int = known if known is not None else 0
+            if known is None:
                 best = yield from _search(
                     lambda power, name=member.name, how=optimizer: bench.setting(
                         name, "default", how, power, 0, options.search_steps

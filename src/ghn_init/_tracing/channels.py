@@ -192,7 +192,7 @@ class Channels:
 
     def _cut(self, node: fx.Node, name: str) -> None:
         x: Any = argument(node, 0, "input")
-        terms: tuple[Parts, ...] = self._of(x) if x in self._flows(node) else ()
+        terms = list(self._of(x)) if x in self._flows(node) else []
         ranges = _ranges(node, name, _shape(x)) if len(terms) == 1 and len(_shape(x)) in _DIMENSIONS else None
         if ranges is None:
             self._unknown.add(node)
@@ -205,7 +205,7 @@ class Channels:
         elif ranges != [(0, width)]:
             self._terms[node] = (found[0],)
         elif x in self._terms:
-            self._terms[node] = terms
+            self._terms[node] = tuple(terms)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
