@@ -150,6 +150,7 @@ def on_step(record):
 
 ranks = Ranks.join()
 tiny_trainer(Path(sys.argv[1]), tiny_config(steps=10_000)).run(on_step)
+ranks.leave()
 """
 
 

@@ -392,6 +392,17 @@ def test_launchers_tell_the_place(launched: Callable[..., None], monkeypatch: py
     assert calls == [(("gloo",), {"rank": 3, "world_size": 4})]
 
 
+def test_a_process_leaves_its_group_for_gloo_would_abort_it_at_its_end(
+    launched: Callable[..., None],
+) -> None:
+    launched(WORLD_SIZE="1", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    ranks = Ranks.join()
+    assert torch.distributed.is_initialized()
+    ranks.leave()
+    assert not torch.distributed.is_initialized()
+    ranks.leave()  # there is no group any more
+
+
 def test_processes_that_do_not_meet_are_told_what_to_set(
     launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghn_init.training import Images, RunOptions, TrainConfig, Trainer
+from ghn_init.training._ranks import Ranks
 
 if TYPE_CHECKING:
     from ghn_init.training._log import Record
@@ -69,6 +70,7 @@ def main() -> None:
 
     config = tiny_config(**wanted.get("config", {}))
     tiny_trainer(Path(wanted["output"]), config, **wanted.get("options", {})).run(on_step)
+    Ranks.leave()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def _run(trainer: Trainer) -> None:
 
     with Bar(1.0, shown=trainer.ranks.first) as bar:
         finished = trainer.run(bar.training_step)
+    trainer.ranks.leave()
     if trainer.ranks.first:
         output, state = trainer.options.output, trainer.state
         how, where = ("done", output / "ghn") if finished else ("stopped; run again to go on", output)

@@ -64,6 +64,16 @@ class Ranks:
             _check_launcher()
         return cls.current()
 
+    @staticmethod
+    def leave() -> None:
+        """End what `join` began, once nothing is exchanged any more; in a run of one process do nothing.
+
+        A process that ends without this is sometimes aborted ("terminate called without an active
+        exception"): gloo's threads let go of the last tensors while Python is shutting down.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
     @property
     def first(self) -> bool:
         """Whether this is the process that decides, validates and writes."""
