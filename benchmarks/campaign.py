@@ -41,6 +41,7 @@ POSITION, PART, CONFIG = "position.json", "part.json", "config.json"
 
 RECIPE: Final[dict[str, Any]] = {
     "optimizer": "muon", "lr": 1e-3, "schedule": "constant", "warmup": 100, "ema": 0.998, "crop_padding": 1,
+    "images": "own",
 }  # fmt: skip
 PRIORS: Final = {"depth_buckets": 128, "identity": True, "whitening": 3.0}
 GHN: Final = {"hypernet": "transformer", "hid": 64, **PRIORS}

@@ -589,6 +589,27 @@ def test_crops_may_be_padded_by_nothing(tmp_path: Path) -> None:
         )
 
 
+def test_networks_of_a_step_see_the_same_images_or_each_its_own(tmp_path: Path) -> None:
+    def seen(images: str, step: int, ranks: Ranks = Ranks()) -> list[Any]:  # noqa: B008 (it is frozen)
+        trainer = tiny_trainer(tmp_path, tiny_config(images=images, meta_batch=4, batch_size=6))
+        trainer.ranks = ranks
+        return trainer._batches(step)
+
+    shared, own = seen("shared", 1), seen("own", 1)
+    assert len(shared) == len(own) == 4
+    assert all(torch.equal(batch.images, shared[0].images) for batch in shared)
+    # 48 images are two steps of four networks, and of these no image is seen twice.
+    both = [batch.images for step in (0, 1) for batch in seen("own", step)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(torch.cat(both), 2))
+    labels = torch.cat([batch.labels for step in (0, 1) for batch in seen("own", step)])
+    assert torch.equal(labels.bincount(), random_images().labels.bincount())
+    # However many processes there are, a network sees the same.
+    for rank in range(2):
+        for mine, alone in zip(seen("own", 1, Ranks(rank, 2)), own[rank::2], strict=True):
+            assert torch.equal(mine.images, alone.images)
+            assert torch.equal(mine.labels, alone.labels)
+
+
 def test_first_weights_may_be_scaled(tmp_path: Path) -> None:
     plain = tiny_trainer(tmp_path / "a").ghn
     scaled = tiny_trainer(tmp_path / "b", tiny_config(scaled_init=2)).ghn

@@ -28,6 +28,7 @@ _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
     "precision": ("auto", "float32", "bfloat16"),
+    "images": ("shared", "own"),
 }
 
 
@@ -49,7 +50,9 @@ class TrainConfig:
         schedule: Learning rate over the run: "constant", "step" (divided by 10 after 2/3 and 5/6 of it,
             as published), "cosine" or "linear" to zero.
         meta_batch: Networks of one step.
-        batch_size: Images of one step; every network sees the same.
+        batch_size: Images that a network sees in one step.
+        images: Whether all networks of a step see the same ones ("shared", as published), or each its "own":
+            then the same work sees `meta_batch` times as many, and the gradient has less noise.
         image_size: Side of the images in pixels: 0 or the images' own, or half of it (averages of 2 x 2).
             Widths and filters go by what a network is on 32 x 32 images all the same.
         crop_padding: Zeros around an image, in pixels of its own size, before it is cropped at random.
@@ -85,6 +88,7 @@ class TrainConfig:
     schedule: Literal["constant", "step", "cosine", "linear"] = "cosine"
     meta_batch: int = 8
     batch_size: int = 64
+    images: Literal["shared", "own"] = "shared"
     image_size: int = 0
     crop_padding: int = 4
     scaled_init: int = 0

@@ -9,7 +9,7 @@ import time
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ _LARGE = 2.0
 
 _WHITENED = 5_000
 """Training images, about, from which the filters of a GHN with `whitening` are taken."""
+
+
+class Batch(NamedTuple):
+    """Augmented and normalised images, (B, 3, H, W) float, their labels, (B,), and soft targets, if any."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
 
 
 class Trainer:
@@ -234,16 +242,16 @@ class Trainer:
                 log.write(self._validate())
 
     def step(self, batch: MetaBatch) -> Record:
-        """One meta-batch of networks on one batch of images, one update of the GHN."""
+        """One meta-batch of networks, each on a batch of images, one update of the GHN."""
         config, state, started = self.config, self.state, time.monotonic()
         lr = learning_rate(config, state.step, state.seconds)
         predicted = self.ghn(batch.graphs)
-        images, labels, targets = self._batch(state.step)
-        results = self._run_networks(batch, predicted, images, labels, targets)
+        batches = self._batches(state.step)
+        results = self._run_networks(batch, predicted, batches)
         kept = [(params, result) for params, result in zip(predicted, results, strict=True) if result.sound]
         figures = torch.tensor([
             sum(result.loss for _, result in kept),
-            sum(result.correct for _, result in kept) / len(labels),
+            sum(result.correct for _, result in kept) / config.batch_size,
             len(kept),
         ])  # fmt: skip
         norm = self._update(
@@ -276,27 +284,32 @@ class Trainer:
             if not loss <= _LARGE * math.log(classes)
         ]
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Augmented and normalised images of a step, (B, 3, H, W) float, their labels, and soft targets."""
+    def _batches(self, step: int) -> list[Batch]:
+        """What each of this process's networks sees in a step."""
+        many = self.config.meta_batch
+        places = self.ranks.share(range(many))
+        if self.config.images == "shared":
+            return [self._batch(step)] * len(places)
+        return [self._batch(step * many + place) for place in places]
+
+    def _batch(self, number: int) -> Batch:
+        """Batch `number` of the run: augmented anew each time, with no image twice in an epoch."""
         config, device = self.config, self.ranks.device
-        batch = self.images.take(batch_indices(len(self.images), config.batch_size, step, config.seed))
-        rng = generator(config.seed, "augmentation", step)
+        batch = self.images.take(batch_indices(len(self.images), config.batch_size, number, config.seed))
+        rng = generator(config.seed, "augmentation", number)
         x = self.normalise(augment(batch.pixels, rng, config.crop_padding).to(device))
         targets = batch.targets(config.soft_labels).to(device) if config.soft_labels else None
-        return sized(x, self.image_size), batch.labels.to(device), targets
+        return Batch(sized(x, self.image_size), batch.labels.to(device), targets)
 
     def _run_networks(
-        self,
-        batch: MetaBatch,
-        predicted: list[dict[str, Tensor]],
-        images: Tensor,
-        labels: Tensor,
-        targets: Tensor | None,
+        self, batch: MetaBatch, predicted: list[dict[str, Tensor]], batches: list[Batch]
     ) -> list[Result]:
         results: list[Result] = []
-        for task, params in zip(batch.tasks, predicted, strict=True):
+        for task, params, seen in zip(batch.tasks, predicted, batches, strict=True):
             network = task.build(self.config.ghn.num_classes, self.image_size)
-            results.append(self.engine.run(network, params, images, labels, task.index, targets))
+            results.append(
+                self.engine.run(network, params, seen.images, seen.labels, task.index, seen.targets)
+            )
         return results
 
     def _update(
