@@ -311,3 +311,33 @@ def test_ghns_of_different_configurations_have_no_average(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "different configurations" in done.stderr
     assert not (tmp_path / "mean").exists()
+
+
+def test_the_noise_of_gradients_is_told_by_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    noise = importlib.import_module("gradient_noise")
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(variance: float, *shape: int) -> torch.Tensor:
+        """Vectors of that squared length, about."""
+        return (variance / 4000) ** 0.5 * torch.randn(*shape, 4000, generator=rng)
+
+    gradients = drawn(2, 1, 1) + drawn(4, 40, 1) + drawn(8, 1, 12) + drawn(16, 40, 12)
+    found = noise.parts(noise.products_of(list(gradients)))
+    assert found == pytest.approx((2, 4, 8, 16), rel=0.1)
+    assert found.of_a_step(2, 1) == pytest.approx(18, rel=0.1)
+    assert found.of_a_step(2, 2) == pytest.approx(14, rel=0.1)
+
+
+def test_the_noise_of_a_real_gradient_is_measured(tmp_path: Path) -> None:
+    weights = tmp_path / "ghn"
+    GHN(GHNConfig(hid=8, max_shape=(16, 16, 11, 11))).save_pretrained(weights)
+    arrays = dict(np.load(labelled_images(tmp_path / "set.npz")))
+    more = {f"train_{of}": np.repeat(arrays[f"train_{of}"], 80, 0) for of in ("images", "labels")}
+    np.savez(tmp_path / "set.npz", **(arrays | more))  # pyright: ignore[reportArgumentType]
+    chosen = ("--networks", "3", "--batches", "2", "--set", "batch_size=4", "--set", "max_params=0.5")
+    data = str(tmp_path / "set.npz")
+    done = run(data, "--weights", str(weights), *chosen, script="gradient_noise.py")
+    assert done.returncode == 0, done.stderr
+    assert "3 networks, 2 batches of 4 images" in done.stdout
+    assert "two networks, images of their own: " in done.stdout

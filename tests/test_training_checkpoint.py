@@ -168,6 +168,21 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
         tiny_trainer(tmp_path)
 
 
+def test_a_run_at_a_constant_rate_may_get_another_length(tmp_path: Path) -> None:
+    constant = {"schedule": "constant", "steps": 2}
+    assert tiny_trainer(tmp_path / "run", tiny_config(**constant)).run()
+    longer = tiny_trainer(tmp_path / "run", tiny_config(**{**constant, "steps": 4}))
+    assert longer.state.step == 2
+    assert longer.run()
+    whole = tiny_trainer(tmp_path / "whole", tiny_config(**{**constant, "steps": 4}))
+    assert whole.run()
+    for one, other in zip(longer.ghn.parameters(), whole.ghn.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert tiny_trainer(tmp_path / "run", tiny_config(**{**constant, "steps": 3})).run()  # it is over
+    with pytest.raises(TrainingError, match="was trained with other values of schedule; give the same"):
+        tiny_trainer(tmp_path / "run", tiny_config(schedule="linear", steps=4))
+
+
 def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:
     for name in ("checkpoint-old", "checkpoint-9", "checkpoint-00000009.bak"):
         (tmp_path / name).mkdir()

@@ -414,8 +414,10 @@ class Trainer:
         try:
             theirs = TrainConfig.from_dict(saved.state["config"]).to_dict()
             mine = self.config.to_dict()
-            # A second thread changes when the work is done, not what is done.
-            different = [name for name in theirs if name != "prefetch" and mine[name] != theirs[name]]
+            # A second thread changes when the work is done, not what is done; nor does a run's length, where
+            # the rate does not go by it.
+            free = {"prefetch", *(("steps", "duration") if self.config.schedule == "constant" else ())}
+            different = [name for name in theirs if name not in free and mine[name] != theirs[name]]
             if different:
                 raise TrainingError(
                     f"{path}: was trained with other values of {', '.join(different)}; "
