@@ -43,13 +43,13 @@ _CUTTING: Final = frozenset(
 
 _OF_ELEMENTS: Final = frozenset(ELEMENTWISE) - {"roll"}
 
-_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | {
-    "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "mul", "mul_", "__mul__", "__rmul__",
-    "__imul__", "div", "div_", "__truediv__", "__neg__", "contiguous", "clone", "detach", "to", "float",
-    "half", "bfloat16", "type", "type_as", "pad", "constant_pad_nd", "interpolate", "upsample",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "view", "reshape", "flatten",
-    "unflatten", "unsqueeze", "squeeze", "exp", "sqrt", "square", "pow", "abs",
+_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | _MULTIPLYING | _SUBTRACTING | {
+    "add", "add_", "__add__", "__radd__", "__iadd__", "div", "div_", "divide", "__truediv__", "__neg__",
+    "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "pad",
+    "constant_pad_nd", "interpolate", "upsample", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_trilinear3d", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "exp", "sqrt",
+    "square", "pow", "abs",
 }  # fmt: skip
 """Functions that keep channels in their order where they keep the first two sizes."""
 
