@@ -23,6 +23,8 @@ from ghn_init.training import Normalisation, load_images
 NETWORKS = (
     "fastvit_t8", "dpn68", "dpn48b", "cspresnet50", "cspdarknet53", "vovnet39a", "ese_vovnet19b_dw", "dla34",
     "hrnet_w18_small", "res2net50_26w_4s", "selecsls42b", "ghostnet_100", "inception_v3", "xception41",
+    "mobilenetv2_100", "mnasnet_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "efficientnet_b0",
+    "tf_efficientnetv2_s", "regnety_004", "rexnet_100", "lcnet_100", "mobilenetv4_conv_small",
 )  # fmt: skip
 
 
