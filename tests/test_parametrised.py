@@ -123,6 +123,54 @@ def test_behind_the_older_hooks_the_direction_is_predicted(
     assert model[3].weight.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", ["own", "predicted"])
+def test_the_vectors_of_the_older_spectral_norm_follow_the_new_weight(
+    scale: Any, ghn: GHN, tmp_path: Path
+) -> None:
+    def wrapped() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.ConvTranspose2d(24, 16, 3), nn.ReLU(), nn.Flatten(1)]
+        model = nn.Sequential(*layers, nn.Linear(16 * 256, 10))
+        for index in (0, 2, 5):
+            nn.utils.spectral_norm(model[index])
+        return model
+
+    model = wrapped()
+    model(torch.randn(EXAMPLE))
+    random_state = torch.get_rng_state()
+    planned = plan(model, ghn, example_input=EXAMPLE, scale=scale)
+    assert {row.name for row in planned.rows if row.tile is not None} >= {"0.weight_orig", "5.weight_orig"}
+    planned.apply()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with torch.no_grad():
+        model.eval()(torch.randn(EXAMPLE))
+    for index, axis in ((0, 0), (2, 1), (5, 0)):
+        weight: Any = model.get_submodule(str(index)).weight
+        matrix = weight.detach().movedim(axis, 0).flatten(1)
+        assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(1, abs=0.1)
+    meta = wrapped().to("meta")
+    predict_to(meta, tmp_path / "out", ghn, example_input=EXAMPLE, scale="predicted")
+    on_disk = load_file(tmp_path / "out" / "model.safetensors")
+    weight, u, v = (on_disk[f"5.weight_{name}"] for name in ("orig", "u", "v"))
+    assert float(u @ weight @ v) == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.orthogonal, parametrizations.spectral_norm, nn.utils.spectral_norm]
+)  # fmt: skip
+def test_running_statistics_are_those_of_the_weight_that_is_used(wrap: Any) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
+        conv = wrap(nn.Conv2d(inputs, outputs, 3, 1 + (inputs > 3), padding=1))
+        layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = predict(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+    x = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        ratio = model.eval()(x).std() / model.train()(x).std()
+    assert 0.4 < ratio < 2.5
+
+
 def test_an_orthogonal_weight_is_made_orthogonal(ghn: GHN) -> None:
     model, again = (network(parametrizations.orthogonal, stride=2) for _ in range(2))
     random_state = torch.get_rng_state()

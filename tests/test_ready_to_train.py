@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -846,12 +847,27 @@ def test_pooling_makes_of_a_mean_square_what_it_makes_of_samples(positive: bool,
     assert float(alone.square().mean()) == pytest.approx(1, rel=0.06)
 
 
-def test_batch_norms_that_have_seen_data_keep_their_statistics(ghn: GHN) -> None:
+def test_what_batch_norms_saw_of_weights_that_are_no_more_counts_for_nothing(ghn: GHN) -> None:
+    """A model is often called once before, to see that it works."""
+    model, fresh = built(residuals), predict(built(residuals), ghn)
+    model(images(4))
+    planned = plan(model, ghn)
+    assert "running statistics of 8 batch norms: from the weights" in str(planned)
+    assert sum(name.endswith("num_batches_tracked") for name in planned.statistics) == 8
+    planned.apply()
+    for name, value in fresh.named_buffers():
+        assert torch.equal(model.get_buffer(name), value), name
+    with torch.no_grad():
+        ratio = model.eval()(images()).std() / model.train()(images()).std()
+    assert 0.3 < ratio < 3
+
+
+def test_batch_norms_that_have_seen_data_of_kept_weights_keep_their_statistics(ghn: GHN) -> None:
     model = calibrate_batchnorm(built(plain), [images()])
     before = copy.deepcopy(dict(model.named_buffers()))
-    assert plan(model, ghn).statistics == {}
-    predict(model, ghn)
-    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    predict(model, ghn, exclude=["1.0.*", "2.0.*"])  # what these read is predicted
+    changed = {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+    assert changed == {f"0.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
 def test_statistics_that_a_prediction_wrote_are_written_anew_by_the_next(ghn: GHN) -> None:
@@ -872,10 +888,67 @@ def test_norms_that_count_no_batches_keep_statistics_that_are_not_initial(ghn: G
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.num_batches_tracked = None
-    norms[0].running_mean.fill_(0.5)  # type: ignore[union-attr]
-    assert plan(model, ghn).statistics.keys() == {
-        f"{path}.running_{name}" for path in ("1.1", "2.1") for name in ("mean", "var")
+    norms[1].running_mean.fill_(0.5)  # type: ignore[union-attr]
+    assert plan(model, ghn, exclude="1.0.*").statistics.keys() == {
+        f"{path}.running_{name}" for path in ("0.1", "2.1") for name in ("mean", "var")
     }
+    assert len(plan(model, ghn).statistics) == 2 * 3
+
+
+class OfOtherNumbers(nn.Module):
+    """A weight that no prediction is for, before a batch norm."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.first, self.weight = block(3, 16), nn.Parameter(weight, requires_grad=False)
+        self.norm, self.last = nn.BatchNorm2d(16), nn.Sequential(*classifier(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.weight.is_complex():
+            x = nn.functional.conv2d(x.to(self.weight.dtype), self.weight).abs()
+        else:
+            x = nn.functional.conv2d(x, self.weight.to(x.dtype))
+        return self.last(torch.relu(self.norm(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scale", ["auto", "own"])
+def test_kept_weights_of_any_numbers_have_a_scale(ghn: GHN, dtype: torch.dtype, scale: str) -> None:
+    torch.manual_seed(0)
+    values = (2 * torch.randn(16, 16, 1, 1)).to(dtype)
+    model = predict(OfOtherNumbers(values), ghn, scale=scale)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(model.weight.view(torch.uint8), values.view(torch.uint8))
+    variance = model.get_buffer("norm.running_var")
+    assert variance.isfinite().all()
+    assert not torch.equal(variance, torch.ones(16))
+
+
+class Shifted(nn.Module):
+    """A factor and a shift for all channels together, as in HGNet-V2's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.full((1,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x + self.shift
+
+
+def test_one_shift_for_all_channels_leaves_them_what_they_are(ghn: GHN) -> None:
+    def shifted() -> nn.Module:
+        widths = [3, 16, 16, 32, 32, 32]
+        layers = [
+            layer
+            for n, (i, o) in enumerate(itertools.pairwise(widths))
+            for layer in (block(i, o, 1 + 2 * (n % 2)), Shifted())
+        ]
+        return nn.Sequential(*layers, *classifier(32))
+
+    model = predict(built(shifted), ghn)
+    with torch.no_grad():
+        ratio = model.eval()(images()).std() / model.train()(images()).std()
+    assert 0.3 < ratio < 3
 
 
 def test_only_what_predicted_weights_reach_gets_statistics(ghn: GHN) -> None:

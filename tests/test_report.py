@@ -114,7 +114,7 @@ def test_the_page_says_what_was_done_and_what_to_expect(folder: Path, ghn_dir: P
     text = " ".join("".join(Elements(page).text).split())
     assert "model.py:Net" in text
     assert "This is the start of a training" in text
-    assert "running statistics that belong to the weights" in text
+    assert "running statistics that belong to these" in text
     assert "(--head predict forces it)" in text
     assert "all its values are 0" in text
     assert "Left out are 1 without a scale" in text

@@ -654,6 +654,17 @@ def test_transforms_that_cannot_be_followed_are_an_error(middle: Any) -> None:
         trace(Small(middle), (2, 3, 8, 8))
 
 
+def test_numbers_that_are_printed_have_no_value() -> None:
+    said: list[str] = []
+
+    def middle(x: Tensor) -> Tensor:
+        said.append(f"{x.mean():.2f} {x.argmax():d}")
+        return torch.relu(x)
+
+    assert trace(Small(middle), (2, 3, 8, 8)) == trace(Small(), (2, 3, 8, 8))
+    assert said == ["nan 0"]
+
+
 def test_autocast_on_the_device_of_an_activation() -> None:
     def middle(x: Tensor) -> Tensor:
         with (

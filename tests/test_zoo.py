@@ -78,6 +78,17 @@ def test_quantised_networks_are_refused_with_the_remedy() -> None:
         ghn_init.predict(model)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.LSTM(8, 8)])
+@pytest.mark.filterwarnings("ignore")  # torch's own: this kind of quantisation is deprecated
+def test_networks_of_which_some_layers_are_quantised_are_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), layer)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM})
+    with pytest.raises(
+        ghn_init.PredictError, match=r"1(\.\S+)? .*hold packed integers.*predict the float model"
+    ):
+        ghn_init.predict(quantised)
+
+
 class Doubtful(nn.Module):
     """Chooses positions by value, writes into a view, and reads a number at the end."""
 

@@ -30,7 +30,10 @@ NODE_TYPES: Final = (
 
 TYPE_INDEX: Final = {name: index for index, name in enumerate(NODE_TYPES)}
 
-WEIGHT_TYPES: Final = frozenset({"conv", "sep_conv", "dil_conv", "pos_enc"})
+LAYER_TYPES: Final = frozenset({"conv", "sep_conv", "dil_conv"})
+"""Node types whose outputs are sums of their inputs, weighted by the parameter."""
+
+WEIGHT_TYPES: Final = LAYER_TYPES | {"pos_enc"}
 """Node types whose parameter the convolutional decoder makes."""
 
 NORM_TYPES: Final = frozenset({"bn", "ln"})

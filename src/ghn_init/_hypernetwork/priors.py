@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES
 from ghn_init._hypernetwork.tile import Prior
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def priors_of(graph: Graph, config: GHNConfig) -> Mapping[int, tuple[str, int]]:
 
 def _weights(graph: Graph) -> list[int]:
     """Nodes with a weight of at least two dimensions, positional encodings left out."""
-    types = WEIGHT_TYPES - {"pos_enc"}
+    types = LAYER_TYPES
     return [i for i, node in enumerate(graph.nodes) if node.type in types and len(node.shape or ()) > 1]
 
 

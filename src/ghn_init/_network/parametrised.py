@@ -127,19 +127,47 @@ class Computed:
         Raises:
             PredictError: There is no solution.
         """
-        with seeded(self.name, seed):
-            try:
-                solution = self._solved(value)
-            except Exception as error:
-                told = f"{type(error).__name__}: {error}"
-                raise PredictError(f"{self.name}: {self.how} cannot be inverted: {told}") from error
+        originals, functions = self._seeded(value, seed)
+        buffers = {
+            self._deep(f"{index}.{name}"): tensor
+            for index, function in enumerate(functions)
+            for name, tensor in function.named_buffers()
+        }
+        found = dict(zip(self.parts, originals, strict=True)) | buffers
+        solution = {name: found[name] for name in self.solved}
         for name, tensor in solution.items():
             # isfinite() would make more than one tensor of this size; aminmax makes none, and NaN shows.
             if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise PredictError(f"{self.name}: {self.how} gives values that are not finite for {name}")
         return solution
 
-    def _solved(self, value: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def made_of(self, value: Tensor, seed: int = 0) -> Tensor:
+        """The weight that the module will have once `solve(value)` is written: `value`, or what comes close.
+
+        Raises:
+            PredictError: As `solve`.
+        """
+        originals, functions = self._seeded(value, seed)
+        current: Any = originals
+        for function in functions:
+            current = [function.eval()(*current)]
+        return current[0]
+
+    def _seeded(self, value: Tensor, seed: int) -> tuple[list[Tensor], list[nn.Module]]:
+        """The originals for a value, and copies of the parametrisations as they will be.
+
+        Raises:
+            PredictError: There is no solution.
+        """
+        with seeded(self.name, seed):
+            try:
+                return self._solved(value)
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                raise PredictError(f"{self.name}: {self.how} cannot be inverted: {told}") from error
+
+    def _solved(self, value: Tensor) -> tuple[list[Tensor], list[nn.Module]]:
         functions = [copy.deepcopy(function) for function in self._functions]
         for function in filter(_is_spectral, functions):
             for name, vector in list(function.named_buffers()):
@@ -153,13 +181,7 @@ class Computed:
             if tensor.shape != stored.shape:
                 raise ValueError(f"{name} has shape {tuple(stored.shape)}, found {tuple(tensor.shape)}")
         self._settle(functions, originals)
-        buffers = {
-            self._deep(f"{index}.{name}"): tensor
-            for index, function in enumerate(functions)
-            for name, tensor in function.named_buffers()
-        }
-        solution = dict(zip(self.parts, originals, strict=True)) | buffers
-        return {name: solution[name] for name in self.solved}
+        return originals, functions
 
     @staticmethod
     def _settle(functions: list[nn.Module], originals: list[Tensor]) -> None:

@@ -107,19 +107,22 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(
-        _computable(values), dtype=torch.float64 if values.dtype == torch.float64 else torch.float32
-    )
+    values = computable(values)
+    double = values.dtype == torch.float64
+    return torch.linalg.vector_norm(values, dtype=torch.float64 if double else torch.float32)
 
 
-def _computable(values: Tensor) -> Tensor:
-    """`values`, or a copy if they are of one byte each, which torch stores and hardly computes with."""
-    return values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values
+def computable(values: Tensor) -> Tensor:
+    """`values`, or what their size goes by: real numbers of more than one byte, as torch computes with."""
+    if values.is_complex():
+        return values.abs()
+    wide = values.is_floating_point() and values.dtype.itemsize > 1
+    return values if wide else values.float()
 
 
 def ends_of(tensors: Sequence[Tensor]) -> list[tuple[float, float]]:
     """The least and the largest value of every tensor."""
-    numbers = iter(_numbers([end for tensor in tensors for end in torch.aminmax(_computable(tensor))]))
+    numbers = iter(_numbers([end for tensor in tensors for end in torch.aminmax(computable(tensor))]))
     return list(zip(numbers, numbers, strict=True))
 
 

@@ -9,6 +9,7 @@ decided here: see `ghn_init._tracing.sketch`.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ class Recorder(TorchFunctionMode):
             return self._attribute(func, args)
         sort = v.sort_of(name)
         if sort.plain:
+            if name == "__format__" and args[0].is_meta and not args[0].dim():
+                return _formatted(*args)
             return func(*args, **kwargs)
         if name == "requires_grad_":  # of the model's own tensors it is the user's to say
             return args[0]
@@ -438,6 +441,12 @@ class Recorder(TorchFunctionMode):
             copy = self._values[id(twin)] = Value(twin, varies=value.varies, constant=value.constant)
             copy.node, copy.origin, copy.name = value.node, value.origin, value.name
         return value.twin
+
+
+def _formatted(x: Tensor, spec: str) -> str:
+    """A number without a value as text, for code that prints or logs what it is doing."""
+    number: float | complex = math.nan if x.is_floating_point() or x.is_complex() else 0
+    return number.__format__(spec) if spec else object.__format__(x, spec)
 
 
 def _value_of(argument: Any) -> Any:

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
-from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.levels import rises
 
@@ -118,9 +118,7 @@ def _is_in_rows(graph: Graph) -> bool:
         return False
     gates = structure.gates(graph)
     weights = {
-        index
-        for index, node in enumerate(graph.nodes)
-        if node.type in WEIGHT_TYPES - {"pos_enc"} and not gates[index]
+        index for index, node in enumerate(graph.nodes) if node.type in LAYER_TYPES and not gates[index]
     }
     steps, _ = rises(graph, {graph.nodes[index].param for index in weights})
     return steps.keys() == weights and all(steps.values())

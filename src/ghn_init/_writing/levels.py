@@ -10,7 +10,7 @@ from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence, Set
@@ -33,7 +33,7 @@ def rises(graph: Graph, params: Collection[str | None]) -> tuple[dict[int, int],
     scaled = {
         index
         for index, node in enumerate(graph.nodes)
-        if node.type in WEIGHT_TYPES - {"pos_enc"} and node.param in params and places[node.param] == 1
+        if node.type in LAYER_TYPES and node.param in params and places[node.param] == 1
         if graph.predecessors[index]
     }
     levels = _levels(graph, scaled)

@@ -26,6 +26,7 @@ from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
 from ghn_init._writing.select import check_model, forbid_kept, select
+from ghn_init._writing.spectral import as_used, divided
 from ghn_init._writing.statistics import followed
 from ghn_init._writing.table import summary_of, table_of
 from ghn_init._writing.to_disk import save
@@ -56,7 +57,8 @@ class Plan(Generic[ModelT]):
         weights: The GHN's weights as the caller named them.
         options: The caller's choices.
         unfamiliar: In which ways the network is unlike those that GHNs are trained on (docs/familiarity.md).
-        statistics: Running means and variances that batch norms without data get, by the buffers' names.
+        statistics: Buffers that belong to the predicted weights, by name: running means and variances of
+            batch norms, and vectors of `torch.nn.utils.spectral_norm`.
     """
 
     model: ModelT
@@ -171,7 +173,8 @@ class Plan(Generic[ModelT]):
         table = table_of(self.rows, own_scale=self.options.own_scale)
         text = f"{name}, weights {self.weights}\n{table}\n\n{summary_of(self.rows, self.counts())}"
         if self.statistics:
-            text += f"\nrunning statistics of {len(self.statistics) // 2} batch norms: from the weights"
+            norms = sum(name.endswith("running_mean") for name in self.statistics)
+            text += f"\nrunning statistics of {norms} batch norms: from the weights" if norms else ""
         return f"{text}\n{described(name, self.unfamiliar)}" if self.unfamiliar else text
 
     def __repr__(self) -> str:
@@ -264,10 +267,12 @@ def _planned(
         if options.own_scale:
             entries = ready_to_train(graph, entries, options)
         entries = without_unsolvable(entries, options)
-        statistics: Mapping[str, Tensor] = {}
+        norms = divided(entries, options)
+        statistics = {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
         if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
-            told = followed(graph, entries)
-            statistics = told.statistics
+            normalised = any(node.type == "bn" for node in graph.nodes)
+            told = followed(graph, as_used(entries, norms, options) if normalised else entries)
+            statistics |= told.statistics
             if options.scale == "auto":
                 entries = calmed(graph, entries, told)
     if options.strict:

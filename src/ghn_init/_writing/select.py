@@ -70,14 +70,21 @@ def check_model(model: object) -> None:
             f"{type(model).__name__}: the values of {listing(offloaded)} are elsewhere (offloaded by "
             "accelerate); predict before dispatch_model, cpu_offload or disk_offload"
         )
-    if next(model.parameters(), None) is None:
-        packed = [name for name, module in modules if ".quantized." in type(module).__module__]
-        if packed:
-            raise PredictError(
-                f"{type(model).__name__} is quantised: {listing(packed, 3)} hold packed integers instead of "
-                "parameters; predict the float model, then quantise it"
-            )
+    bare = next(model.parameters(), None) is None
+    if packed := [name for name, module in modules if _is_quantised(module, bare=bare)]:
+        raise PredictError(
+            f"{type(model).__name__} is quantised: {listing(packed, 3)} hold packed integers instead of "
+            "parameters; predict the float model, then quantise it"
+        )
+    if bare:
         raise PredictError(f"{type(model).__name__} has no parameters: there is nothing to predict")
+
+
+def _is_quantised(module: nn.Module, *, bare: bool) -> bool:
+    """Whether a layer is; float models have layers of that package, too, such as `FloatFunctional`."""
+    if ".quantized." not in type(module).__module__:
+        return False
+    return bare or any(hasattr(module, name) for name in ("_packed_params", "_all_weight_values"))
 
 
 def _is_offloaded(module: nn.Module) -> bool:

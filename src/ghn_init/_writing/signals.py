@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES
 from ghn_init._meta.scales import usual_scale
 from ghn_init._network.scale import scales_of
 from ghn_init._network.sharded import is_sharded
@@ -151,7 +151,7 @@ def through(
     if not inputs:
         return Signal(colours=True)
     x, entry = inputs[0], weights.get(node.param)
-    if node.type in WEIGHT_TYPES - {"pos_enc"}:
+    if node.type in LAYER_TYPES:
         return _convolved(node, x, entry, taps)
     if node.type == "bias":
         return _biased(x, entry)
@@ -308,10 +308,21 @@ def _biased(x: Signal, entry: Entry | None) -> Signal:
     else:
         return x
     bias, outputs = bias.to("cpu", torch.float32).flatten(), entry.numel
+    if outputs == 1:  # of all channels, as where a layer learns one factor and one shift
+        return _shifted(x, float(bias))
     values = x.values
     if values is None or values.shape[1] != len(bias) or x.channels != outputs:
         values, bias = x.sampled(outputs), repeated(bias, outputs)
     return Signal(values=values + bias, channels=outputs)
+
+
+def _shifted(x: Signal, number: float) -> Signal:
+    """The same number added to all activations."""
+    if not number:
+        return x
+    if x.values is None:
+        return replace(x, square=x.square + number**2)
+    return replace(x, values=x.values + number)
 
 
 def _added(inputs: Sequence[Signal]) -> Signal:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghn_init._graph.graph import NORM_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._network.scale import ends_of, scales_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.signals import (
@@ -53,8 +53,8 @@ class Followed:
 
     Attributes:
         statistics: Values of the running means and variances, on the CPU in the buffers' dtype, by their
-            qualified names: of those batch norms that have seen no data and whose input depends on a
-            predicted weight.
+            qualified names: of batch norms whose input depends on a predicted weight, if they have seen no
+            data or are next behind that weight. Of those that had counted batches, the count, too: 0.
         amplified: For every classifier at the layer's own scale how much larger its outputs are than those
             of independent weights of this scale would be, by `Entry.key`.
         outputs: For every classifier of a network without norm layers the root mean square of what it gives.
@@ -80,13 +80,12 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     heads = {graph.nodes[weight].param for weight, _ in graph.heads}
     bare = not any(node.type in NORM_TYPES for node in graph.nodes)
     heads = {key for key in heads if key in weights and (bare or weights[key].rms is not None)}
-    norms = _norms(entries) if any(entry.tile is not None for entry in entries) else {}
+    norms = _norms(entries, _next_behind(graph, weights)) if any(e.tile is not None for e in entries) else {}
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
     outputs: dict[str, float] = {}
     read: dict[str, float] = {}
-    fresh = {key for key, norm in norms.items() if norm.fresh}
-    readers = _readers(graph, heads | fresh)
+    readers = _readers(graph, heads | {key for key, norm in norms.items() if norm.ours})
     scales = _layer_scales(graph, entries) if readers and graph.reads else {}
     signals: dict[int, Signal] = {}
     for index in sorted(readers):
@@ -98,7 +97,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
         if node.type == "bn" and inputs:
             norm = norms.get(node.param)
             signal, found = _normalised(inputs[0], norm)
-            if found is not None and norm is not None and norm.fresh:
+            if found is not None and norm is not None and norm.ours:
                 statistics |= norm.buffers(found)
         else:
             signal = through(node, inputs, weights, taps_of(graph, index))
@@ -128,6 +127,20 @@ def _layer_scales(graph: Graph, entries: Sequence[Entry]) -> dict[str, float]:
     return {name: scale.rms for name, scale in zip(at_hand, scales, strict=True)}
 
 
+def _next_behind(graph: Graph, weights: Mapping[str | None, Entry]) -> set[str | None]:
+    """The batch norms that read what predicted weights give, with no kept one in between."""
+    giving: set[int] = set()
+    for index, node in enumerate(graph.nodes):
+        entry = weights.get(node.param)
+        if node.type in LAYER_TYPES:
+            gives = entry is not None and entry.tile is not None
+        else:
+            gives = any(source in giving for source in graph.predecessors[index])
+        if gives:
+            giving.add(index)
+    return {graph.nodes[index].param for index in giving if graph.nodes[index].type == "bn"}
+
+
 def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:
     """The nodes that those of wanted parameters depend on, these too, and how many of them read each."""
     readers: Counter[int] = Counter()
@@ -146,7 +159,9 @@ class _Norm:
         prefix: Of its buffers' names.
         channels: Their number.
         dtype: Of its running statistics.
-        fresh: It has seen no data, so that its statistics are ours to set, once more too.
+        ours: Its statistics are ours to set, once more too: it has seen no data, or data that went through
+            weights that are no more.
+        counted: It has counted batches.
         gain: Its weight, as it will be: one number, or float32 on the CPU, (channels,) or what repeats.
         shift: Its bias, likewise.
         eps: What it adds to a variance. In a MobileNet that is 30 times what depthwise filters give.
@@ -155,24 +170,29 @@ class _Norm:
     prefix: str
     channels: int
     dtype: torch.dtype
-    fresh: bool
+    ours: bool
+    counted: bool
     gain: Tensor | float
     shift: Tensor | float
     eps: float
 
     def buffers(self, statistics: Tensor) -> dict[str, Tensor]:
-        """Mean and variance, (2, period), by name and as the buffers have them."""
+        """Mean and variance, (2, period), by name and as the buffers have them, and that no batch counts."""
         values, largest = repeated(statistics, self.channels), torch.finfo(self.dtype).max
         if largest < torch.finfo(values.dtype).max:
             values = values.clamp(-largest, largest)
-        return dict(zip((f"{self.prefix}{name}" for name in _BUFFERS), values.to(self.dtype), strict=True))
+        found = dict(zip((f"{self.prefix}{name}" for name in _BUFFERS), values.to(self.dtype), strict=True))
+        return found | ({f"{self.prefix}num_batches_tracked": torch.tensor(0)} if self.counted else {})
 
 
 _BUFFERS: Final = ("running_mean", "running_var")
 
 
-def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
-    """Batch norms that stand at one place and keep running statistics, by the weight's name."""
+def _norms(entries: Sequence[Entry], next_behind: Collection[str | None]) -> dict[str | None, _Norm]:
+    """Batch norms that stand at one place and keep running statistics, by the weight's name.
+
+    Those `next_behind` predicted weights have seen no data of theirs.
+    """
     alone = [entry for entry in entries if entry.node == "bn" and _is_alone(entry)]
     places = {entry.key: entry.locations[0] for entry in alone}
     tiles = {(e.locations[0].module, e.locations[0].attribute): e.tile for e in alone if e.tile is not None}
@@ -195,10 +215,12 @@ def _norms(entries: Sequence[Entry]) -> dict[str | None, _Norm]:
         assert isinstance(norm, _BatchNorm)  # see `_is_alone`
         variance, count = norm.running_var, norm.num_batches_tracked
         if variance is not None and not is_sharded(variance):
-            fresh = variance.is_meta or (_is_initial(norm) if count is None else not count)
+            counted = count is not None and not count.is_meta and bool(count)
+            fresh = variance.is_meta or (_is_initial(norm) if count is None else not counted)
             prefix = f"{place.path}." if place.path else ""
             gain, shift = numbers.get((key, "weight"), 1.0), numbers.get((key, "bias"), 0.0)
-            found[key] = _Norm(prefix, len(variance), variance.dtype, fresh, gain, shift, norm.eps)
+            ours = fresh or key in next_behind
+            found[key] = _Norm(prefix, len(variance), variance.dtype, ours, counted, gain, shift, norm.eps)
     return found
 
 
@@ -218,9 +240,9 @@ def _normalised(x: Signal, norm: _Norm | None) -> tuple[Signal, Tensor | None]:
     """What a batch norm gives, and the statistics that belong to its input; None where its own are right."""
     gain, shift, eps = (1.0, 0.0, 0.0) if norm is None else (norm.gain, norm.shift, norm.eps)
     if x.values is None:
-        ours = norm is not None and norm.fresh and x.told and 0 < x.square < math.inf
+        ours = norm is not None and norm.ours and x.told and 0 < x.square < math.inf
         square = x.square / (x.square + eps) if ours else x.square
-        if norm is not None and not norm.fresh:
+        if norm is not None and not norm.ours:
             square = 1.0
         statistics = torch.tensor([[0.0], [x.square]], dtype=torch.float32) if ours else None
         return Signal(square * _square(gain) + _square(shift), None, x.channels), statistics

@@ -17,6 +17,7 @@ from ghn_init._errors import PredictError
 from ghn_init._files import reason, write_bytes
 from ghn_init._graph.draw import COLOURS
 from ghn_init._graph.svg import MOST_NODES, to_svg
+from ghn_init._network.scale import computable
 from ghn_init.cli._output import in_options
 from ghn_init.cli._report_charts import dumbbells, histogram
 
@@ -91,7 +92,7 @@ _FAMILIAR: Final = (
     "in the networks that the hypernetwork was trained on."
 )
 _STATISTICS: Final = (
-    "Batch norms that had seen no data got running statistics that belong to the weights, so that evaluation "
+    "Batch norms behind predicted weights got running statistics that belong to these, so that evaluation "
     "mode works at once; those of your data are better: train the network, or call "
     "ghn_init.calibrate_batchnorm."
 )
@@ -159,7 +160,8 @@ class Page:
 
 def rms(value: Tensor) -> float:
     """Root mean square of a tensor that is not empty."""
-    return float(torch.linalg.vector_norm(value.detach(), dtype=torch.float32)) / value.numel() ** 0.5
+    values = computable(value.detach())
+    return float(torch.linalg.vector_norm(values, dtype=torch.float32)) / value.numel() ** 0.5
 
 
 def _scales_of(rows: Iterable[Entry]) -> Scales:
