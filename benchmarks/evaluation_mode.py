@@ -25,6 +25,7 @@ NETWORKS = (
     "hrnet_w18_small", "res2net50_26w_4s", "selecsls42b", "ghostnet_100", "inception_v3", "xception41",
     "mobilenetv2_100", "mnasnet_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "efficientnet_b0",
     "tf_efficientnetv2_s", "regnety_004", "rexnet_100", "lcnet_100", "mobilenetv4_conv_small",
+    "hgnetv2_b0", "mobileone_s1", "regnetz_005", "mixnet_s", "repvgg_a0",
 )  # fmt: skip
 
 
