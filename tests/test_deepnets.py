@@ -326,6 +326,11 @@ def test_net_args_with_wrong_keys_are_refused() -> None:
         Architecture.from_net_args({"genotype": net_args["genotype"], "depth": 3})
     with pytest.raises(ArchitectureError, match=r"genotype: expected normal.*KeyError: 'normal_concat'"):
         Architecture.from_net_args({**net_args, "genotype": {"normal": [["msa", 0]]}})
+    with pytest.raises(ArchitectureError, match="net_args: expected a dictionary, found NoneType"):
+        Architecture.from_net_args(None)  # type: ignore[arg-type]
+    for key, value in (("n_cells", "5"), ("n_cells", None), ("C", 32.0), ("ks", True), ("stem_pool", "no")):
+        with pytest.raises(ArchitectureError, match=f"{key} = {value!r}, must be (int|bool)"):
+            Architecture.from_net_args({**net_args, key: value})
 
 
 # -- the random stream and the sampler ----------------------------------------------------------------

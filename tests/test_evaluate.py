@@ -18,6 +18,7 @@ from ghn_init.cli._values import seconds
 from ghn_init.training import Score, evaluate
 from ghn_init.training._pool import run_all
 from ghn_init.training._results import Results, table
+from ghn_init.training.data import CIFAR10
 from ghn_init.training.evaluate import Measure, Network
 from training_runs import TINY_GHN, random_images
 
@@ -148,8 +149,14 @@ def test_results_of_something_else_are_refused(ghn: GHN, tmp_path: Path) -> None
     path = tmp_path / "results.json"
     Results(Measure(ghn, random_images(8)), path).write()
     other = GHN(ghn.config)
-    with pytest.raises(TrainingError, match="results of other weights_digest, images, precision"):
+    with pytest.raises(
+        TrainingError, match="results of other weights_digest, images, images_digest, precision"
+    ):
         Results(Measure(other, random_images(9), precision=torch.bfloat16), path)
+    with pytest.raises(TrainingError, match="results of other images_digest; give another file"):
+        Results(Measure(ghn, random_images(8, seed=3)), path)
+    with pytest.raises(TrainingError, match="results of other images_digest; give another file"):
+        Results(Measure(ghn, random_images(8), normalise=CIFAR10), path)
     path.write_text('{"some": "json"}')
     with pytest.raises(TrainingError, match="not a file of results"):
         Results(Measure(ghn, random_images(8)), path)

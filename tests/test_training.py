@@ -75,6 +75,9 @@ def steps_of(output: str) -> list[tuple[int, float, float, float | None]]:
         ({"duration": math.nan}, "duration=nan; expected a finite number"),
         ({"duration": math.inf}, "duration=inf; expected a finite number"),
         ({"duration": -1.0}, "no length"),
+        ({"seed": -1}, "seed=-1; expected at least 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808; expected at most 9223372036854775807"),
+        ({"images": "mine"}, r"images='mine'; expected one of \('shared', 'own'\)"),
         ({"steps": 5, "lr": math.nan}, "lr=nan; expected a finite number"),
         ({"steps": 5, "lr": "abc"}, "lr='abc'; expected float"),
         ({"steps": 5, "seed": 1.5}, "seed=1.5; expected int"),
@@ -100,8 +103,15 @@ def test_lengths_of_time_that_no_run_can_have(tmp_path: Path, name: str, value: 
 
 @pytest.mark.parametrize("name", ["log_every", "validation_networks", "validation_images"])
 def test_numbers_that_no_run_can_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}=0; expected a number from 1"):
-        RunOptions(output=tmp_path, **{name: 0})
+    for value in (0, 1.5, "10"):
+        with pytest.raises(ConfigError, match=f"{name}={value!r}; expected a whole number from 1"):
+            RunOptions(output=tmp_path, **{name: value})  # type: ignore[arg-type]
+
+
+def test_options_of_a_run_take_a_path_of_text_and_no_text_for_a_time(tmp_path: Path) -> None:
+    assert RunOptions(output=str(tmp_path)).output == tmp_path  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="time_limit='10m'; expected a finite number of seconds"):
+        RunOptions(output=tmp_path, time_limit="10m")  # type: ignore[arg-type]
 
 
 def test_a_configuration_survives_json() -> None:
@@ -401,6 +411,33 @@ def test_a_process_leaves_its_group_for_gloo_would_abort_it_at_its_end(
     ranks.leave()
     assert not torch.distributed.is_initialized()
     ranks.leave()  # there is no group any more
+
+
+@pytest.mark.parametrize("said", [{}, {"RANK": ""}, {"RANK": "5"}, {"RANK": "-1"}, {"RANK": "first"}])
+def test_a_place_that_no_process_has_is_refused(launched: Callable[..., None], said: dict[str, str]) -> None:
+    launched(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", **said)
+    expected = f"RANK='{said.get('RANK', '')}' and WORLD_SIZE='2' in the environment; expected a process's"
+    with pytest.raises(TrainingError, match=expected):
+        Ranks.join()
+
+
+@pytest.mark.source
+@pytest.mark.skipif(os.name != "posix", reason="no signals there")
+def test_a_process_that_waits_for_others_can_be_ended() -> None:
+    code = "from ghn_init.training._ranks import Ranks; print(1, flush=True); Ranks.join()"
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | place,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    time.sleep(1)  # it waits by then
+    process.terminate()
+    assert process.wait(timeout=20) == -signal.SIGTERM
+    process.stdout.close()
 
 
 def test_processes_that_do_not_meet_are_told_what_to_set(

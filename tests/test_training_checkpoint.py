@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import itertools
@@ -17,12 +18,12 @@ import pytest
 import torch
 
 from ghn_init._errors import TrainingError
-from ghn_init.training import _checkpoint
+from ghn_init.training import RunOptions, Trainer, _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
 from ghn_init.training._engine import Engine
 from ghn_init.training._log import LOG, Log
 from ghn_init.training._output import only_writer
-from training_runs import figures, tiny_config, tiny_trainer
+from training_runs import figures, random_images, tiny_config, tiny_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,6 +167,37 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     (path / "average.safetensors").unlink()
     with pytest.raises(TrainingError, match="not a complete training checkpoint"):
         tiny_trainer(tmp_path)
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
+    def trainer(seed: int, soft: float = 0.0) -> Trainer:
+        images = random_images(seed=seed)
+        images = dataclasses.replace(images, soft=torch.full((48, 10), soft)) if soft else images
+        chosen = RunOptions(output=tmp_path, time_limit=0.0)
+        config = tiny_config(soft_labels=0.5 if soft else 0.0)
+        return Trainer(config, images, random_images(16, seed=1), chosen)
+
+    trainer(0).run()
+    with pytest.raises(TrainingError, match="was trained on other images; give the same, or another output"):
+        trainer(3)
+    assert trainer(0).state.step == 1
+    (path,) = tmp_path.glob("checkpoint-*")
+    state = json.loads((path / "state.json").read_text())
+    del state["data"]  # as earlier versions wrote it
+    (path / "state.json").write_text(json.dumps(state))
+    assert trainer(3).state.step == 1
+    shutil.rmtree(path)
+    trainer(0, 0.1).run()
+    with pytest.raises(TrainingError, match="was trained on other soft labels"):
+        trainer(0, 0.2)
+
+
+def test_a_run_that_is_over_is_not_validated_again(tmp_path: Path) -> None:
+    assert tiny_trainer(tmp_path, tiny_config(steps=2)).run()
+    before = (tmp_path / LOG).read_text()
+    assert len(before.splitlines()) == 3
+    assert tiny_trainer(tmp_path, tiny_config(steps=2)).run()
+    assert (tmp_path / LOG).read_text() == before
 
 
 def test_a_run_at_a_constant_rate_may_get_another_length(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import tarfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,14 @@ from PIL import Image
 
 from ghn_init._errors import TrainingError
 from ghn_init.training import Images, Normalisation, hold_out, load_images
-from ghn_init.training.data import augment, batch_indices, generator, sized
+from ghn_init.training.data import (
+    augment,
+    batch_indices,
+    check_classes,
+    check_side,
+    generator,
+    sized,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,6 +171,66 @@ def test_one_archive_may_hold_both_splits(folder: Path, tmp_path: Path) -> None:
         archive.add(folder, arcname="set")
     for split in COUNTS:
         assert same(load_images(tmp_path / "all.tar", split), split)
+
+
+def test_images_of_training_are_not_taken_for_those_of_the_test(folder: Path, tmp_path: Path) -> None:
+    missing = "no test split; expected a folder test/"
+    with pytest.raises(TrainingError, match=missing):
+        load_images(folder / "train", "test")
+    with tarfile.open(tmp_path / "flat.tar", "w") as archive:
+        archive.add(folder / "train", arcname="set")
+    with tarfile.open(tmp_path / "half.tar", "w") as archive:
+        archive.add(folder / "train", arcname="set/train")
+        archive.add(folder / "test", arcname="set/val")
+    for name in ("flat.tar", "half.tar"):
+        with pytest.raises(TrainingError, match=missing):
+            load_images(tmp_path / name, "test")
+        assert same(load_images(tmp_path / name, "train"), "train")
+    shutil.rmtree(folder / "test")
+    with pytest.raises(TrainingError, match=missing):
+        load_images(folder, "test")
+    (folder / "train").rename(folder / "test")
+    with pytest.raises(TrainingError, match="no train split; expected a folder train/"):
+        load_images(folder, "train")
+
+
+def test_classes_of_both_splits_have_to_be_the_same(folder: Path) -> None:
+    check_classes(load_images(folder, "train"), load_images(folder, "test"))
+    shutil.rmtree(folder / "test" / "ant")
+    found = r"3 classes of training images and 2 of test images \(\['ant'\] in train only\)"
+    with pytest.raises(TrainingError, match=found):
+        check_classes(load_images(folder, "train"), load_images(folder, "test"))
+
+
+def test_classes_without_names_are_counted_in_both_splits(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    arrays = {"train_images": pixels, "train_labels": np.arange(3)}
+    arrays |= {"test_images": pixels[:2], "test_labels": np.arange(2)}
+    np.savez(tmp_path / "set.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    assert load_images(tmp_path / "set.npz", "test").classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_a_channel_that_is_all_alike_becomes_zero(value: int) -> None:
+    images = numbered(50)
+    pixels = images.pixels.clone()
+    pixels[:, 2] = value
+    images = Images(pixels, images.labels, images.classes)
+    x = Normalisation.of(images)(images.pixels)
+    assert x[:, 2].abs().max() < 1e-4
+    torch.testing.assert_close(x[:, :2].std((0, 2, 3), correction=0), torch.ones(2), rtol=1e-3, atol=0)
+
+
+def test_images_of_more_than_eight_bits_are_refused(folder: Path) -> None:
+    deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    deep.save(folder / "train" / "bee" / "001.png")
+    with pytest.raises(TrainingError, match="image 5 of class bee has 16 bits a pixel or more; expected 8"):
+        load_images(folder, "train")
+
+
+def test_networks_see_square_images() -> None:
+    with pytest.raises(TrainingError, match="images of 8 x 16 pixels; expected square ones"):
+        check_side(Images(torch.zeros(2, 3, 8, 16, dtype=torch.uint8), torch.zeros(2).long(), ("a",)), 16)
 
 
 def test_images_come_from_an_npz(tmp_path: Path) -> None:

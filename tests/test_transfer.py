@@ -20,6 +20,7 @@ from ghn_init.training._records import add_record, read_records
 from ghn_init.training._transfer import Training, _Bench, interval
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TINY = TransferConfig(shots=(3, 6), rates=(0.03, 0.1), seeds=2, steps=8, batch_size=4, validation=8)
@@ -36,6 +37,22 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Said(Net):
+    """One whose training mode gives something else, as networks with auxiliary classifiers do."""
+
+    def __init__(self, otherwise: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return self.otherwise([logits, logits]) if self.training else logits
+
+
+def nothing(_: list[Tensor]) -> Any:
+    raise KeyError("images")
 
 
 def images(count: int, seed: int = 0) -> Images:
@@ -147,7 +164,19 @@ def test_the_interval_is_that_of_students_t(n: int, quantile: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"build": lambda: Net(5)}, r"network: outputs of shape \(2, 5\) for two images; expected \(2, 2\)"),
+        (
+            {"build": lambda: Net(5)},
+            r"network: outputs of shape \(2, 5\) for two images in evaluation mode; expected .* \(2, 2\)",
+        ),
+        ({"build": lambda: Said(tuple)}, "network: outputs that are a tuple for two images in training mode"),
+        (
+            {"build": lambda: Said(nothing)},
+            r"network: cannot be run on images of shape \(2, 3, 8, 8\) \(KeyError: 'images'\)",
+        ),
+        (
+            {"build": lambda: Net(2).requires_grad_(False)},
+            "network: none of its parameters has requires_grad",
+        ),
         (
             {"config": dataclasses.replace(TINY, shots=(30,))},
             r"class red has 1\d training images .* least 30",

@@ -168,7 +168,7 @@ def teach(
     width: Annotated[int, option("N", "Give the classifier's first stage this many channels.", least=1)] = 32,
 ) -> None:
     """Train a small classifier and write its soft labels of the training images."""
-    check_output(output)
+    check_output(output, [data])
     from ghn_init.cli._bars import Bar
     from ghn_init.training.data import Normalisation, hold_out, load_images
     from ghn_init.training.teacher import accuracy, save_soft_labels, soft_labels, train_teacher
@@ -228,7 +228,7 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of networks with predicted parameters, split by split."""
     if output is not None:
-        check_output(output)
+        check_output(output, [data])
     import torch
 
     from ghn_init import load
@@ -236,13 +236,14 @@ def evaluate(
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import cores, run_all
     from ghn_init.training._results import Results, table
-    from ghn_init.training.data import Normalisation, load_images
+    from ghn_init.training.data import Normalisation, check_classes, load_images
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
 
     prepare_process()
+    trained, tested = load_images(data, "train"), load_images(data, "test")
+    check_classes(trained, tested)
     measure = Measure(
-        load(weights), load_images(data, "test"), images=images,
-        normalise=Normalisation.of(load_images(data, "train")),
+        load(weights), tested, images=images, normalise=Normalisation.of(trained),
         precision=torch.bfloat16 if bf16 else torch.float32,
     )  # fmt: skip
     results = Results(measure, output, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ghn_init.deepnets._plan import NetworkPlan, plan_network
 from ghn_init.deepnets._space import HEADS, LARGE_INPUT, OPERATIONS, Genotype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
@@ -59,6 +60,8 @@ class Architecture:
     C: int = 32
 
     def __post_init__(self) -> None:
+        if of_other_types := _types(self):
+            raise ArchitectureError(f"not an architecture of DeepNets-1M: {'; '.join(of_other_types)}")
         problems = [*_genotype_problems(self.genotype), *_problems(self)]
         if not problems and not self.plan.connected:
             problems.append("no path leads from the input to the output")
@@ -156,6 +159,8 @@ class Architecture:
         Raises:
             ArchitectureError: A key is unknown or missing, or a value is not valid.
         """
+        if not isinstance(net_args, Mapping):
+            raise ArchitectureError(f"net_args: expected a dictionary, found {type(net_args).__name__}")
         known = {f.name for f in dataclasses.fields(Architecture)}
         unknown = sorted(set(net_args) - known - {"num_nodes", "num_params"})
         missing = sorted({"genotype", "n_cells"} - set(net_args))
@@ -203,6 +208,18 @@ def _genotype_problems(genotype: Genotype) -> list[str]:
         if not concat or any(not 2 <= state < genotype.steps + 2 for state in concat):
             problems.append(f"{where}_concat: {concat} are not states 2 to {genotype.steps + 1}")
     return problems
+
+
+def _types(arch: Architecture) -> list[str]:
+    """Fields beside the genotype of other types than declared."""
+    expected = {"int": int, "bool": bool, "str | None": (str, type(None))}
+    return [
+        f"{field.name} = {value!r}, must be {field.type}"
+        for field in dataclasses.fields(arch)
+        if (wanted := expected.get(str(field.type))) is not None
+        if not isinstance(value := getattr(arch, field.name), wanted)
+        or (wanted is int and isinstance(value, bool))
+    ]
 
 
 def _problems(arch: Architecture) -> list[str]:

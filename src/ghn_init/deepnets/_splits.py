@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, overload
 
 from ghn_init._errors import ArchitectureError
 from ghn_init.deepnets._architecture import Architecture
@@ -67,10 +68,12 @@ class DeepNets1M(Sequence["Architecture | ResNet50"]):
         image_size: Matters for `wide` only.
 
     Raises:
-        ArchitectureError: There is no such split.
+        ArchitectureError: There is no such split, or no such seed.
     """
 
     def __init__(self, split: str, seed: int = 0, *, image_size: int = 32) -> None:
+        if not 0 <= seed < 2**64:
+            raise ArchitectureError(f"seed {seed} of DeepNets-1M; expected 0 to 2**64 - 1")
         if split not in SPLITS:
             raise ArchitectureError(f"no split {split!r} in DeepNets-1M; expected one of {tuple(SPLITS)}")
         self.split = split
@@ -83,7 +86,14 @@ class DeepNets1M(Sequence["Architecture | ResNet50"]):
     def __repr__(self) -> str:
         return f"DeepNets1M({self.split!r}, seed={self.seed}): {len(self):,} architectures"
 
-    def __getitem__(self, index: int) -> Architecture | ResNet50:  # type: ignore[override]
+    @overload
+    def __getitem__(self, index: int) -> Architecture | ResNet50: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Architecture | ResNet50]: ...
+    def __getitem__(self, index: int | slice) -> Architecture | ResNet50 | list[Architecture | ResNet50]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self!r} has no index {index}")
         index %= len(self)

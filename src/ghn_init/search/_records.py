@@ -10,7 +10,7 @@ import torch
 
 from ghn_init._errors import TrainingError
 from ghn_init.search._recipe import Measurement, Recipe
-from ghn_init.training import _records, teacher
+from ghn_init.training import _records
 from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Header:
     @classmethod
     def of(cls, split: str, weights: str, ghn: GHN, train: Images, recipe: Recipe) -> Header:
         """The header of measurements with this hypernetwork and these images."""
-        return cls(split, 0, weights, digest(ghn), teacher.digest(train), recipe)
+        return cls(split, 0, weights, digest(ghn), train.digest(), recipe)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Header:

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _AT_LEAST: Final = {
+    "seed": 0,
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
     "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
     "param_decay": 0.0, "crop_padding": 0,
 }  # fmt: skip
+_LARGEST_SEED: Final = 2**63 - 1
+
 _TYPES: Final[Mapping[str, Any]] = {
     "int": int, "int | None": int | None, "float": float | int, "float | None": float | int | None,
     "GHNConfig": GHNConfig,
@@ -113,12 +116,17 @@ class TrainConfig:
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected at least {least}")
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError(f"training: seed={self.seed}; expected at most {_LARGEST_SEED}")
         for name in _FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected 0 to 1")
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"training: {name}={value!r}; expected one of {choices}")
+        self._check_length()
+
+    def _check_length(self) -> None:
         if (self.steps is None) == (self.duration is None):
             raise ConfigError(
                 f"training: steps={self.steps}, duration={self.duration}; give exactly one of them "

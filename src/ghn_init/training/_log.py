@@ -55,6 +55,9 @@ class Log:
     Lines of steps after `resume_at` are removed first: a resumed run does them again. Without a folder
     nothing is written. With `tensorboard` the numbers go to event files in `tensorboard/`, too.
 
+    Attributes:
+        validated: Step `resume_at` has been validated.
+
     Raises:
         TrainingError: From every method: the log cannot be written.
     """
@@ -67,11 +70,13 @@ class Log:
         self._every, self._pending = every, list[Record]()
         self._large: list[dict[str, Any]] = []
         self._board: SummaryWriter | None = None
+        self.validated = False
         if folder is not None and self._path is not None:
             with writing(self._path):
                 folder.mkdir(parents=True, exist_ok=True)
                 if self._path.exists():
                     kept = [line for line in read_records(self._path) if line["step"] <= resume_at]
+                    self.validated = any(line["step"] == resume_at and "lr" not in line for line in kept)
                     write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
             if tensorboard:
                 self._board = summary_writer()(folder / TENSORBOARD, purge_step=resume_at + 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -59,7 +61,7 @@ class Ranks:
                 through mpirun.
         """
         if "WORLD_SIZE" in os.environ:
-            _meet(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+            _meet(*_place())
         else:
             _check_launcher()
         return cls.current()
@@ -138,9 +140,22 @@ class Ranks:
             ) from error
 
 
+def _place() -> tuple[int, int]:
+    """The number of this process and how many there are, as a launcher says."""
+    said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    rank, world = (int(value) if value.isdecimal() else -1 for value in said.values())
+    if not 0 <= rank < world:
+        raise TrainingError(
+            f"RANK={said['RANK']!r} and WORLD_SIZE={said['WORLD_SIZE']!r} in the environment; expected a "
+            "process's number, from 0, and how many there are"
+        )
+    return rank, world
+
+
 def _meet(rank: int, world: int) -> None:
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        with _interruptible():
+            dist.init_process_group("gloo", rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:  # a connection; a variable that is missing
         raise TrainingError(
             f"process {rank} of {world} did not find the others: {error}; expected the first one's address "
@@ -148,6 +163,21 @@ def _meet(rank: int, world: int) -> None:
             "127.0.1.1 in /etc/hosts, name the network interface between them as well: "
             "GLOO_SOCKET_IFNAME=eth0, say"
         ) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once: torch waits where Python's handlers do not run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # it was not set from Python
+                signal.signal(number, handler)
 
 
 def local_device() -> torch.device:

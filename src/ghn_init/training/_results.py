@@ -43,6 +43,7 @@ class Results:
         self._header = {
             "weights_digest": digest(measure.ghn),
             "images": self._images,
+            "images_digest": _digest_of_images(measure),
             "batch_size": BATCH_SIZE,
             "seed": measure.seed,
             "precision": str(measure.precision).removeprefix("torch."),
@@ -96,6 +97,12 @@ class Results:
         result = {"weights": self._weights, **self._header, "torch": torch.__version__, "scores": scores}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self._path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _digest_of_images(measure: Measure) -> str:
+    """Of the images as networks see them, normalised."""
+    seen = f"{measure.data.digest()} {measure.normalise}"
+    return hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()
 
 
 def digest(ghn: GHN) -> str:

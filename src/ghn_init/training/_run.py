@@ -7,12 +7,10 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from ghn_init._errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +42,14 @@ class RunOptions:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
         for name in ("time_limit", "save_every", "validate_every"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise ConfigError(f"training: {name}={value!r}; expected a finite number of seconds from 0")
         for name in ("validation_networks", "validation_images", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected a number from 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"training: {name}={getattr(self, name)!r}; expected a whole number from 1")
 
 
 @dataclass

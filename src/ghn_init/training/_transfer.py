@@ -23,9 +23,8 @@ from ghn_init._weights.load import load
 from ghn_init._writing.familiarity import OutOfDistributionWarning
 from ghn_init._writing.plan import predict
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training._results import digest as digest_of_ghn
+from ghn_init.training._results import digest
 from ghn_init.training.data import Normalisation, augment, batch_indices, generator, hold_out
-from ghn_init.training.teacher import digest as digest_of_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,22 +273,25 @@ class _Bench:
         self.test = test.spread(config.images or len(test))
         self.places = _places_by_class(self.train, max(config.shots))
         self.ghn = weights if isinstance(weights, GHN) else load(weights)
-        self.digest = digest_of_ghn(self.ghn)
-        self.data = f"{digest_of_images(train)} {digest_of_images(test)}"
+        self.digest = digest(self.ghn)
+        self.data = f"{train.digest()} {test.digest()}"
         self.network = f"{name} {self._checked(name)}"
         self.done = {training.setting: training for training in (_read(file) if file else ())}
 
     def _checked(self, name: str) -> str:
         """Digest of names and shapes of the network's parameters; it is run once on two images."""
-        network = self.build().eval()
-        with torch.no_grad():
-            found = tuple(network(self.normalise(self.test.pixels[:2])).shape)
-        expected = (2, len(self.train.classes))
-        if found != expected:
-            raise TrainingError(
-                f"{name}: outputs of shape {found} for two images; expected {expected}, one for each class "
-                f"(a setting such as num_classes={expected[1]})"
-            )
+        network, expected = self.build(), (2, len(self.train.classes))
+        if not any(param.requires_grad for param in network.parameters()):
+            raise TrainingError(f"{name}: none of its parameters has requires_grad; expected some to train")
+        for mode in ("evaluation", "training"):
+            x = self.normalise(self.test.pixels[:2])
+            found = _shape(network.train(mode == "training"), x, name)
+            if found != expected:
+                what = f"of shape {found}" if isinstance(found, tuple) else f"that are a {found}"
+                raise TrainingError(
+                    f"{name}: outputs {what} for two images in {mode} mode; expected a tensor of shape "
+                    f"{expected}, one number for each class (a setting such as num_classes={expected[1]})"
+                )
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         return hashlib.blake2b(json.dumps(shapes, sort_keys=True).encode(), digest_size=4).hexdigest()
 
@@ -382,6 +384,18 @@ class _Bench:
             part = images.take(slice(start, start + _MEASURED_AT_ONCE))
             hits += int((network(self.normalise(part.pixels)).argmax(1) == part.labels).sum())
         return 100 * hits / len(images)
+
+
+def _shape(network: nn.Module, x: Tensor, name: str) -> tuple[int, ...] | str:
+    """The shape of a network's outputs, or what they are if no tensor."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = network(x)
+    except Exception as error:  # of the user's code, whatever it is
+        raise TrainingError(
+            f"{name}: cannot be run on images of shape {tuple(x.shape)} ({type(error).__name__}: {error})"
+        ) from error
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
 
 
 def _optimizer(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:

@@ -74,6 +74,12 @@ class Images:
         """Side of the images in pixels."""
         return self.pixels.shape[-1]
 
+    def digest(self) -> str:
+        """A short digest of pixels and labels, order included."""
+        found = hashlib.blake2b(self.pixels.numpy().data, digest_size=12)
+        found.update(self.labels.numpy().data)
+        return found.hexdigest()
+
     def take(self, index: Tensor | slice) -> Images:
         """The images at these places."""
         soft = None if self.soft is None else self.soft[index]
@@ -91,7 +97,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of every channel, of pixels between 0 and 1."""
+    """Mean and standard deviation of every channel, of pixels between 0 and 1; 1 where all are alike."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -103,7 +109,8 @@ class Normalisation:
         values = torch.arange(256, dtype=torch.float64) / 255
         weights = counts.double() / counts.sum(1, keepdim=True)
         mean = weights @ values
-        std = (weights @ values.square() - mean.square()).sqrt()
+        std = (weights @ values.square() - mean.square()).clamp_min(0).sqrt()
+        std = torch.where(std > _CONSTANT, std, 1.0)  # a channel without any differences stays one
         return cls(tuple(mean.tolist()), tuple(std.tolist()))  # pyright: ignore[reportArgumentType]
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -112,6 +119,11 @@ class Normalisation:
         mean, std = values[:, None, :, None, None]
         return pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
+
+_SPLITS: Final = ("train", "test")
+
+_CONSTANT: Final = 1e-6
+"""A standard deviation that is a rounding error; one grey level in a million pixels gives more."""
 
 CIFAR10: Final = Normalisation((0.491, 0.482, 0.447), (0.245, 0.243, 0.261))
 """The normalisation of CIFAR-10's training images, as JPEG of quality 75."""
@@ -173,10 +185,33 @@ def check_side(images: Images, side: int) -> None:
     """See that networks can be shown these images at this side.
 
     Raises:
-        TrainingError: It is neither their own nor half of it.
+        TrainingError: It is neither their own nor half of it; they are not square.
     """
+    height, width = images.pixels.shape[2:]
+    if height != width:
+        raise TrainingError(f"images of {height} x {width} pixels; expected square ones")
     if side not in (images.size, images.size // 2):
         raise TrainingError(f"image_size={side} and images of {images.size} pixels; expected that or half")
+
+
+def check_classes(train: Images, test: Images) -> None:
+    """See that the labels of both mean the same.
+
+    Raises:
+        TrainingError: The classes differ.
+    """
+    if train.classes == test.classes:
+        return
+    both = (set(train.classes), set(test.classes))
+    alone = [
+        f"{sorted(mine - others)[:3]} in {split} only"
+        for split, mine, others in zip(_SPLITS, both, both[::-1], strict=True)
+        if mine - others
+    ]
+    raise TrainingError(
+        f"{len(train.classes)} classes of training images and {len(test.classes)} of test images "
+        f"({'; '.join(alone) or 'in another order'}); expected the same"
+    )
 
 
 # Reading
@@ -190,7 +225,8 @@ def load_images(
     Args:
         source: One of
             - an .npz file with `train_images` (N, H, W, 3) uint8, `train_labels`, `test_...`;
-            - a folder with one folder per class (an ImageFolder), or with such a folder as `train/`;
+            - a folder with such a folder as `train/` and as `test/` as has one folder per class (an
+              ImageFolder), or that folder itself, which is then "train";
             - a .tar, .tar.gz or .tar.xz of that; a folder that holds `*train*.tar.xz` and so on;
             - the folder of torchvision's CIFAR10 or CIFAR100 (`cifar-10-batches-py`).
         split: "train" or "test".
@@ -198,11 +234,15 @@ def load_images(
             own in the system's temporary folder. Where it cannot be used they are decoded every time.
 
     Raises:
-        TrainingError: Nothing readable there, or images of several sizes.
+        TrainingError: Nothing readable there, no such split, or images of several sizes or of more than 8
+            bits.
     """
-    if split not in ("train", "test"):
+    if split not in _SPLITS:
         raise TrainingError(f"split {split!r}; expected 'train' or 'test'")
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody, whom the system does not know
+        raise TrainingError(f"{source}: {error}") from error
     try:
         return _load(_find(path, split), split, cache)
     except OSError as error:
@@ -263,8 +303,26 @@ def _cache_name(path: Path, split: str) -> str:
 
 
 def _root(path: Path, split: str) -> Path:
-    """The folder with one folder per class."""
-    return path / split if (path / split).is_dir() else path
+    """The folder with one folder per class.
+
+    Raises:
+        TrainingError: There is none for this split.
+    """
+    if (path / split).is_dir():
+        return path / split
+    if any((path / other).is_dir() for other in _SPLITS) or not _is_of(path, split):
+        raise _missing(path, split)
+    return path
+
+
+def _is_of(path: Path, split: str) -> bool:
+    """Whether a source without folders for splits is of this one: what its name says, or else "train"."""
+    return split == "train" or split in path.name
+
+
+def _missing(path: Path, split: str) -> TrainingError:
+    """For a source whose images are not of this split: to measure on those of training would be wrong."""
+    return TrainingError(f"{path}: no {split} split; expected a folder {split}/ with one folder per class")
 
 
 def _image_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
@@ -312,8 +370,11 @@ def _files(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
                     found.append((member.name, content.read()))
     except Exception as error:  # tarfile's, or of any kind from what decompresses
         raise TrainingError(f"{path}: not a readable archive of images ({error})") from error
-    nested = [entry for entry in found if split in Path(entry[0]).parts[:-2]]
-    for name, content in sorted(nested or found):
+    nested = {of: [entry for entry in found if of in Path(entry[0]).parts[:-2]] for of in _SPLITS}
+    flat = found and not any(nested.values()) and _is_of(path, split)
+    if found and not flat and not nested[split]:
+        raise _missing(path, split)
+    for name, content in sorted(nested[split] or found):
         yield Path(name).parent.name, content
 
 
@@ -325,9 +386,15 @@ def _decode(files: Iterable[tuple[str, bytes]], path: Path) -> Images:
     for name, content in files:
         try:
             with Image.open(io.BytesIO(content)) as image:
+                deep = image.mode[:1] in "IF"  # (it would be cut off at 255, not scaled)
                 pixels.append(np.asarray(image.convert("RGB")))
         except Exception as error:  # its decoders raise what they like for a damaged file
             raise TrainingError(f"{path}: image {len(names)} of class {name} is damaged ({error})") from error
+        if deep:
+            raise TrainingError(
+                f"{path}: image {len(names)} of class {name} has 16 bits a pixel or more; expected 8 "
+                "(convert the images, or give an .npz)"
+            )
         names.append(name)
         if pixels[-1].shape != pixels[0].shape:
             raise TrainingError(
@@ -358,6 +425,7 @@ def _read_npz(path: Path, split: str) -> Images:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             pixels, labels = file[f"{split}_images"], file[f"{split}_labels"].reshape(-1)
             classes = file.get("classes")
+            counted = [file[name] for name in (f"{of}_labels" for of in _SPLITS) if name in file]
     except Exception as error:  # numpy, zipfile and zlib each have their own for a damaged file
         raise TrainingError(f"{path}: cannot read {split}_images and {split}_labels ({error})") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
@@ -370,7 +438,7 @@ def _read_npz(path: Path, split: str) -> Images:
             "with the classes' names in `classes`"
         )
     if classes is None:
-        classes = np.arange(labels.max(initial=-1) + 1)
+        classes = np.arange(max(int(numbers.max(initial=-1)) for numbers in counted) + 1)
     if classes.ndim != 1:
         raise TrainingError(f"{path}: classes is {classes.dtype} {classes.shape}; expected names (C,)")
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -6,7 +6,7 @@ A hypernetwork trained on the classes' probabilities instead of one class (Hinto
 
 from __future__ import annotations
 
-import hashlib
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -85,8 +85,11 @@ def train_teacher(
         on_step: Called after every step with (fraction done, loss).
 
     Raises:
-        TrainingError: Too few or too small images; a loss that is not finite.
+        TrainingError: Too few or too small images; no such number of epochs or seed; a loss that is not
+            finite.
     """
+    if not 0 < epochs < math.inf or not 0 <= seed < 2**63:
+        raise TrainingError(f"epochs={epochs}, seed={seed}; expected above 0, and from 0 to 2**63 - 1")
     if len(images) < _BATCH or images.size < _SMALL:
         raise TrainingError(
             f"{len(images)} images of {images.size} pixels for a teacher; "
@@ -135,7 +138,7 @@ def accuracy(labels: Tensor, images: Images) -> float:
 def save_soft_labels(path: str | PathLike[str], labels: Tensor, images: Images) -> None:
     """Write soft labels as .npz, with a digest of the images that they belong to, in one piece."""
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, soft_labels=labels.half().numpy(), images=np.array(digest(images)))
+        np.savez(file, soft_labels=labels.half().numpy(), images=np.array(images.digest()))
 
 
 def with_soft_labels(images: Images, path: str | PathLike[str]) -> Images:
@@ -149,19 +152,12 @@ def with_soft_labels(images: Images, path: str | PathLike[str]) -> Images:
             labels, theirs = torch.from_numpy(file["soft_labels"]).float(), str(file["images"])
     except Exception as error:  # numpy, zipfile and zlib each have their own for a damaged file
         raise TrainingError(f"{path}: cannot be read as soft labels ({error})") from error
-    if theirs != digest(images) or labels.shape != (len(images), len(images.classes)):
+    if theirs != images.digest() or labels.shape != (len(images), len(images.classes)):
         raise TrainingError(
             f"{path}: soft labels {tuple(labels.shape)} of other images; expected those of these "
             f"{len(images)} training images: make them anew with `ghn-init teach`"
         )
     return replace(images, soft=labels)
-
-
-def digest(images: Images) -> str:
-    """A short digest of pixels and labels, order included."""
-    found = hashlib.blake2b(images.pixels.numpy().data, digest_size=12)
-    found.update(images.labels.numpy().data)
-    return found.hexdigest()
 
 
 def _logits(network: nn.Module, x: Tensor) -> Tensor:

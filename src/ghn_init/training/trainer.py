@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,7 +216,7 @@ class Trainer:
 
     def _run(self, on_step: Callable[[Record], None]) -> None:
         options, state, first = self.options, self.state, self.ranks.first
-        before, saved, validated = state.seconds, 0.0, 0.0
+        before, saved, validated, begun = state.seconds, 0.0, 0.0, state.step
         folder = options.output if first else None
         log = Log(folder, options.log_every, resume_at=state.step, tensorboard=options.tensorboard)
         made = iter(MetaBatches(self.config, self.image_size, state.position, self.ranks))
@@ -238,7 +240,7 @@ class Trainer:
                 if first and options.validate_every and now - validated >= options.validate_every:
                     log.write(self._validate())
                     validated = clock()
-            if first and self.done >= 1:
+            if first and self.done >= 1 and not (state.step == begun and log.validated):
                 log.write(self._validate())
 
     def step(self, batch: MetaBatch) -> Record:
@@ -406,8 +408,16 @@ class Trainer:
         }
         if self.config.ema:
             tensors["average"] = self.average
-        state = {"config": self.config.to_dict(), "state": asdict(self.state)}
+        state = {"config": self.config.to_dict(), "state": asdict(self.state), "data": self._data}
         _checkpoint.save(self.options.output, self.state.step, Checkpoint(tensors, state))
+
+    @cached_property
+    def _data(self) -> dict[str, str]:
+        """Digests of what it trains on; none of soft labels that have no share in the targets."""
+        found, soft = {"images": self.images.digest()}, self.images.soft
+        if self.config.soft_labels and soft is not None:
+            found["soft labels"] = hashlib.blake2b(soft.numpy().data, digest_size=12).hexdigest()
+        return found
 
     def _resume(self, path: Path) -> None:
         saved = _checkpoint.load(path)
@@ -422,6 +432,12 @@ class Trainer:
                 raise TrainingError(
                     f"{path}: was trained with other values of {', '.join(different)}; "
                     "give the same, or another output folder"
+                )
+            data = saved.state.get("data", self._data)  # earlier versions did not write it
+            if others := [name for name, digest in self._data.items() if data.get(name) != digest]:
+                raise TrainingError(
+                    f"{path}: was trained on other {' and '.join(others)}; give the same, or another output "
+                    "folder"
                 )
             self.ghn.load_state_dict(dict(saved.tensors["weights"]))
             if self.config.ema:
