@@ -186,6 +186,10 @@ def test_images_of_training_are_not_taken_for_those_of_the_test(folder: Path, tm
         with pytest.raises(TrainingError, match=missing):
             load_images(tmp_path / name, "test")
         assert same(load_images(tmp_path / name, "train"), "train")
+    (folder / "train").rename(tmp_path / "latest")
+    with pytest.raises(TrainingError, match=missing):
+        load_images(tmp_path / "latest", "test")
+    (tmp_path / "latest").rename(folder / "train")
     shutil.rmtree(folder / "test")
     with pytest.raises(TrainingError, match=missing):
         load_images(folder, "test")

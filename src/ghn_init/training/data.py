@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import io
 import os
+import re
 import tarfile
 import tempfile
 from contextlib import suppress
@@ -317,7 +318,8 @@ def _root(path: Path, split: str) -> Path:
 
 def _is_of(path: Path, split: str) -> bool:
     """Whether a source without folders for splits is of this one: what its name says, or else "train"."""
-    return split == "train" or split in path.name
+    named = re.search(rf"(?<![a-z]){split}(?![a-z])", path.name.lower())  # not in "latest"
+    return split == "train" or named is not None
 
 
 def _missing(path: Path, split: str) -> TrainingError:
@@ -438,7 +440,7 @@ def _read_npz(path: Path, split: str) -> Images:
             "with the classes' names in `classes`"
         )
     if classes is None:
-        classes = np.arange(max(int(numbers.max(initial=-1)) for numbers in counted) + 1)
+        classes = np.arange(max(int(numbers.max(initial=-1)) for numbers in counted if _whole(numbers)) + 1)
     if classes.ndim != 1:
         raise TrainingError(f"{path}: classes is {classes.dtype} {classes.shape}; expected names (C,)")
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
