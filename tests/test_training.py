@@ -24,6 +24,7 @@ from torch.func import functional_call
 import training_runs
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
+from ghn_init.cli._values import training_config
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
 from ghn_init.training import RunOptions, TrainConfig
 from ghn_init.training import trainer as trainer_module
@@ -117,6 +118,17 @@ def test_options_of_a_run_take_a_path_of_text_and_no_text_for_a_time(tmp_path: P
 def test_a_configuration_survives_json() -> None:
     config = tiny_config(lr=3e-4, ghn={"hid": 16, "depth_buckets": 8})
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_length_of_the_command_line_goes_before_that_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config(steps=5).to_dict()))
+    assert training_config(file, None, None, None).steps == 5
+    assert training_config(file, None, 7, None).steps == 7
+    config = training_config(file, ["lr=1e-4"], None, "2m")
+    assert (config.steps, config.duration, config.lr) == (None, 120, 1e-4)
+    with pytest.raises(ConfigError, match="give exactly one of them"):
+        training_config(file, ["duration=3.0"], 7, None)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -130,6 +130,9 @@ def training_config(
     from ghn_init.training._config import TrainConfig
 
     values = _read_json(file) if file else {}
+    if steps is not None or duration is not None:  # the other length of the two is then none
+        values.pop("steps", None)
+        values.pop("duration", None)
     for setting in settings or ():
         key, sign, text = setting.partition("=")
         if not sign:
