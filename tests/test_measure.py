@@ -144,6 +144,17 @@ def test_impossible_recipes_are_refused() -> None:
         Recipe(steps=0, target=100)
     with pytest.raises(TrainingError, match="precision='half'"):
         Recipe(precision="half")
+    with pytest.raises(TrainingError, match="lr=inf, must be positive and finite"):
+        Recipe(lr=math.inf)
+
+
+def test_limits_and_batches_that_nothing_keeps_to_are_refused(ghn: GHN) -> None:
+    with pytest.raises(TrainingError, match="max_params=nan millions; expected a number above 0"):
+        next(candidates("train", RECIPE, max_params=math.nan))
+    with pytest.raises(TrainingError, match="max_activations=0 millions"):
+        next(candidates("train", RECIPE, max_activations=0))
+    with pytest.raises(TrainingError, match="24 training images; expected at least batch_size=40"):
+        Measurer(ghn, random_images(24), random_images(16), Recipe(batch_size=40, image_size=16))
 
 
 def header(ghn: GHN, **changes: Any) -> Header:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from ghn_init._errors import ArchitectureError
+from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init.deepnets import Architecture, DeepNets1M
 from ghn_init.search._recipe import PRECISIONS, Measurement, Recipe
 from ghn_init.training._engine import Engine, inject
@@ -72,7 +72,11 @@ def candidates(
 
     Raises:
         ArchitectureError: There is no such split, or it has networks that are not drawn from the space.
+        TrainingError: A limit that no network keeps to.
     """
+    for name, millions in (("max_params", max_params), ("max_activations", max_activations)):
+        if millions is not None and not millions > 0:  # NaN is not, too
+            raise TrainingError(f"{name}={millions} millions; expected a number above 0")
     networks = DeepNets1M(split, seed=seed, image_size=recipe.image_size)
     most_params, most_activations = (
         math.inf if millions is None else 1e6 * millions for millions in (max_params, max_activations)
@@ -106,6 +110,10 @@ class Measurer:
 
     def __init__(self, ghn: GHN, train: Images, validation: Images, recipe: Recipe | None = None) -> None:
         self.recipe = recipe = recipe or Recipe()
+        if len(train) < recipe.batch_size:
+            raise TrainingError(
+                f"{len(train)} training images; expected at least batch_size={recipe.batch_size}"
+            )
         self.train, self.precision = train, PRECISIONS[recipe.precision]
         self.scorer = Measure(
             ghn,

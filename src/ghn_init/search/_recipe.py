@@ -50,7 +50,7 @@ class Recipe:
         rules = (
             ("steps", self.steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2: batch norms use the statistics of a batch"),
-            ("lr", self.lr > 0, "positive"),
+            ("lr", 0 < self.lr < math.inf, "positive and finite"),
             ("target", 0 < self.target < 100, "between 0 and 100"),
             ("precision", self.precision in PRECISIONS, f"one of {tuple(PRECISIONS)}"),
         )
