@@ -232,6 +232,13 @@ def test_images_of_more_than_eight_bits_are_refused(folder: Path) -> None:
         load_images(folder, "train")
 
 
+def test_a_digest_is_of_the_images_however_they_lie_in_memory() -> None:
+    images = numbered(20)
+    assert not images.pixels.is_contiguous()
+    copied = Images(images.pixels.contiguous(), images.labels, images.classes)
+    assert images.digest() == copied.digest() != copied.take(torch.arange(20).flip(0)).digest()
+
+
 def test_networks_see_square_images() -> None:
     with pytest.raises(TrainingError, match="images of 8 x 16 pixels; expected square ones"):
         check_side(Images(torch.zeros(2, 3, 8, 16, dtype=torch.uint8), torch.zeros(2).long(), ("a",)), 16)

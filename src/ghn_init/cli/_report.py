@@ -202,7 +202,8 @@ def _expectations(plan: Plan) -> list[str]:
     else:
         lines.append(f"<p>{_FAMILIAR}</p>")
     if any(node.type == "bn" for node in plan.graph.nodes):
-        lines.append(f"<p>{_STATISTICS if plan.statistics else _NO_STATISTICS}</p>")
+        running = any(name.endswith("running_mean") for name in plan.statistics)
+        lines.append(f"<p>{_STATISTICS if running else _NO_STATISTICS}</p>")
     kept = Counter(row.reason for row in plan.rows if row.action == "kept")
     if kept:
         reasons = "".join(f"<li>{count}: {escape(in_options(why))}</li>" for why, count in kept.most_common())

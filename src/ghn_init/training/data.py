@@ -77,8 +77,8 @@ class Images:
 
     def digest(self) -> str:
         """A short digest of pixels and labels, order included."""
-        found = hashlib.blake2b(self.pixels.numpy().data, digest_size=12)
-        found.update(self.labels.numpy().data)
+        found = hashlib.blake2b(self.pixels.contiguous().numpy().data, digest_size=12)
+        found.update(self.labels.contiguous().numpy().data)
         return found.hexdigest()
 
     def take(self, index: Tensor | slice) -> Images:

@@ -416,7 +416,7 @@ class Trainer:
         """Digests of what it trains on; none of soft labels that have no share in the targets."""
         found, soft = {"images": self.images.digest()}, self.images.soft
         if self.config.soft_labels and soft is not None:
-            found["soft labels"] = hashlib.blake2b(soft.numpy().data, digest_size=12).hexdigest()
+            found["soft labels"] = hashlib.blake2b(soft.contiguous().numpy().data, digest_size=12).hexdigest()
         return found
 
     def _resume(self, path: Path) -> None:
