@@ -123,6 +123,9 @@ class Normalisation:
 
 _SPLITS: Final = ("train", "test")
 
+_DECODED: Final = 2
+"""Changes with what is made of a source, so that images kept by an earlier version are not taken for it."""
+
 _CONSTANT: Final = 1e-6
 """A standard deviation that is a rounding error; one grey level in a million pixels gives more."""
 
@@ -294,7 +297,8 @@ def _own_cache() -> Path | None:
 
 def _cache_name(path: Path, split: str) -> str:
     """The name under which the decoded images of a source are kept; another one when a file of it changes."""
-    found = hashlib.blake2b(f"{path.resolve()}/{split}".encode(errors="surrogateescape"), digest_size=12)
+    source = f"{_DECODED}/{path.resolve()}/{split}"
+    found = hashlib.blake2b(source.encode(errors="surrogateescape"), digest_size=12)
     files = _image_files(_root(path, split)) if path.is_dir() else [("", path)]
     for name, file in files:
         stat = file.stat()
