@@ -6,9 +6,10 @@ A call spends `--time` and then stops: first parts at a constant learning rate, 
 of it, one on full-size images whose rate falls to zero. What a part trains on goes by the core-minutes of the
 whole campaign (`PHASES`). Every part starts from the averaged weights of the one before it, with a seed of
 its own. The first one of a folder RUN that is new starts from the weights in `campaign/`, or from the bundled
-ones if that has only their position, or from scratch if it has none. A call that was interrupted is completed
-by the next one. After every part its weights, with the position and figures of the campaign, are written to
-`campaign/`, which is there to be committed.
+ones if that has only their position, or from scratch if it has none. A part that was interrupted is completed
+by the next call; at a constant rate it then ends when that call's falling part begins. After every part its
+weights, with the position and figures of the campaign, are written to `campaign/`, which is there to be
+committed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from ghn_init.cli._values import seconds as in_seconds
+from ghn_init.training._checkpoint import load, newest
 
 KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
 """Where the newest weights and their position are kept, for the next machine."""
@@ -108,8 +109,8 @@ class Part:
         return cls(folder, values["config"], values["start"], values["processes"], before)
 
     def write(self) -> None:
-        """Note the part in its folder, before it starts."""
-        self.folder.mkdir(parents=True)
+        """Note the part in its folder, before it starts or goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / CONFIG).write_text(json.dumps(self.config, indent=1) + "\n")
         values = asdict(self) | {"folder": self.folder.name}
         (self.folder / PART).write_text(json.dumps(values, indent=1) + "\n")
@@ -123,6 +124,12 @@ class Part:
     def over(self) -> bool:
         """Whether it came to its end."""
         return (self.weights / "training.json").exists()
+
+    @property
+    def seconds(self) -> float:
+        """For how long it was trained, if it is not over."""
+        checkpoint = newest(self.folder)
+        return load(checkpoint).state["state"]["seconds"] if checkpoint else 0.0
 
     def after(self) -> Position:
         """The position after it; it has to be over."""
@@ -160,6 +167,16 @@ def next_part(
         "duration": round(level, 1),
     }  # fmt: skip
     return Part(run / f"{position.parts + 1:03d}-{name}", config, start, processes, position)
+
+
+def fitted(part: Part, seconds: float, fall: float) -> Part:
+    """An interrupted part with the length that suits a call of so many seconds, if its rate is constant."""
+    if part.config["schedule"] != "constant":
+        return part
+    end = next((end for _, end, values in PHASES if values.items() <= part.config.items()), float("inf"))
+    most = (end - part.before.core_minutes) * 60 / part.processes
+    length = max(min(part.seconds + seconds - fall, most), part.seconds, SHORTEST)
+    return replace(part, config={**part.config, "duration": round(length, 1)})
 
 
 def parts_of(run: Path) -> list[Part]:
@@ -244,11 +261,6 @@ def beginning(run: Path) -> tuple[Position, str | None]:
     return Position(), None
 
 
-def unfinished(run: Path) -> Iterator[Part]:
-    """The part that an earlier call did not complete, if there is one."""
-    yield from (part for part in parts_of(run)[-1:] if not part.over)
-
-
 def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int) -> None:
     """Spend `seconds` on the campaign."""
     deadline = time.monotonic() + seconds
@@ -264,8 +276,11 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
             print(f"{run}: stopped; the same command goes on", file=sys.stderr)
         return whole and part.over
 
-    if not all(train(part) for part in unfinished(run)):
-        return
+    for unfinished in (part for part in parts_of(run)[-1:] if not part.over):
+        part = fitted(unfinished, seconds, fall)
+        part.write()
+        if not train(part):
+            return
 
     while left() >= SHORTEST:
         part = next_part(run, *beginning(run), left(), fall, processes)
@@ -284,10 +299,9 @@ def main() -> None:
     parser.add_argument("--fall", default="", help="of it, at a falling rate at the end; default: a third")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
-    from ghn_init.cli._values import seconds
-
-    whole = seconds(given.time)
-    campaign(given.data, given.run, whole, seconds(given.fall) if given.fall else whole / 3, given.processes)
+    whole = in_seconds(given.time)
+    fall = in_seconds(given.fall) if given.fall else whole / 3
+    campaign(given.data, given.run, whole, fall, given.processes)
 
 
 if __name__ == "__main__":

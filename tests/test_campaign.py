@@ -38,12 +38,15 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     now = [0.0]
     monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
 
+    def trained_so_far(folder: Path) -> float:
+        return sum(entry["seconds"] for entry in commands if entry["name"] == folder.name)
+
     def start(arguments: list[str], processes: int) -> bool:
         folder = Path(arguments[arguments.index("-o") + 1])
         config = json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
         limit = float(arguments[arguments.index("--time-limit") + 1].rstrip("s"))
         first = arguments[arguments.index("--from") + 1] if "--from" in arguments else None
-        earlier = sum(entry["seconds"] for entry in commands if entry["name"] == folder.name)
+        earlier = trained_so_far(folder)
         seconds = min(limit, config["duration"] - earlier)
         now[0] += seconds
         commands.append({"name": folder.name, "from": first, "seconds": seconds, "arguments": arguments})
@@ -60,6 +63,7 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
         return True
 
     monkeypatch.setattr(campaign, "start", start)
+    monkeypatch.setattr(campaign.Part, "seconds", property(lambda part: trained_so_far(part.folder)))
     return commands
 
 
@@ -90,26 +94,38 @@ def test_a_campaign_goes_through_its_phases_and_ends_every_call_with_a_falling_r
     assert [entry["name"] for entry in trained[4:]] == ["005-all32", "006-fall"]
 
 
-def test_an_interrupted_part_is_completed_by_the_next_call(
+def minutes(trained: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(entry["name"], round(entry["seconds"] / 60)) for entry in trained]
+
+
+def test_an_interrupted_part_ends_where_the_next_call_begins_to_fall(
     campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    (part,) = [campaign.next_part(run, campaign.Position(), None, 3600.0, 1200.0, 2)]
-    part.write()
-    assert not part.over
-    hours(campaign, run, 0.5, 0.25)  # less than the 40 minutes that it was to take
-    assert [entry["name"] for entry in trained] == ["001-small"]
+    campaign.next_part(run, campaign.Position(), None, 3600.0, 1800.0, 2).write()  # of 30 minutes
+    hours(campaign, run, 0.5, 0.25)
+    assert minutes(trained) == [("001-small", 15), ("002-fall", 15)]
     hours(campaign, run, 1)
-    assert [entry["name"] for entry in trained] == ["001-small", "001-small", "002-all16", "003-fall"]
+    assert minutes(trained)[2:] == [("003-small", 10), ("004-all16", 20), ("005-fall", 30)]
 
 
-def test_what_is_left_after_an_interrupted_part_is_no_part_of_a_few_minutes(
+def test_an_interrupted_part_is_made_longer_but_not_than_its_phase(
     campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     campaign.next_part(run, campaign.Position(), None, 3600.0, 1800.0, 2).write()
-    hours(campaign, run, 64 / 60)  # 30 minutes of the part, 4 that nothing begins in, and a fall of 30
-    assert {entry["name"]: entry["seconds"] for entry in trained} == {"001-small": 1800, "002-fall": 2040}
+    hours(campaign, run, 2)
+    assert minutes(trained) == [("001-small", 40), ("002-all16", 50), ("003-fall", 30)]
+
+
+def test_a_part_at_a_falling_rate_keeps_its_length(
+    campaign: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    campaign.next_part(run, campaign.Position(), None, 1200.0, 1200.0, 2).write()
+    hours(campaign, run, 0.25)
+    hours(campaign, run, 9 / 60)  # and nothing begins in the four minutes that it leaves
+    assert minutes(trained) == [("001-fall", 15), ("001-fall", 5)]
 
 
 def test_a_new_machine_goes_on_from_what_was_kept(
@@ -165,6 +181,6 @@ def test_sigterm_ends_a_campaign_with_a_checkpoint_and_one_line(
     assert capfd.readouterr().err == f"{tmp_path / 'run'}: stopped; the same command goes on\n"
     (part,) = campaign.parts_of(tmp_path / "run")
     assert not part.over
-    checkpoint = newest(part.folder)
-    assert checkpoint is not None
+    assert part.seconds > 0
+    assert (checkpoint := newest(part.folder)) is not None
     assert load(checkpoint).state["state"]["step"] >= 2
