@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +19,6 @@ from ghn_init import OutOfDistributionWarning, PredictError, plan, predict
 from ghn_init._writing.familiarity import is_nothing
 from ghn_init.cli import app
 from ghn_init.deepnets import DeepNets1M
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NO_IMAGE = "no 2-d convolution reads its input, so it is no image network"
 GHN = ghn_init.load()
@@ -148,6 +145,11 @@ def test_the_warning_points_at_the_callers_line_and_is_shown_once() -> None:
         for _ in range(3):
             predict(model, GHN, scale="predicted")
     assert [warning.filename for warning in caught] == [__file__]
+    beside = f"{Path(ghn_init.__file__).parent}_experiments.py"
+    call = compile("predict(model, ghn, scale='predicted')", beside, "exec")
+    with pytest.warns(OutOfDistributionWarning) as caught:
+        exec(call, {"predict": predict, "model": net(), "ghn": GHN})
+    assert [warning.filename for warning in caught] == [beside]
     assert "unlike the networks that the GHN was trained on, expect little: no batch norm" in str(
         caught[0].message
     )

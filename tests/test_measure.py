@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from ghn_init import GHN, GHNConfig
-from ghn_init._errors import ArchitectureError, TrainingError
+from ghn_init._errors import ArchitectureError, ConfigError, TrainingError
 from ghn_init.cli import app
 from ghn_init.deepnets import Architecture, Genotype
 from ghn_init.search import (
@@ -140,11 +140,11 @@ def test_candidates_keep_to_the_limits_in_the_order_of_the_split() -> None:
 
 
 def test_impossible_recipes_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"steps=0, must be at least 1; target=100, must be between"):
+    with pytest.raises(ConfigError, match=r"steps=0, must be at least 1; target=100, must be between"):
         Recipe(steps=0, target=100)
-    with pytest.raises(TrainingError, match="precision='half'"):
+    with pytest.raises(ConfigError, match="precision='half'"):
         Recipe(precision="half")
-    with pytest.raises(TrainingError, match="lr=inf, must be positive and finite"):
+    with pytest.raises(ConfigError, match="lr=inf, must be positive and finite"):
         Recipe(lr=math.inf)
 
 

@@ -197,6 +197,19 @@ def test_what_nobody_knows_is_an_error(ghn: GHN) -> None:
     assert model.mask.all()
 
 
+class OfRandomScale(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.normal_().mul_(float(torch.rand((), device="cpu")))
+
+
+def test_planning_leaves_the_random_state_alone(ghn: GHN) -> None:
+    model = on_meta(lambda: nn.Sequential(OfRandomScale(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    random_state = torch.get_rng_state()
+    plan(model, ghn, example_input=(1, 3, 8, 8), scale="own")
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def test_values_depend_on_seed_and_place_alone(ghn: GHN) -> None:
     random_state = torch.get_rng_state()
     first, second = (

@@ -123,6 +123,18 @@ def test_behind_the_older_hooks_the_direction_is_predicted(
     assert model[3].weight.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_older_spectral_norm_may_be_of_any_default_dtype(dtype: torch.dtype, ghn: GHN) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(7200, 10))
+        predict(model, ghn, example_input=EXAMPLE, scale="own")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model[0].weight_u.dtype == dtype
+    assert model[0].weight_u.float().norm() == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("scale", ["own", "predicted"])
 def test_the_vectors_of_the_older_spectral_norm_follow_the_new_weight(
     scale: Any, ghn: GHN, tmp_path: Path

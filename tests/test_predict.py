@@ -422,6 +422,14 @@ def with_one_layer_less(model: Net) -> None:
     model.fc = nn.Identity()
 
 
+def without_a_running_mean(model: Net) -> None:
+    model.norm.running_mean = None  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def with_other_statistics(model: Net) -> None:
+    model.norm.running_var = torch.ones(3)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -430,6 +438,8 @@ def with_one_layer_less(model: Net) -> None:
         (with_a_tie, r"fc\.weight, tied\.weight, fc\.bias, tied\.bias"),
         (with_one_layer_more, r"fc_after\.weight, fc_after\.bias"),
         (with_one_layer_less, r"fc\.weight, fc\.bias"),
+        (without_a_running_mean, r"norm\.running_mean"),
+        (with_other_statistics, r"norm\.running_var"),
     ],
 )
 def test_a_model_that_changed_since_the_plan_is_refused(

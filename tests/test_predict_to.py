@@ -146,7 +146,7 @@ def test_nothing_is_left_behind_after_a_failure(
     model = on_meta(Net)
     before = dict(model.named_parameters())
     with pytest.raises(PredictError, match=r"cannot be written: .*No space left on device"):
-        predict_to(model, tmp_path / "out", ghn, max_shard_size="20KB")
+        predict_to(model, tmp_path / "new" / "out", ghn, max_shard_size="20KB")
     assert len(written) == 5
     assert list(tmp_path.iterdir()) == []
     assert all(param is before[name] for name, param in model.named_parameters())
@@ -165,7 +165,7 @@ def test_a_full_folder_is_refused(ghn: GHN, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1, None, 1.5])
+@pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1, None, 1.5, True])
 def test_what_is_no_size_of_a_shard_is_refused(size: Any, ghn: GHN, tmp_path: Path) -> None:
     with pytest.raises(PredictError, match=f"max_shard_size={size!r}: "):
         predict_to(on_meta(Net), tmp_path / "out", ghn, max_shard_size=size)

@@ -78,10 +78,12 @@ def test_settings_are_literals_else_strings() -> None:
         "i=True",
         "j=-2",
         "k={[1]:2}",
+        "l=false",
+        "m=null",
     ]
     assert parse_settings(pairs) == {
         "a": 1, "b": 1e-3, "c": None, "d": [1, 2], "e": "hello", "f": "1", "g": "",
-        "h": "x=y", "i": True, "j": -2, "k": "{[1]:2}",
+        "h": "x=y", "i": True, "j": -2, "k": "{[1]:2}", "l": False, "m": None,
     }  # fmt: skip
 
 

@@ -490,6 +490,7 @@ class Once(nn.Module):
 class Tracker:
     def __init__(self) -> None:
         self.count, self.seen = 0, [1]
+        self.inner: Tracker | None = None
 
 
 class Collecting(nn.Module):
@@ -501,12 +502,16 @@ class Collecting(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
         self.tracker, self.lists = Tracker(), ([1], {"a": 2})
+        self.tracker.inner = self.inner = Tracker()
+        self.layers = [Tracker()]
         self.torchs, self.pythons = torch.Generator().manual_seed(1), random.Random(1)
         self.numpys = [np.random.default_rng(1), np.random.RandomState(1)]
 
     def forward(self, x: Tensor) -> Tensor:
         self.tracker.count += 1
         self.tracker.seen.append(2)
+        for tracker in (self.inner, *self.layers):
+            tracker.count += 1
         self.lists[0].append(2)
         self.lists[1]["b"] = 3
         Collecting.total += 1
@@ -527,10 +532,38 @@ def test_what_a_model_holds_is_put_back_with_its_classes_and_generators() -> Non
     finally:
         hook.remove()
     assert (model.tracker.count, model.tracker.seen, model.lists) == (0, [1], ([1], {"a": 2}))
+    assert [tracker.count for tracker in (model.inner, *model.layers)] == [0, 0]
     assert Collecting.total == 0
     assert not hasattr(Collecting, "extra")
     assert model.draw() == Collecting().draw()
     assert not everywhere
+
+
+class Hooking(nn.Module):
+    """Says what is to become of gradients, of its weights once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hooked = nn.Conv2d(3, 4, 1), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.hooked = True
+            self.conv.weight.register_hook(lambda gradient: 2 * gradient)
+            self.conv.weight.register_post_accumulate_grad_hook(lambda _: None)
+        y = self.conv(x)
+        y.register_hook(lambda gradient: gradient).remove()
+        y.retain_grad()
+        return y
+
+
+def test_no_hook_stays_on_a_parameter() -> None:
+    model = Hooking()
+    assert [node.type for node in trace(model, (2, 3, 4, 4)).nodes] == ["input", "conv", "bias"]
+    assert not model.hooked
+    model(torch.ones(1, 3, 1, 1)).sum().backward()
+    assert model.conv.weight.grad is not None
+    assert model.conv.weight.grad.eq(2).all()  # and not 4
 
 
 def test_every_attempt_finds_the_model_as_it_was() -> None:

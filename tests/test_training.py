@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from torch import nn
 from torch.func import functional_call
 
@@ -86,6 +87,7 @@ def steps_of(output: str) -> list[tuple[int, float, float, float | None]]:
         ({"steps": 5, "meta_batch": True}, "meta_batch=True; expected int"),
         ({"steps": 5, "ghn": 3}, "ghn=3; expected GHNConfig"),
         ({"steps": 5, "meta_batch": 0}, "meta_batch=0; expected at least 1"),
+        ({"steps": 5, "curriculum_nodes": -5}, "curriculum_nodes=-5; expected at least 1"),
         ({"steps": 5, "ema": 1.5}, "ema=1.5; expected 0 to 1"),
         ({"steps": 5, "precision": "float16"}, "precision='float16'; expected one of"),
     ],
@@ -113,6 +115,8 @@ def test_options_of_a_run_take_a_path_of_text_and_no_text_for_a_time(tmp_path: P
     assert RunOptions(output=str(tmp_path)).output == tmp_path  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="time_limit='10m'; expected a finite number of seconds"):
         RunOptions(output=tmp_path, time_limit="10m")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="save_every=None; expected a finite number of seconds"):
+        RunOptions(output=tmp_path, save_every=None)  # type: ignore[arg-type]
 
 
 def test_a_configuration_survives_json() -> None:
@@ -125,6 +129,10 @@ def test_the_length_of_the_command_line_goes_before_that_of_the_file(tmp_path: P
     file.write_text(json.dumps(tiny_config(steps=5).to_dict()))
     assert training_config(file, None, None, None).steps == 5
     assert training_config(file, None, 7, None).steps == 7
+    for truth in ("True", "true"):
+        assert training_config(file, [f"ghn.identity={truth}"], None, None).ghn.identity is True
+    with pytest.raises(typer.BadParameter, match=r"--set lr=\.\.\. is given twice"):
+        training_config(file, ["lr=1e-4", "lr=1e-3"], None, None)
     config = training_config(file, ["lr=1e-4"], None, "2m")
     assert (config.steps, config.duration, config.lr) == (None, 120, 1e-4)
     with pytest.raises(ConfigError, match="give exactly one of them"):

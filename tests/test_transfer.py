@@ -201,7 +201,8 @@ def test_test_images_of_other_classes_are_refused(ghn_dir: Path) -> None:
     [
         ({"shots": ()}, "shots"), ({"shots": (0,)}, "shots"), ({"starts": ("best",)}, r"starts \['best'\]"),
         ({"rates": (0.1, -1.0)}, "rates"), ({"optimizer": "lion"}, "optimizer"), ({"seeds": 0}, "seeds=0"),
-        ({"batch_size": 1}, "batch_size=1"),
+        ({"batch_size": 1}, "batch_size=1"), ({"seeds": "5"}, "seeds='5'; expected a whole number"),
+        ({"shots": (2.5,)}, "shots"),
     ],
 )  # fmt: skip
 def test_impossible_comparisons_are_refused(changes: dict[str, Any], message: str) -> None:

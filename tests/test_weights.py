@@ -11,7 +11,8 @@ import torch
 import torchvision
 
 from ghn_init import GHNConfig, calibrate_batchnorm, load, plan, predict
-from ghn_init._weights.load import DEFAULT_WEIGHTS, bundled_names
+from ghn_init._weights import DEFAULT_WEIGHTS
+from ghn_init._weights.load import bundled_names
 
 if TYPE_CHECKING:
     from pathlib import Path

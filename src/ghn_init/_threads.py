@@ -52,12 +52,22 @@ def alone() -> Iterator[None]:
 @contextmanager
 def seeded(name: str, seed: int) -> Iterator[None]:
     """Inside, what is drawn on the CPU depends on these two alone; no random numbers change for others."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    with alone(), drawing_from(int.from_bytes(digest, "little", signed=True)):
+        yield
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Inside, what is drawn on the CPU depends on the seed; after it the random state is what it was.
+
+    For a whole training, too: other threads and Ctrl-C do not wait.
+    """
     import torch
 
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    with alone(), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the accelerators as well.
-        torch.default_generator.manual_seed(int.from_bytes(digest, "little", signed=True))
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the accelerators as well, where nothing is put back.
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -84,3 +84,8 @@ def reads_weights_alone(graph: Graph, index: int) -> bool:
         or (graph.nodes[source].type in ("bias", "concat") and reads_weights_alone(graph, source))
         for source in sources
     )
+
+
+def head_params(graph: Graph) -> set[str | None]:
+    """The parameters of the layers that end the network, weights and biases: see `Graph.heads`."""
+    return {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}

@@ -2,7 +2,7 @@
 
 arXiv 2110.13100, section 3 and eq. 4; GRU as in Cho et al. 2014. With h0 the features before a pass,
 `m(v) = sum_{s(u,v)=1} MLP1(h(u)) + sum_{s(u,v)>=1} MLP2(h(u)) / s(u,v)` and `h(v) = GRU(m(v), h0(v))`,
-where h(u) is always the newest value. `_passes` computes it; here are the parameters and the gradient.
+where h(u) is always the newest value. `passes.py` computes it; here are the parameters and the gradient.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from ghn_init._graph.graph import graph_from_edges
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ghn_init._graph.graph import Graph
 
 
@@ -24,11 +22,8 @@ def without_gate_poolings(graph: Graph) -> Graph:
     """
     if not any(node.type == "cse" for node in graph.nodes):
         return graph
-    after: list[list[int]] = [[] for _ in graph.nodes]
-    for u, v in graph.edges:
-        after[u].append(v)
     poolings = (index for index, node in enumerate(graph.nodes) if node.type == "glob_avg")
-    gone = {index for index in poolings if _begins_gate(graph, index, after)}
+    gone = {index for index in poolings if _begins_gate(graph, index)}
     edges = set(graph.edges)
     for index in gone:
         before, beyond = {u for u, v in edges if v == index}, {v for u, v in edges if u == index}
@@ -39,17 +34,17 @@ def without_gate_poolings(graph: Graph) -> Graph:
     return replace(graph, nodes=left.nodes, edges=left.edges)
 
 
-def _begins_gate(graph: Graph, pooling: int, after: Sequence[Sequence[int]]) -> bool:
+def _begins_gate(graph: Graph, pooling: int) -> bool:
     """Whether every way forward from a pooling leads to one `cse` node, which also reads what it pools."""
     ends, seen, ahead = set(), set(), [pooling]
     while ahead:
         index = ahead.pop()
         if graph.nodes[index].type == "cse":
             ends.add(index)
-        elif not after[index]:
+        elif not graph.successors[index]:
             return False
         elif index not in seen:
             seen.add(index)
-            ahead += after[index]
+            ahead += graph.successors[index]
     pooled = set(graph.predecessors[pooling])
     return len(ends) == 1 and pooled <= set(graph.predecessors[ends.pop()])

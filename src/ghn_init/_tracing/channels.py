@@ -17,7 +17,15 @@ from torch.fx.node import map_arg
 from ghn_init._graph.graph import Part
 from ghn_init._tracing.arguments import argument, layout
 from ghn_init._tracing.carried import Derived, Flow
-from ghn_init._tracing.values import DEVICE_MOVES, ELEMENTWISE
+from ghn_init._tracing.values import (
+    ADDING,
+    DEVICE_MOVES,
+    DIVIDING,
+    ELEMENTWISE,
+    JOINING,
+    MULTIPLYING,
+    SUBTRACTING,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,22 +38,14 @@ if TYPE_CHECKING:
 LAYER_SCALE: Final = "layer scale"
 """The role of parameters that branches are multiplied by."""
 
-_MULTIPLYING: Final = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"})
-
-_SUBTRACTING: Final = frozenset({"sub", "sub_", "__sub__", "__rsub__", "__isub__", "subtract"})
-"""Differences of branches, which have no node, are sums as far as scales go."""
-
-_JOINING: Final = frozenset({"cat", "concat", "concatenate"})
-
 _CUTTING: Final = frozenset(
     {"chunk", "split", "tensor_split", "split_with_sizes", "narrow", "slice", "__getitem__"}
 )
 
 _OF_ELEMENTS: Final = frozenset(ELEMENTWISE) - {"roll"}
 
-_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | _MULTIPLYING | _SUBTRACTING | {
-    "add", "add_", "__add__", "__radd__", "__iadd__", "div", "div_", "divide", "__truediv__", "__neg__",
-    "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "pad",
+_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | ADDING | SUBTRACTING | MULTIPLYING | DIVIDING | {
+    "__neg__", "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "pad",
     "constant_pad_nd", "interpolate", "upsample", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
     "upsample_trilinear3d", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "exp", "sqrt",
@@ -86,14 +86,14 @@ class Channels:
             added: Index of the first graph node that it stands for; None if there is none.
         """
         if added is not None:
-            if name in _JOINING or self._terms:
+            if name in JOINING or self._terms:
                 self._read(node, added)
         elif isinstance(value, Flow):
             if name == "__setitem__":
                 self._unknown.add(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             elif name in _CUTTING:
                 self._cut(node, name)
-            elif name in _JOINING:
+            elif name in JOINING:
                 self._join(node)
             else:
                 self._pass(node, name)
@@ -161,7 +161,7 @@ class Channels:
         terms = tuple(chain.from_iterable(operands))
         kept = all(operands) and all(_sizes(x) == _sizes(node) != () for x in flows)
         scale = self._scale(node, name)
-        if not kept or name not in (_KEEPING if len(flows) == 1 else _SUBTRACTING):
+        if not kept or name not in (_KEEPING if len(flows) == 1 else SUBTRACTING):
             self._unknown.add(node)
         elif scale is not None:
             if all(part == Part(part.node) for parts in terms for part in parts):
@@ -173,7 +173,7 @@ class Channels:
 
     def _scale(self, node: fx.Node, name: str) -> str | None:
         """The parameter by which activations are multiplied, if it has the role of a layer scale."""
-        if name not in _MULTIPLYING:
+        if name not in MULTIPLYING:
             return None
         carried = [self._sketch.carried(x) for x in node.all_input_nodes]
         params = [param for value in carried if isinstance(value, Derived) for param in value.params]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -170,7 +171,11 @@ def _line(traceback: TracebackType | None) -> str:
     return place
 
 
-_NOT_THE_USERS: Final = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
+_NOT_THE_USERS: Final = (
+    str(Path(__file__).parents[1]) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+    "<",
+)
 """How names of files begin that are not the user's."""
 
 

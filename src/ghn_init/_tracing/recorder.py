@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ghn_init._network.nested import replaced, tensors_in
 from ghn_init._tracing import values as v
@@ -190,8 +192,8 @@ class Recorder(TorchFunctionMode):
             if name == "__format__" and args[0].is_meta and not args[0].dim():
                 return _formatted(*args)
             return func(*args, **kwargs)
-        if name == "requires_grad_":  # of the model's own tensors it is the user's to say
-            return args[0]
+        if name in v.OF_GRADIENTS:
+            return _of_gradients(name, args[0])
         if sort.reading:
             return self._read(func, args, kwargs)
         name = sort.name
@@ -447,6 +449,13 @@ def _formatted(x: Tensor, spec: str) -> str:
     """A number without a value as text, for code that prints or logs what it is doing."""
     number: float | complex = math.nan if x.is_floating_point() or x.is_complex() else 0
     return number.__format__(spec) if spec else object.__format__(x, spec)
+
+
+def _of_gradients(name: str, x: Tensor) -> Tensor | RemovableHandle | None:
+    """What one of `OF_GRADIENTS` gives that does nothing."""
+    if name == "requires_grad_":
+        return x
+    return None if name == "retain_grad" else RemovableHandle(OrderedDict())
 
 
 def _value_of(argument: Any) -> Any:

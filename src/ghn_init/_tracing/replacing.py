@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Replacement(Generic[T]):
-    """Functions in the place of others, from the first thread that records to the last one.
+    """Functions in the place of others while a thread records; there is never a second one (`alone`).
 
     Attributes of modules and classes are the whole process', so the functions have to ask `of_this_thread`
-    whether they are called by a thread that records, and elsewhere be the original ones.
+    whether they are called by the thread that records, and elsewhere be the original ones.
 
     Args:
         owner: The module or class.
@@ -26,8 +26,7 @@ class Replacement(Generic[T]):
     def __init__(self, owner: Any, **functions: Any) -> None:
         self._owner, self._functions = owner, functions
         self._before = {name: getattr(owner, name) for name in functions}
-        self._values: dict[int, T] = {}
-        self._lock = threading.Lock()
+        self._recording: tuple[int, T] | None = None
 
     def original(self, name: str) -> Any:
         """The function that is replaced."""
@@ -35,26 +34,20 @@ class Replacement(Generic[T]):
 
     def of_this_thread(self) -> T | None:
         """The value with which this thread records; None if it does not."""
-        return self._values.get(threading.get_ident())
+        recording = self._recording
+        return recording[1] if recording is not None and recording[0] == threading.get_ident() else None
 
     @contextmanager
     def active(self, value: T) -> Iterator[None]:
         """Inside, this thread records with `value`."""
-        thread = threading.get_ident()
-        with self._lock:
-            outer = self._values.get(thread)
-            self._values[thread] = value
-            self._put(self._functions)
+        outer, self._recording = self._recording, (threading.get_ident(), value)
+        self._put(self._functions)
         try:
             yield
         finally:
-            with self._lock:
-                if outer is None:
-                    del self._values[thread]
-                else:
-                    self._values[thread] = outer
-                if not self._values:
-                    self._put(self._before)
+            self._recording = outer
+            if outer is None:
+                self._put(self._before)
 
     def _put(self, functions: dict[str, Any]) -> None:
         for name, function in functions.items():

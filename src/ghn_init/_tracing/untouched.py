@@ -41,6 +41,11 @@ _ATOMS: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.
 """Types of most attributes, which cannot change."""
 
 
+_DEPTH: Final = 3
+"""So many objects in objects are put back, as a cache with an entry for each layer is. Further away are those
+of trainers and loggers, which other threads change meanwhile."""
+
+
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """A function that puts back whatever a forward pass changes on the model's modules and in random states.
 
@@ -125,28 +130,26 @@ class _Contents:
         for put_back in self._states:
             put_back()
 
-    def _of_value(self, value: Any) -> None:
-        """Note a container and those inside it; of another object of the user's, what it holds."""
+    def _of_value(self, value: Any, depth: int = _DEPTH) -> None:
+        """Note a container and what is in it; of another object of the user's, what it holds, so deep."""
         if type(value) in _MUTABLE:
-            self._of_container(value)
+            self._of_container(value, depth)
         elif type(value) is tuple:
             for item in value:
                 if type(item) not in _ATOMS and self._is_new(item):
-                    self._of_value(item)
+                    self._of_value(item, depth)
         elif _is_generator(value):
             self._of_generator(value)
-        elif _is_plain_object(value):
-            self._of_container(vars(value))
+        elif depth and _is_plain_object(value):
+            self._of_container(vars(value), depth - 1)
 
-    def _of_container(self, container: Any) -> None:
+    def _of_container(self, container: Any, depth: int) -> None:
         if id(container) in self._before:
             return
         self._before[id(container)] = container, container.copy()
         for item in container.values() if isinstance(container, dict) else container:
-            if type(item) in _MUTABLE:
-                self._of_container(item)
-            elif type(item) not in _ATOMS and _is_generator(item):
-                self._of_generator(item)
+            if type(item) not in _ATOMS:
+                self._of_value(item, depth)
 
     def _of_generator(self, generator: Any) -> None:
         if self._is_new(generator):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PLAIN: Final = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
     "is_complex", "get_device", "element_size", "storage_offset", "data_ptr",
-    "__len__", "__repr__", "__format__", "__hash__", "is_same_size", "register_hook",
+    "__len__", "__repr__", "__format__", "__hash__", "is_same_size",
 })  # fmt: skip
 """Functions that read what a tensor is and make none: called as they are."""
 
@@ -26,6 +26,11 @@ READING: Final = frozenset({
     "__array__", "__contains__", "equal", "allclose",
 })  # fmt: skip
 """Functions that read a tensor's values and make none."""
+
+OF_GRADIENTS: Final = frozenset({
+    "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook",
+})  # fmt: skip
+"""Functions that say what becomes of gradients: there are none, and the model's tensors are the user's."""
 
 DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 
@@ -37,6 +42,16 @@ ELEMENTWISE: Final = (
     "masked_fill", "masked_fill_",
 )  # fmt: skip
 """Functions whose output is like their first argument and has no node: activations, dropout, masks."""
+
+ADDING: Final = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+
+SUBTRACTING: Final = frozenset({"sub", "sub_", "__sub__", "__rsub__", "__isub__", "subtract"})
+
+MULTIPLYING: Final = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"})
+
+DIVIDING: Final = frozenset({"div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide"})
+
+JOINING: Final = frozenset({"cat", "concat", "concatenate"})
 
 FROM_NOTHING: Final = frozenset({
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import CheckpointError, ConfigError
 from ghn_init._files import LONGEST_SHOWN, reason
-from ghn_init._weights import published
+from ghn_init._weights import DEFAULT_WEIGHTS, published
 from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE, build, read_directory, read_files
 from ghn_init._weights.ghn import GHN
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from ghn_init._hypernetwork.config import GHNConfig
-
-DEFAULT_WEIGHTS: Final = "ghn3-cifar10"
-"""The bundled weights that are used where none are named."""
 
 _HUB: Final = re.compile(
     r"hf://(?P<repo>[^/@]+/[^/@]+)"

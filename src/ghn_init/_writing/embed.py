@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ghn_init._graph.graph import Graph
 from ghn_init._tracing.trace import trace
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._writing.predictions import ghn_of, plain_torch
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def embed(
     model: nn.Module | Graph,
-    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
     *,
     example_input: object = None,
     nodes: bool = False,

@@ -28,25 +28,26 @@ class Decision:
     Attributes:
         predict: It is predicted; otherwise it is kept.
         reason: Why it is kept, or "".
-        asked: It is kept because the caller asked for it, so that `strict` does not mind.
+        meant: It is kept by what the caller wants, a pattern or what `head`, `frozen` and `scale` say, and
+            `strict` does not mind.
     """
 
     predict: bool
     reason: str = ""
-    asked: bool = False
+    meant: bool = False
 
 
 PREDICT: Final = Decision(predict=True)
 
 
 def keep(reason: str) -> Decision:
-    """The parameter cannot be predicted, or had better not be; `strict` forbids it."""
+    """The parameter cannot be predicted; `strict` forbids it."""
     return Decision(predict=False, reason=reason)
 
 
 def spare(reason: str) -> Decision:
-    """The caller asked to keep the parameter."""
-    return Decision(predict=False, reason=reason, asked=True)
+    """The parameter is kept by what the caller wants."""
+    return Decision(predict=False, reason=reason, meant=True)
 
 
 @dataclass(frozen=True, slots=True)

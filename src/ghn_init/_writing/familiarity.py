@@ -8,6 +8,7 @@ much of a network is tiled, depth, width.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from sys import _getframe
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import listing
+from ghn_init._graph import structure
 from ghn_init._graph.graph import WEIGHT_TYPES
 from ghn_init._writing.select import FROZEN, INFERENCE, is_of_the_caller
 
@@ -141,7 +143,7 @@ def _first_weights(graph: Graph) -> Iterator[Node]:
 def _kept_share(entries: Sequence[Entry]) -> float:
     """Share of the elements that are used and that no node stands for."""
     used = [entry for entry in entries if not entry.reason.endswith(UNUSED)]
-    lost = sum(e.numel for e in used if e.key is None and not (e.decision.predict or e.decision.asked))
+    lost = sum(e.numel for e in used if e.key is None and not (e.decision.predict or e.decision.meant))
     return lost / max(sum(entry.numel for entry in used), 1)
 
 
@@ -156,14 +158,14 @@ def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
 
 def _only_the_classifier_trains(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a frozen backbone is kept beside a classifier that is not frozen."""
-    heads = {graph.nodes[i].param for indices in graph.heads for i in indices if i is not None}
+    heads = structure.head_params(graph)
     trained = [entry.key for entry in entries if entry.reason != FROZEN]
     return len(trained) < len(entries) and bool(trained) and heads.issuperset(trained)
 
 
 def _frames_inside() -> int:
     """How many frames above the caller belong to this package."""
-    package, depth = str(Path(__file__).parents[1]), 0
+    package, depth = str(Path(__file__).parents[1]) + os.sep, 0
     frame = _getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(package):
         depth, frame = depth + 1, frame.f_back

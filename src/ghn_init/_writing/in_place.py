@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 Way = Literal["repeated", "made", "cut", "solved"]
 
 
-def check_unchanged(network: nn.Module, entries: Sequence[Entry]) -> None:
+def check_unchanged(network: nn.Module, entries: Sequence[Entry], statistics: Mapping[str, Tensor]) -> None:
     """Check that a network still has the parameters that it was planned with, where they were.
+
+    Args:
+        network: The network.
+        entries: All rows of the plan.
+        statistics: Buffers that are written, by their qualified names.
 
     Raises:
         PredictError: A module or parameter came, went or was replaced, or a parameter has another shape or
-            is tied to others; the message names them.
+            is tied to others, or a buffer that is written is gone or has another shape; the message names
+            them.
     """
     modules = dict(modules_of(network, every_path=True))
     now = {locations: locations[0].get() for locations in parameters_of(network)}
@@ -38,8 +44,13 @@ def check_unchanged(network: nn.Module, entries: Sequence[Entry]) -> None:
         replaced = any(modules.get(place.path) is not place.module for place in locations)
         if locations not in now or replaced or tuple(now[locations].shape) != entry.shape:
             changed.append(locations)
-    if changed:
-        names = list(dict.fromkeys(place.name for locations in changed for place in locations))
+    names = list(dict.fromkeys(place.name for locations in changed for place in locations))
+    for name, values in statistics.items():
+        path, _, attribute = name.rpartition(".")
+        buffer = modules[path]._buffers.get(attribute) if path in modules else None  # noqa: SLF001
+        if buffer is None or buffer.shape != values.shape:
+            names.append(name)
+    if names:
         raise PredictError(
             f"{type(network).__name__} changed since it was planned: {listing(names)}; make a new plan"
         )

@@ -130,7 +130,7 @@ def _bare(graph: Graph) -> set[str | None]:
     That is neither a batch norm, if need be behind a second convolution, nor a gate or a block of attention.
     """
     normalised, attending = structure.normalised(graph), structure.attending(graph)
-    gates, ends = structure.gates(graph), _ends(graph)
+    gates, ends = structure.gates(graph), structure.head_params(graph)
     return {
         node.param
         for index, node in enumerate(graph.nodes)
@@ -141,8 +141,3 @@ def _bare(graph: Graph) -> set[str | None]:
             normalised[after] and graph.nodes[after].type == "conv" for after in graph.successors[index]
         )
     }
-
-
-def _ends(graph: Graph) -> set[str | None]:
-    """The parameters of the classifiers."""
-    return {graph.nodes[index].param for indices in graph.heads for index in indices if index is not None}

@@ -19,6 +19,7 @@ from ghn_init._network.sharded import reshard
 from ghn_init._network.wrappers import unwrapped
 from ghn_init._threads import uninterrupted
 from ghn_init._tracing.trace import traced
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, is_nothing, to_warn_of, unfamiliar, warn
@@ -185,13 +186,13 @@ class Plan(Generic[ModelT]):
         """The network inside the model's wrappers, its shards in place, as it was planned."""
         network = unwrapped(self.model)
         reshard(network)
-        check_unchanged(network, self.rows)
+        check_unchanged(network, self.rows, self.statistics)
         return network
 
 
 def plan(
     model: ModelT,
-    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
     *,
     example_input: object = None,
     head: Head = "auto",
@@ -284,7 +285,7 @@ def _planned(
 
 def predict(
     model: ModelT,
-    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
     *,
     example_input: object = None,
     head: Head = "auto",
@@ -327,7 +328,7 @@ def predict(
 def predict_to(
     model: nn.Module,
     out_dir: str | PathLike[str],
-    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
     *,
     max_shard_size: int | str = "5GB",
     example_input: object = None,

@@ -9,13 +9,14 @@ values. Which tensor goes into which file is left to huggingface_hub.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, SupportsIndex
 
 import torch
 
@@ -112,8 +113,11 @@ def size_in_bytes(size: int | str) -> int:
         PredictError: It is neither, or not above 0.
     """
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else size
-    if not isinstance(found, int) or found < 1:
+    if match:
+        found = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:  # numpy's integers have an index, too
+        found = operator.index(size) if isinstance(size, SupportsIndex) and not isinstance(size, bool) else 0
+    if found < 1:
         raise PredictError(
             f"max_shard_size={size!r:.80}: expected a number of bytes above 0, or text such as '5GB' "
             "in KB, MB, GB or TB"
@@ -163,6 +167,7 @@ def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     target = _path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         partial = partial_beside(target)
         partial.mkdir(parents=True)
@@ -177,6 +182,9 @@ def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
         raise PredictError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone if it was renamed
+        with suppress(OSError):  # not empty, as after a success
+            for parent in missing:
+                parent.rmdir()
 
 
 def _path(folder: str | PathLike[str]) -> Path:

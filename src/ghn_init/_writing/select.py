@@ -245,9 +245,9 @@ def forbid_kept(model: str, entries: Sequence[Entry]) -> None:
     """What `strict` means.
 
     Raises:
-        PredictError: A parameter would be kept that the caller has not asked to keep.
+        PredictError: A parameter would be kept that the caller did not mean to keep.
     """
-    kept = [entry for entry in entries if not entry.decision.predict and not entry.decision.asked]
+    kept = [entry for entry in entries if not entry.decision.predict and not entry.decision.meant]
     if kept:
         lines = "\n".join(f"  {entry.name}: {entry.reason}" for entry in kept)
         raise PredictError(

@@ -69,7 +69,7 @@ def _divided(weight: Tensor, hooks: Sequence[tuple[Location, SpectralNorm]]) -> 
     """Of a weight, which is divided alike at all its places."""
     (_, first), vectors = hooks[0], {}
     matrix = first.reshape_weight_to_matrix(weight)
-    u = F.normalize(torch.randn(len(matrix)), dim=0, eps=first.eps)
+    u = F.normalize(torch.randn(len(matrix), dtype=matrix.dtype), dim=0, eps=first.eps)
     v = F.normalize(torch.mv(matrix.T, u), dim=0, eps=first.eps)
     for _ in range(POWER_ITERATIONS):
         u = F.normalize(torch.mv(matrix, v), dim=0, eps=first.eps)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ghn_init._errors import ModelSpecError
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init.cli import _options as opt  # noqa: TC001 (typer reads the annotations)
-from ghn_init.cli._options import DEFAULT_WEIGHTS, option
-from ghn_init.cli._output import Steps, check_output, save, say, summary
+from ghn_init.cli._options import option
+from ghn_init.cli._output import Steps, check_output, in_options, save, say, summary
 from ghn_init.cli._values import Request, check_size, make_request
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _compile(request: Request, steps: Steps, *, on_meta: bool = False) -> tuple[
         warnings.simplefilter("ignore", ghn_init.OutOfDistributionWarning)  # said in our own words
         plan = ghn_init.plan(found.model, ghn, **request.arguments)
     if plan.warned:
-        say(f"warning: {described(found.name, plan.warned)}")
+        say(f"warning: {in_options(described(found.name, plan.warned))}")
     return found, replace(plan, weights=request.weights)
 
 

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-DEFAULT_WEIGHTS: Final = "ghn3-cifar10"
-
 PLACES: Final = "a bundled name, a folder, a file or hf://ORG/REPO\\[/FILE.pt]\\[@REVISION]"
 """Where a hypernetwork may be."""
 
@@ -41,8 +39,8 @@ Settings = Annotated[
     list[str] | None,
     option(
         "--set KEY=VALUE",
-        "Pass a keyword argument to the class or function. VALUE is a Python literal, or else a string. "
-        "Repeat the option for more.",
+        "Pass a keyword argument to the class or function. VALUE is a Python literal, true, false or null, "
+        "or else a string. Repeat the option for more.",
     ),
 ]
 Weights = Annotated[str, option("WEIGHTS", f"Use this hypernetwork: {PLACES}.")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 from rich.console import Console
@@ -30,11 +31,12 @@ _OPTIONS = (
         "--input-shape, such as 1,3,224,224; arguments that are no tensor are for ghn_init.predict in Python",
     ),
     ("example_input=", "--input-shape"),
-    ("head='predict'", "--head predict"),
-    ("head='keep'", "--head keep"),
     ("strict=True", "--strict"),
 )
 """Arguments of the library's functions that its messages name, and what they are on the command line."""
+
+_CHOICES: Final = re.compile(r"\b(head|scale|frozen|diversify)='(\w+)'")
+"""Those that are called as the option is."""
 
 PATIENCE = 1.0
 """Seconds before a progress bar appears."""
@@ -49,7 +51,7 @@ def in_options(text: str) -> str:
     """A message of the library's, with options where it names arguments of its functions."""
     for argument, option in _OPTIONS:
         text = text.replace(argument, option)
-    return text
+    return _CHOICES.sub(r"--\1 \2", text)
 
 
 def check_output(path: Path, inputs: Iterable[Path] = (), *, hint: str = "-o") -> None:

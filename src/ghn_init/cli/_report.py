@@ -85,7 +85,7 @@ _OWN: Final = (
 )
 _PREDICTED: Final = (
     "This is for using the network untrained: everything is as predicted, norm layers and scales included. "
-    "To train it, --scale own is the safer start."
+    "To train it, start with the default, --scale auto."
 )
 _FAMILIAR: Final = (
     "No reason was found to expect less than usual, which is no promise: images, batch norm and size are as "

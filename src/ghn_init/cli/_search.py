@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init.cli import _options as opt  # noqa: TC001
-from ghn_init.cli._options import DEFAULT_WEIGHTS, argument, option
+from ghn_init.cli._options import argument, option
 from ghn_init.cli._output import check_output, say
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ function that returns one.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import importlib.util
@@ -25,6 +24,7 @@ from torch import nn
 
 from ghn_init._errors import ModelSpecError, message_of
 from ghn_init._files import LONGEST_SHOWN, reason
+from ghn_init.cli._values import literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ def parse_spec(text: str) -> ModelSpec:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` strings into keyword arguments; values are Python literals, else strings.
+    """Turn `key=value` strings into keyword arguments; values are as `literal` reads them.
 
     Raises:
         ModelSpecError: A pair without `=`, a key that is no identifier, or a key given twice.
@@ -104,11 +104,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             raise ModelSpecError(f"--set {pair!r} is not KEY=VALUE, e.g. --set num_classes=10")
         if key in settings:
             raise ModelSpecError(f"--set {key}=... is given twice")
-        try:
-            settings[key] = ast.literal_eval(value)
-        # What `literal_eval` is documented to raise; unhashable keys are a TypeError.
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            settings[key] = value
+        settings[key] = literal(value)
     return settings
 
 

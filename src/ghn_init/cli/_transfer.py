@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init.cli import _options as opt  # noqa: TC001 (as above)
-from ghn_init.cli._options import DEFAULT_WEIGHTS, option
+from ghn_init.cli._options import option
 from ghn_init.cli._output import check_output
 from ghn_init.cli._values import parse_model
 

@@ -7,7 +7,7 @@ stream; `Architecture.build()` makes the `nn.Module`.
 from __future__ import annotations
 
 from ghn_init.deepnets._architecture import Architecture
-from ghn_init.deepnets._published import read_published, write_published
+from ghn_init.deepnets._published import read_published
 from ghn_init.deepnets._random import Stream
 from ghn_init.deepnets._sample import sample
 from ghn_init.deepnets._space import OPERATIONS, Genotype
@@ -26,5 +26,4 @@ __all__ = [
     "read_published",
     "sample",
     "training_width",
-    "write_published",
 ]

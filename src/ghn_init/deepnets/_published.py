@@ -45,28 +45,3 @@ def _nets(path: Path, split: str) -> Sequence[Mapping[str, Any]]:
     if not isinstance(entry, dict) or not isinstance(entry.get("nets"), list):
         raise ArchitectureError(f"{path}: split {split!r} is not {{'nets': [...], 'meta': {{...}}}}")
     return entry["nets"]
-
-
-def write_published(
-    path: str | PathLike[str], splits: Mapping[str, Sequence[Architecture]], *, widths: bool = True
-) -> None:
-    """Write architectures in the published format.
-
-    Args:
-        path: The file, replaced if it is there.
-        splits: The architectures of every split.
-        widths: Write `C`, as the evaluation file has it and the training file does not.
-    """
-    content = {
-        split: {"nets": [_net_args(arch, widths=widths) for arch in architectures], "meta": {}}
-        for split, architectures in splits.items()
-    }
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _net_args(arch: Architecture, *, widths: bool) -> dict[str, Any]:
-    net_args = arch.to_net_args()
-    if not widths:
-        del net_args["C"]
-    counts = {"cifar10": arch.num_params(10, 32), "imagenet": arch.num_params(10, 224)}
-    return {**net_args, "num_nodes": arch.num_nodes(), "num_params": counts}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn_init._errors import ArchitectureError, TrainingError
+from ghn_init._threads import drawing_from
 from ghn_init.deepnets import Architecture, DeepNets1M
 from ghn_init.search._recipe import PRECISIONS, Measurement, Recipe
 from ghn_init.training._engine import Engine, inject
@@ -132,8 +133,7 @@ class Measurer:
         with torch.device("meta"):
             network = architecture.build(classes, size)
         predicted, predicted_noise = self.scorer(network), self.scorer.accuracy(network, NOISE)
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(self.recipe.seed)
+        with drawing_from(self.recipe.seed):
             network = architecture.build(classes, size)
         convergence, loss = train(network, self)
         network.eval()

@@ -16,6 +16,7 @@ from ghn_init.search._embeddings import embed_architectures
 from ghn_init.search._kendall import Correlation, correlation
 from ghn_init.search._recipe import Measurement, Recipe
 from ghn_init.search._regressors import KINDS, Regressor, fit, out_of_fold
+from ghn_init.training._output import writing
 from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
@@ -136,10 +137,15 @@ class Properties:
     medians: dict[str, float]
 
     def save(self, path: Path) -> None:
-        """Write them as JSON, in one piece."""
+        """Write them as JSON, in one piece.
+
+        Raises:
+            TrainingError: `path` cannot be written.
+        """
         values = {**vars(self), "recipe": asdict(self.recipe), "format": _FORMAT}
         values["regressors"] = {name: found.to_dict() for name, found in self.regressors.items()}
-        write_bytes(path, (json.dumps(values, allow_nan=False) + "\n").encode())
+        with writing(path):
+            write_bytes(path, (json.dumps(values, allow_nan=False) + "\n").encode())
 
     @staticmethod
     def load(path: Path) -> Properties:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from ghn_init._errors import ArchitectureError, TrainingError
+from ghn_init._errors import ArchitectureError, ConfigError, TrainingError
 from ghn_init.deepnets import Architecture
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Recipe:
         seed: Of initialisation, order and augmentation of the images, dropout and noise.
 
     Raises:
-        TrainingError: A value that is not possible.
+        ConfigError: A value that is not possible.
     """
 
     steps: int = 400
@@ -57,7 +57,7 @@ class Recipe:
         if wrong := [
             f"{name}={getattr(self, name)!r}, must be {rule}" for name, good, rule in rules if not good
         ]:
-            raise TrainingError(f"cannot measure architectures: {'; '.join(wrong)}")
+            raise ConfigError(f"cannot measure architectures: {'; '.join(wrong)}")
 
 
 @dataclass(frozen=True)

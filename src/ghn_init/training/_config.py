@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _AT_LEAST: Final = {
     "seed": 0,
     "lr": 0.0, "weight_decay": 0.0, "clip": 0.0, "warmup": 0, "meta_batch": 1, "batch_size": 2,
-    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "image_size": 0, "scaled_init": 0, "prefetch": 0,
-    "param_decay": 0.0, "crop_padding": 0,
+    "max_nodes": 1, "max_params": 0.0, "curriculum": 0, "curriculum_nodes": 1, "image_size": 0,
+    "scaled_init": 0, "prefetch": 0, "param_decay": 0.0, "crop_padding": 0,
 }  # fmt: skip
 _LARGEST_SEED: Final = 2**63 - 1
 

@@ -6,7 +6,8 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import reason, write_bytes
+from ghn_init._files import write_bytes
+from ghn_init.training._output import writing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,8 +41,6 @@ def save_figure(figure: Figure, target: Path, **options: Any) -> None:
         figure.savefig(drawn, format=target.suffix[1:], **options)
     except ValueError as error:
         raise TrainingError(f"{target}: cannot be drawn: {error}; give a name that ends in .svg") from error
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(target, drawn.getvalue())
-    except OSError as error:
-        raise TrainingError(f"{target} cannot be written: {reason(error)}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import reason
+from ghn_init.training._output import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,10 +38,7 @@ def add_record(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: It cannot be written.
     """
-    try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {reason(error)}") from error
+    with writing(path), path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")

@@ -10,6 +10,7 @@ import torch
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
+from ghn_init.training._output import writing
 from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Network, Score
 
 if TYPE_CHECKING:
@@ -86,7 +87,11 @@ class Results:
         return Score.of(split, [accuracy for _, accuracy in by_index], self._images, noise, self._available)
 
     def write(self) -> None:
-        """Write the file, if there is one."""
+        """Write the file, if there is one.
+
+        Raises:
+            TrainingError: It cannot be written.
+        """
         if self._path is None:
             return
         scores: list[dict[str, Any]] = []
@@ -95,8 +100,9 @@ class Results:
             values = score.to_dict() | {"accuracies": by_index}
             scores.append({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
         result = {"weights": self._weights, **self._header, "torch": torch.__version__, "scores": scores}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._path, (json.dumps(result, indent=1) + "\n").encode())
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _digest_of_images(measure: Measure) -> str:

@@ -45,7 +45,8 @@ class RunOptions:
         object.__setattr__(self, "output", Path(self.output))
         for name in ("time_limit", "save_every", "validate_every"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            unlimited = name == "time_limit" and value is None
+            if not unlimited and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise ConfigError(f"training: {name}={value!r}; expected a finite number of seconds from 0")
         for name in ("validation_networks", "validation_images", "log_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:

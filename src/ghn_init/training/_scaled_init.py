@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._hypernetwork.batch import KINDS
+from ghn_init._threads import drawing_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +40,7 @@ def init_for_training(ghn: GHN, graphs: Sequence[Graph] | GraphBatch, seed: int 
         graphs: A sample of the networks that it will be trained on.
         seed: Seed of the new weights; the global random state is left alone.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         fresh = type(ghn)(ghn.config)
     ghn.load_state_dict(fresh.state_dict())
     batch = ghn.batch(graphs)

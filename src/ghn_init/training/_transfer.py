@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from ghn_init._errors import ConfigError, TrainingError
+from ghn_init._threads import drawing_from
+from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._weights.ghn import GHN
 from ghn_init._weights.load import load
 from ghn_init._writing.familiarity import OutOfDistributionWarning
@@ -55,6 +57,9 @@ _T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 """The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom."""
 
 
+_AT_LEAST: Final = {"seeds": 1, "steps": 1, "validation": 1, "batch_size": 2, "images": 0}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig:
     """How networks are compared; with the network and the images it determines the result.
@@ -87,14 +92,10 @@ class TransferConfig:
     images: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "validation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"transfer: {name}={getattr(self, name)}; expected at least 1")
-        if self.batch_size < 2 or self.images < 0:
-            raise ConfigError(
-                f"transfer: batch_size={self.batch_size}, images={self.images}; expected at least 2 and 0"
-            )
-        if not self.shots or min(self.shots) < 1:
+        for name, least in _AT_LEAST.items():
+            if not _is_whole(value := getattr(self, name), least):
+                raise ConfigError(f"transfer: {name}={value!r}; expected a whole number of at least {least}")
+        if not self.shots or not all(_is_whole(shots, 1) for shots in self.shots):
             raise ConfigError(f"transfer: shots={self.shots}; expected numbers of images, at least 1 each")
         if self.optimizer not in RATES:
             raise ConfigError(f"transfer: optimizer={self.optimizer!r}; expected one of {tuple(RATES)}")
@@ -117,6 +118,10 @@ class TransferConfig:
     def trainings(self) -> int:
         """How many trainings a whole comparison takes."""
         return len(set(self.shots)) * len(self.compared) * (len(self.tried) + self.seeds - 1)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,7 @@ def transfer(
     test: Images,
     config: TransferConfig | None = None,
     *,
-    weights: str | PathLike[str] | GHN = "ghn3-cifar10",
+    weights: str | PathLike[str] | GHN = DEFAULT_WEIGHTS,
     name: str = "network",
     file: Path | None = None,
     on_training: Callable[[Training], None] | None = None,
@@ -336,8 +341,7 @@ class _Bench:
         return self.done[setting]
 
     def _train(self, setting: Setting) -> Training:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(setting.seed)
+        with drawing_from(setting.seed):
             network = self.build().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             if (arguments := STARTS[setting.start]) is not None:
                 example = self.normalise(self.train.pixels[:1])

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import replacing
+from ghn_init._threads import drawing_from
 from ghn_init.training._engine import fast_precision
+from ghn_init.training._output import writing
 from ghn_init.training.data import Normalisation, augment, batch_indices, generator
 
 if TYPE_CHECKING:
@@ -95,8 +97,7 @@ def train_teacher(
             f"{len(images)} images of {images.size} pixels for a teacher; "
             f"expected at least {_BATCH} of {_SMALL}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         network = SmallResNet(len(images.classes), width)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = Normalisation.of(images)
@@ -136,8 +137,12 @@ def accuracy(labels: Tensor, images: Images) -> float:
 
 
 def save_soft_labels(path: str | PathLike[str], labels: Tensor, images: Images) -> None:
-    """Write soft labels as .npz, with a digest of the images that they belong to, in one piece."""
-    with replacing(path) as partial, partial.open("wb") as file:
+    """Write soft labels as .npz, with a digest of the images that they belong to, in one piece.
+
+    Raises:
+        TrainingError: `path` cannot be written.
+    """
+    with writing(str(path)), replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, soft_labels=labels.half().numpy(), images=np.array(images.digest()))
 
 

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
+from ghn_init._threads import drawing_from
 from ghn_init._weights.ghn import GHN
 from ghn_init.training import _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
@@ -135,8 +136,7 @@ class Trainer:
             if start.config != config.ghn:
                 raise TrainingError(f"weights to start from are of {start.config}; expected {config.ghn}")
             return copy.deepcopy(start).requires_grad_(True).train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # so that all processes have the same weights
+        with drawing_from(config.seed):  # so that all processes have the same weights
             ghn = GHN(config.ghn)
         if config.scaled_init:
             graphs = MetaBatches(config, self.image_size).graphs(config.scaled_init)

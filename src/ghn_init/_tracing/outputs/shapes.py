@@ -11,7 +11,7 @@ from torch import Tensor
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.kernels import empty, like
 from ghn_init._tracing.outputs.call import Call, output_of
-from ghn_init._tracing.values import ELEMENTWISE
+from ghn_init._tracing.values import ADDING, ELEMENTWISE, JOINING, MULTIPLYING, is_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def elementwise(call: Call) -> Any:
     if not call.varies:
         return call.run()
     x = call.arg(0, "input")
-    in_place = call.name.endswith("_") or call.kwargs.get("inplace", False)
+    in_place = is_in_place(call.name) or call.kwargs.get("inplace", False)
     return x if in_place else like(x)
 
 
@@ -103,8 +103,7 @@ _MODES: Final = {
 """Axes of places -> the interpolations that there are."""
 
 
-@output_of("add", "add_", "__add__", "__radd__", "__iadd__",
-           "mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply")  # fmt: skip
+@output_of(*ADDING, *MULTIPLYING)
 def combined(call: Call) -> Any:
     """A sum or product, known from the operands' shapes, but for constants and scalars."""
     a, b = call.arg(0, "input"), call.arg(1, "other")
@@ -114,12 +113,12 @@ def combined(call: Call) -> Any:
         or "out" in call.kwargs
     ):
         return call.run()
-    if call.name.startswith("__i") or (call.name.endswith("_") and not call.name.startswith("__")):
-        return a  # in place
+    if is_in_place(call.name):
+        return a
     return empty(a, a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
 
 
-@output_of("cat", "concat", "concatenate")
+@output_of(*JOINING)
 def concatenated(call: Call) -> Any:
     """Of a concatenation's shape where its parts agree; else what torch says."""
     parts, dim = list(call.arg(0, "tensors")), call.arg(1, "dim", call.kwargs.get("axis", 0))

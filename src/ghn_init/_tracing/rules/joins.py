@@ -12,7 +12,7 @@ from ghn_init._tracing.channels import LAYER_SCALE
 from ghn_init._tracing.rules.nodes import joined, main_parameter, note_others
 from ghn_init._tracing.rules.norms import normalised, takes_vector
 from ghn_init._tracing.sketch import Operation, rule
-from ghn_init._tracing.values import ELEMENTWISE
+from ghn_init._tracing.values import ADDING, ELEMENTWISE, JOINING, MULTIPLYING
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def elementwise(op: Operation) -> Carried:
     return value
 
 
-@rule("add", "add_", "__add__", "__radd__", "__iadd__")
+@rule(*ADDING)
 def add(op: Operation) -> Carried:
     """A `sum` of two branches; of a branch and a positional encoding; of a layer and its own bias."""
     a, b = op.arg(0, "input"), op.arg(1, "other")
@@ -90,7 +90,7 @@ def with_positions(op: Operation, flow: Flow, param: str) -> Flow:
     return joined(op, "sum", (*flow.sources, encoding))
 
 
-@rule("cat", "concat", "concatenate")
+@rule(*JOINING)
 def concat(op: Operation) -> Carried:
     """A `concat` of several branches; parameters that are joined to a branch are tokens."""
     inputs = op.inputs()
@@ -101,7 +101,7 @@ def concat(op: Operation) -> Carried:
     return value
 
 
-@rule("mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply")
+@rule(*MULTIPLYING)
 def mul(op: Operation) -> Carried:
     """A `cse` where a feature map meets a gate of its channels; products with parameters scale."""
     a, b = op.arg(0, "input"), op.arg(1, "other")

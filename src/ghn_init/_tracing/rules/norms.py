@@ -13,6 +13,7 @@ from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.rules.nodes import SHIFTED, add_norm, main_parameter
 from ghn_init._tracing.sketch import Operation, rule
+from ghn_init._tracing.values import DIVIDING, SUBTRACTING
 
 
 @rule("batch_norm")
@@ -85,7 +86,7 @@ def moment(op: Operation, dims: Any) -> Carried:
     return Flow(value.sources, "batch moment" if 0 in over else "moment")
 
 
-@rule("sub", "sub_", "__sub__", "__isub__", "subtract")
+@rule(*SUBTRACTING)
 def subtract(op: Operation) -> Carried:
     """What is left after its own mean was subtracted is the tensor itself: the mean is no `glob_avg`."""
     of_x, of_mean = op.carried(op.arg(0, "input")), op.carried(op.arg(1, "other"))
@@ -95,7 +96,7 @@ def subtract(op: Operation) -> Carried:
     return of_x if own else merged((of_x, of_mean))
 
 
-@rule("div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide")
+@rule(*DIVIDING)
 def divide(op: Operation) -> Carried:
     """Divided by a moment of its own, a tensor is normalised."""
     value = normalised(op, op.carried(op.arg(0, "input")), op.carried(op.arg(1, "other")))
