@@ -127,7 +127,7 @@ def test_behind_the_older_hooks_the_direction_is_predicted(
 def test_the_older_spectral_norm_may_be_of_any_default_dtype(dtype: torch.dtype, ghn: GHN) -> None:
     torch.set_default_dtype(dtype)
     try:
-        model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(7200, 10))
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(1568, 10))
         predict(model, ghn, example_input=EXAMPLE, scale="own")
     finally:
         torch.set_default_dtype(torch.float32)

@@ -446,7 +446,7 @@ def test_a_model_that_changed_since_the_plan_is_refused(
     ghn: GHN, tmp_path: Path, change: Callable[[Net], None], names: str
 ) -> None:
     model = Net()
-    planned = plan(model, ghn)
+    planned = plan(model, ghn, scale="own")
     change(model)
     before = state(model)
     for use in (planned.apply, lambda: planned.save(tmp_path / "out"), lambda: dict(planned.tensors())):

@@ -243,6 +243,19 @@ def test_norms_whose_weight_is_zero_stay_silent_with_their_biases(ghn: GHN) -> N
     assert torch.equal(branch(x), x)
 
 
+def test_a_bias_beside_a_weight_of_zeros_stays(ghn: GHN) -> None:
+    """A spatial transformer begins with the identity so (Jaderberg et al. 2015, arXiv 1506.02025)."""
+    model = nn.Sequential(block(3, 16), *classifier(16))
+    last = model[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.uniform_(last.bias)
+    before = last.bias.detach().clone()
+    rows = {row.name: row for row in plan(model, ghn).rows}
+    assert rows["3.bias"].reason == "its layer's weight begins at zero (scale='own')"
+    predict(model, ghn)
+    assert torch.equal(last.bias, before)
+
+
 def test_networks_of_darts_cells_get_the_predicted_scales_and_layer_norms(ghn: GHN) -> None:
     model, whole = built(cells), predict(built(cells), ghn, scale="predicted")
     planned = plan(model, ghn)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ghn_init import GHN, PredictError, load, plan, predict, predict_to, trace
@@ -83,6 +83,21 @@ def test_names_and_values_are_those_of_the_network_inside(
         assert torch.equal(param, wanted)
     saved = predict_to(model, tmp_path / "out", ghn, exclude="0.bias")
     assert set(load_file(saved)) == set(plain.state_dict())
+
+
+def test_a_compiled_function_is_not_compiled_while_tracing() -> None:
+    swish = torch.compile(lambda x: x * torch.sigmoid(x), backend=never)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        @torch.compile(backend=never)
+        def forward(self, x: Tensor) -> Tensor:
+            return swish(self.conv(x))
+
+    assert trace(Net(), (1, 3, 8, 8)).rectified == {2}
 
 
 def test_a_compiled_module_inside_is_not_compiled_while_tracing(ghn: GHN) -> None:

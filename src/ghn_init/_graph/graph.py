@@ -119,6 +119,8 @@ class Graph:
         reads: Of the nodes that read some of another node's channels, read them multiplied by a parameter, or
             join nodes in another order than that of their indices, by index: what each operand consists of;
             a `concat` has one. A GHN sees whole nodes.
+        rescaled: Of the nodes whose layer multiplies or standardises its parameter before it uses it, by
+            index: the root mean square of what it uses; None where that is unknown.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -134,6 +136,7 @@ class Graph:
         default_factory=dict, compare=False, repr=False
     )
     reads: Mapping[int, tuple[Parts, ...]] = field(default_factory=dict, compare=False, repr=False)
+    rescaled: Mapping[int, float | None] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

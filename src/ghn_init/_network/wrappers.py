@@ -67,7 +67,7 @@ def bare(model: nn.Module) -> Iterator[None]:
     network is there. Compiled modules run as they were written.
     """
     with ExitStack() as stack:
-        if _has_compiled(model):
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, module or function
             import torch.compiler
 
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -81,15 +81,6 @@ def bare(model: nn.Module) -> Iterator[None]:
                     vars(module)[attribute] = own
                     stack.callback(vars(module).__setitem__, attribute, hooks)
         yield
-
-
-def _has_compiled(model: nn.Module) -> bool:
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
-        return False
-    return any(
-        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None  # noqa: SLF001
-        for _, module in modules_of(model)
-    )
 
 
 def _is_distributed(hook: Any) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,13 @@ class Derived:
     Attributes:
         params: The parameters' names.
         shifted: A number was added, as in (1 + weight): the parameter is not the weight itself.
+        rescaled: Those of the parameters whose scale is not that of the tensor, because they were multiplied,
+            standardised or the like, with the root mean square that they have now; None where it is unknown.
     """
 
     params: tuple[str, ...]
     shifted: bool = False
+    rescaled: Mapping[str, float | None] = field(default_factory=dict)
 
 
 CONSTANT: Final = Derived(())
@@ -53,7 +56,7 @@ def merged(values: Iterable[Carried]) -> Carried:
     sources: set[int] = set()
     params: dict[str, None] = {}
     roles: set[str] = set()
-    shifted = False
+    shifted, rescaled = False, dict[str, float | None]()
     for value in varying:
         if isinstance(value, Flow):
             sources.update(value.sources)
@@ -61,9 +64,10 @@ def merged(values: Iterable[Carried]) -> Carried:
         else:
             params.update(dict.fromkeys(value.params))
             shifted = shifted or value.shifted
+            rescaled |= value.rescaled
     if roles:
         return Flow(tuple(sorted(sources)), _common_role(roles))
-    return Derived(tuple(params), shifted) if params else CONSTANT
+    return Derived(tuple(params), shifted, rescaled) if params else CONSTANT
 
 
 def _common_role(roles: set[str]) -> str:

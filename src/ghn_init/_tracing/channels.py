@@ -23,6 +23,7 @@ from ghn_init._tracing.values import (
     DIVIDING,
     ELEMENTWISE,
     JOINING,
+    LENDING,
     MULTIPLYING,
     SUBTRACTING,
 )
@@ -44,8 +45,8 @@ _CUTTING: Final = frozenset(
 
 _OF_ELEMENTS: Final = frozenset(ELEMENTWISE) - {"roll"}
 
-_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | ADDING | SUBTRACTING | MULTIPLYING | DIVIDING | {
-    "__neg__", "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as", "pad",
+_KEEPING: Final = _OF_ELEMENTS | DEVICE_MOVES | LENDING | ADDING | SUBTRACTING | MULTIPLYING | DIVIDING | {
+    "__neg__", "contiguous", "clone", "detach", "float", "half", "bfloat16", "type", "pad",
     "constant_pad_nd", "interpolate", "upsample", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
     "upsample_trilinear3d", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "exp", "sqrt",
@@ -156,7 +157,7 @@ class Channels:
             x = node.all_input_nodes[0]
             if x not in self._terms and x not in self._unknown:
                 return
-        flows = self._flows(node)
+        flows = self._flows(node)[:1] if name in LENDING else self._flows(node)
         operands = [self._of(x) for x in flows]
         terms = tuple(chain.from_iterable(operands))
         kept = all(operands) and all(_sizes(x) == _sizes(node) != () for x in flows)

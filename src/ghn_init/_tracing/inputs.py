@@ -16,7 +16,7 @@ from ghn_init._tracing.conventions import arguments, is_plausible, parameters_of
 
 _SIZES: Final = {
     1: tuple((length,) for length in (1024, 128, 16000, 16)),
-    2: tuple((side, side) for side in (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 331, 448)),
+    2: tuple((side, side) for side in (224, 32, 299, 64, 28, 256, 384, 16, 512, 128, 96, 112, 331, 448)),
     3: tuple((frames, side, side) for frames, side in ((16, 112), (16, 224), (32, 32), (8, 64))),
 }
 """Sizes of signals in samples, of images in pixels, of videos in frames and pixels: the most usual first."""
@@ -24,6 +24,14 @@ _SIZES: Final = {
 _CONVOLUTIONS: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+
+_IMAGES: Final = tuple(
+    (1, channels, side, side)
+    for channels, sides in ((3, (224, 32, 64, 112)), (1, (28, 32, 224)))
+    for side in sides
+)
+"""Tried last: a network may make more channels of its images before its first layer (of coordinates, patches
+or neighbouring pixels), or begin with layers of its own."""
 
 _TOKENS: Final = 16
 """Length of a guessed sequence."""
@@ -36,6 +44,9 @@ _FIRST_LAYER: Final = "first layer"
 
 _FIRST_PARAMETER: Final = "first parameter"
 """Origin of usual sizes that a function of the model's own first parameter takes."""
+
+_USUAL: Final = "usual images"
+"""Origin of sizes that nothing in the model speaks for."""
 
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -154,7 +165,8 @@ def candidate_inputs(model: nn.Module) -> Iterator[ExampleInput]:
     named = _named_alone(model)
     usual = [(_FIRST_LAYER, shape) for shape in _shapes_of_first_layer(model)]
     bare = [(_FIRST_PARAMETER, shape) for shape in _shapes_of_first_parameter(model)]
-    for origin, shape in (*_declared_shapes(model), *usual, *bare):
+    last = [(_USUAL, shape) for shape in _IMAGES]
+    for origin, shape in (*_declared_shapes(model), *usual, *bare, *last):
         if shape not in seen:
             seen.add(shape)
             one = _of_shape(shape, dtype, origin)

@@ -201,7 +201,7 @@ class Recorder(TorchFunctionMode):
         changes = sort.changes and bool(args)
         if sort.host and v.is_on_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
-        inputs = tensors_in((args, kwargs) if kwargs else args)
+        inputs = tensors_in(args[:1] if sort.lent else (args, kwargs) if kwargs else args)
         seen = self._values
         values = [seen.get(id(tensor)) or self.value(tensor) for tensor in inputs]
         made = _made_of(values)
@@ -229,6 +229,7 @@ class Recorder(TorchFunctionMode):
             return args[0]
         if sort.casts:
             args, kwargs = v.without_device(args, kwargs)
+            return Tensor.to(*args)
         return func(*args, **kwargs)
 
     def _called(self, call: Call, sort: Sort) -> Any:
@@ -241,9 +242,8 @@ class Recorder(TorchFunctionMode):
         if sort.moves:
             return call.args[0]
         if sort.casts:
-            call = Call(
-                call.func, call.name, *v.without_device(call.args, call.kwargs), self._memo, call.varies
-            )
+            args, kwargs = v.without_device(call.args, call.kwargs)
+            call = Call(Tensor.to, "to", args, kwargs, self._memo, call.varies)
         elif sort.reshapes:
             self._keep_shape(call.args[0])
         known = OUTPUTS.get(call.name)
@@ -410,6 +410,8 @@ class Recorder(TorchFunctionMode):
             return args, kwargs
         if not (on_meta or sort.lengths):
             self._bring_to_meta(resolved, changed)
+        if sort.lent:
+            return (*replaced(args[:1], resolved), *args[1:]), kwargs
         return replaced(args, resolved), replaced(kwargs, resolved) if kwargs else kwargs
 
     def _bring_to_meta(self, resolved: dict[int, Tensor], changed: object) -> None:

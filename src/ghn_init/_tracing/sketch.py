@@ -7,7 +7,7 @@ stands for (`Sketch.add_node`), and says what the fx node's output carries: `Flo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch.fx.node import map_arg
@@ -16,7 +16,17 @@ from ghn_init._graph.graph import Graph, Node, UnmatchedParameter
 from ghn_init._tracing.arguments import argument, function_name, layout, shape_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import Channels
-from ghn_init._tracing.values import DEVICE_MOVES, FILLED, FROM_NOTHING
+from ghn_init._tracing.effects import rectified
+from ghn_init._tracing.values import (
+    DEVICE_MOVES,
+    DIVIDING,
+    FILLED,
+    FROM_NOTHING,
+    LENDING,
+    MULTIPLYING,
+    RESCALING,
+    STANDARDISING,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
-_OF_THE_FIRST = DEVICE_MOVES | {"to", "__get__"}
+_OF_THE_FIRST = DEVICE_MOVES | LENDING
 """Functions that pass on what their first argument carries, whatever else they get."""
 
 
@@ -110,6 +120,7 @@ class Sketch:
         roles: What parameters without a node were found to be.
         rectified: The nodes whose output goes through an activation, see `Graph`.
         enlarged: The nodes whose output is enlarged, see `Graph`.
+        rescaled: The nodes whose weight is rescaled, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
         channels: Which channels tensors carry.
     """
@@ -120,6 +131,7 @@ class Sketch:
         self.roles: dict[str, str] = {}
         self.rectified: set[int] = set()
         self.enlarged: set[int] = set()
+        self.rescaled: dict[int, float | None] = {}
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.channels = Channels(self)
         self.shapes = shapes
@@ -172,8 +184,12 @@ class Sketch:
         args: Any = node.args
         if name in FROM_NOTHING or name in FILLED:
             return CONSTANT
-        if name in _OF_THE_FIRST:
+        if name == "__get__":  # x.T, x.data
             return self.carried(args[0])
+        if name in _OF_THE_FIRST:
+            value = self.carried(args[0])
+            self.channels.follow(node, name, value, None)
+            return value
         if name == "__getitem__" and isinstance(layout(args[0]), (tuple, list)):
             several, index = args
             self.channels.one_of(several, index, node)
@@ -187,6 +203,9 @@ class Sketch:
             value = operation.passed_on() if found is None else found(operation)
         if name == "__setitem__":
             self._carried[args[0]] = value
+        if isinstance(value, Derived) and value.params and name in RESCALING:
+            value = replace(value, rescaled=dict.fromkeys(value.params, _new_scale(operation, value)))
+        self.rectified |= rectified(self, node, name, value)
         self.channels.follow(node, name, value, count if len(self.nodes) > count else None)
         return value
 
@@ -217,6 +236,7 @@ class Sketch:
         rectified, enlarged = (
             frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
         )
+        rescaled = {number[old]: rms for old, rms in self.rescaled.items() if old in live}
         cropped = {number[old]: rows for old, rows in self.cropped.items() if old in live}
         reads = {
             number[old]: tuple(
@@ -225,7 +245,7 @@ class Sketch:
             for old, operands in self.channels.reads.items()
             if old in live
         }
-        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads)
+        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""
@@ -241,6 +261,22 @@ class Sketch:
                 live.add(node)
                 stack.extend(self.predecessors[node])
         return live
+
+
+def _new_scale(op: Operation, derived: Derived) -> float | None:
+    """The root mean square of a weight behind one of `RESCALING`, see `Derived`.
+
+    Standardised weights have 1, times a number if one follows.
+    """
+    if op.name in STANDARDISING:
+        return 1.0 if len(op.operands()) == 1 else None
+    known = set(derived.rescaled.values())
+    numbers = [arg for arg in op.args if isinstance(arg, (int, float))]
+    if len(numbers) != 1 or len(known) != 1 or (rms := known.pop()) is None:
+        return None
+    if op.name in MULTIPLYING:
+        return rms * numbers[0]
+    return rms / numbers[0] if op.name in DIVIDING and op.args[1] is numbers[0] and numbers[0] else None
 
 
 def _params_of(nodes: Iterable[Node]) -> set[str]:

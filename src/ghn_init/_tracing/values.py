@@ -36,10 +36,10 @@ DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 
 ELEMENTWISE: Final = (
     "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
-    "leaky_relu", "mish", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d", "dropout3d",
-    "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_", "hardsigmoid_",
-    "silu_", "elu_", "leaky_relu_", "sigmoid_", "tanh_", "dropout_", "normalize", "roll", "clamp", "clamp_",
-    "masked_fill", "masked_fill_",
+    "leaky_relu", "mish", "rrelu", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d",
+    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
+    "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "rrelu_", "sigmoid_", "tanh_", "dropout_",
+    "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_",
 )  # fmt: skip
 """Functions whose output is like their first argument and has no node: activations, dropout, masks."""
 
@@ -52,6 +52,18 @@ MULTIPLYING: Final = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__"
 DIVIDING: Final = frozenset({"div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide"})
 
 JOINING: Final = frozenset({"cat", "concat", "concatenate"})
+
+STANDARDISING: Final = frozenset({"batch_norm", "layer_norm", "instance_norm"})
+
+RESCALING: Final = STANDARDISING | MULTIPLYING | DIVIDING | SUBTRACTING | {
+    "normalize", "sign", "tanh", "softmax", "pow", "__pow__",
+}  # fmt: skip
+"""Functions behind which a weight has another scale than the parameter that it is made of."""
+
+CASTING: Final = frozenset({"to", "type_as"})
+
+LENDING: Final = CASTING | {"view_as", "reshape_as", "expand_as", "resize_as_"}
+"""Functions of their first argument alone: another tensor lends its shape or dtype, not its values."""
 
 FROM_NOTHING: Final = frozenset({
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
@@ -120,7 +132,8 @@ class Sort:
     filled: bool
     host: bool
     moves: bool
-    casts: bool  # `Tensor.to`
+    casts: bool  # in `CASTING`
+    lent: bool  # in `LENDING`
     reshapes: bool
     lengths: bool
     changes: bool  # its first argument, see `is_in_place`
@@ -139,7 +152,8 @@ def sort_of(called: str) -> Sort:
         filled=name in FILLED,
         host=name in HOST_FACTORIES,
         moves=name in DEVICE_MOVES,
-        casts=name == "to",
+        casts=name in CASTING,
+        lent=name in LENDING,
         reshapes=name in RESHAPING,
         lengths=name in OF_LENGTHS,
         changes=is_in_place(name),

@@ -68,8 +68,11 @@ def _is_made_of_cells(graph: Graph) -> bool:
 
     Those have depthwise convolutions, gates and attention, too, but only as DARTS' cells do: a depthwise
     convolution goes straight into one of 1 x 1, where MobileNets have a norm between them, and attention
-    is a block with layer norms amid convolutions with batch norms.
+    is a block with layer norms amid convolutions with batch norms. What becomes of a scale that the network
+    itself changes again, no GHN has learned.
     """
+    if graph.rescaled:
+        return False
     kinds = {node.type for node in graph.nodes}
     if not kinds <= _CELLS or any(node.transposed for node in graph.nodes):
         return False

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ghn_init._graph.graph import NORM_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._meta.scales import initial_scales, usual_scale
 from ghn_init._network.scale import Scale, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
@@ -100,7 +100,7 @@ def with_own_scales(
     for source, constant in constants.items():
         if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
             reasons.setdefault(source, f"all its values are {constant:g} (scale='own')")
-    reasons |= _silenced(graph, predicted, constants)
+    reasons |= _silenced(graph, predicted, constants) | _alone(predicted, constants)
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:
         shape, norm = shapes.get(predicted[source].key), predicted[source].node in NORM_TYPES
@@ -125,6 +125,21 @@ def _silenced(
             both = [sources[name] for name in (node.param, node.bias) if name in sources]
             found |= dict.fromkeys(both, "its norm layer begins at zero (scale='own')")
     return found
+
+
+def _alone(predicted: Mapping[str, Entry], constants: Mapping[str, float | None]) -> dict[str, str]:
+    """Biases beside a weight of zeros, by `Entry.source`: they are all that the layer gives, and meant."""
+    zero = {
+        id(location.module)
+        for source, entry in predicted.items()
+        if constants.get(source) == 0 and entry.node in LAYER_TYPES
+        for location in entry.locations
+    }
+    return {
+        source: "its layer's weight begins at zero (scale='own')"
+        for source, entry in predicted.items()
+        if entry.node == "bias" and any(id(location.module) in zero for location in entry.locations)
+    }
 
 
 def _settled(entry: Entry, reason: str | None, scale: Scale | None) -> Entry:

@@ -145,14 +145,23 @@ def taps_of(graph: Graph, index: int) -> Tensor | None:
 
 
 def through(
-    node: Node, inputs: Sequence[Signal], weights: Mapping[str | None, Entry], taps: Tensor | None
-) -> Signal:
-    """What a node that is no batch norm gives; `taps` of its filter are in the image."""
+    node: Node, inputs: Sequence[Signal], weights: Mapping[str | None, Entry], taps: Tensor | None,
+    rms: float | None,
+) -> Signal:  # fmt: skip
+    """What a node that is no batch norm gives.
+
+    Args:
+        node: The node.
+        inputs: What it reads.
+        weights: What is predicted or kept, by the name of the node's parameter.
+        taps: Of its filter those that are in the image, see `taps_of`.
+        rms: The root mean square of the weight that it uses, where that is not the parameter's.
+    """
     if not inputs:
         return Signal(colours=True)
     x, entry = inputs[0], weights.get(node.param)
     if node.type in LAYER_TYPES:
-        return _convolved(node, x, entry, taps)
+        return _convolved(node, x, entry, taps, rms)
     if node.type == "bias":
         return _biased(x, entry)
     if node.type == "sum":
@@ -168,15 +177,19 @@ def through(
     return x
 
 
-def _convolved(node: Node, x: Signal, entry: Entry | None, taps: Tensor | None) -> Signal:
+def _convolved(node: Node, x: Signal, entry: Entry | None, taps: Tensor | None, rms: float | None) -> Signal:
     """A convolution or linear layer; one that is kept has independent weights, whatever their scale."""
     if node.shape is None:
         return x
     if entry is not None and entry.tile is not None:
-        return Signal(values=_product(entry.tile, x, taps), channels=node.shape[0], told=True)
+        tile = entry.tile
+        if rms is not None:
+            tile = tile.scaled(rms / max(float(tile.values.square().mean().sqrt()), 1e-30))
+        return Signal(values=_product(tile, x, taps), channels=node.shape[0], told=True)
     square = x.mean_square
     read = math.prod(node.shape[1:]) * (1.0 if taps is None else float(taps.mean()))
-    return Signal(square * read * _mean_square(node.shape, entry), None, node.shape[0])
+    weight = _mean_square(node.shape, entry) if rms is None else rms**2
+    return Signal(square * read * weight, None, node.shape[0])
 
 
 def _mean_square(shape: tuple[int, ...], entry: Entry | None) -> float:

@@ -100,9 +100,11 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             if found is not None and norm is not None and norm.ours:
                 statistics |= norm.buffers(found)
         else:
-            signal = through(node, inputs, weights, taps_of(graph, index))
+            signal = through(node, inputs, weights, taps_of(graph, index), _rms_of(graph, index))
         if node.param in heads and node.param is not None:
-            amplified[node.param] = _amplification(weights[node.param], inputs[0], signal)
+            amplified[node.param] = _amplification(
+                weights[node.param], inputs[0], signal, _rms_of(graph, index)
+            )
             if bare:
                 outputs[node.param] = math.sqrt(signal.mean_square)
                 read[node.param] = inputs[0].mean_square * math.prod((node.shape or ())[1:])
@@ -286,11 +288,22 @@ def _square(number: Tensor | float) -> float:
     return float(number.square().mean()) if isinstance(number, torch.Tensor) else number**2
 
 
-def _amplification(entry: Entry, x: Signal, y: Signal) -> float:
+def _rms_of(graph: Graph, index: int) -> float | None:
+    """The root mean square of a weight that its layer rescales; None of others.
+
+    Where the graph does not say it, activations are taken to keep theirs: 1 / sqrt(fan-in).
+    """
+    if index not in graph.rescaled:
+        return None
+    fan_in = math.prod((graph.nodes[index].shape or ())[1:])
+    return graph.rescaled[index] or 1 / math.sqrt(max(fan_in, 1))
+
+
+def _amplification(entry: Entry, x: Signal, y: Signal, rms: float | None) -> float:
     """How much larger a weight's outputs `y` of `x` are than those of independent weights of its scale."""
     if entry.tile is None or entry.rms is None or y.values is None:
         return 1.0
     outputs, inputs, *kernel = entry.tile.shape
     read = x.sampled(groups_of(x.channels, outputs, inputs) * inputs).square().mean()
-    independent = entry.rms**2 * inputs * math.prod(kernel) * float(read)
+    independent = (rms or entry.rms) ** 2 * inputs * math.prod(kernel) * float(read)
     return math.sqrt(float(y.values.square().mean()) / independent) if independent > 0 else 1.0

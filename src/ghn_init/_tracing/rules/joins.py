@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 
 
 _RECTIFIERS: Final = frozenset(
-    {"relu", "relu6", "hardswish", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "softplus"}
+    {
+        "relu",
+        "relu6",
+        "hardswish",
+        "silu",
+        "gelu",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "mish",
+        "softplus",
+        "rrelu",
+    }
 )
 """Activations that let positive values through, and negative ones hardly."""
 

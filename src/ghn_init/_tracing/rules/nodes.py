@@ -88,7 +88,10 @@ def add_weight(
         shape = (shape[1], shape[0], *shape[2:])
     as_stored = (shape[1], shape[0], *shape[2:]) if transposed else shape
     node = Node(node_type, param, shape, None, transposed, None if as_stored == stored else stored)
-    return op.sketch.add_node(node, sources)
+    index = op.sketch.add_node(node, sources)
+    if param in derived.rescaled:
+        op.sketch.rescaled[index] = derived.rescaled[param]
+    return index
 
 
 def add_vector(
