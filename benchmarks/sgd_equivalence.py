@@ -36,7 +36,6 @@ from ghn_init.training import Normalisation, load_images
 from ghn_init.training._engine import prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training._results import digest
 from ghn_init.training.data import augment, batch_indices, generator, sized
 from ghn_init.training.evaluate import Measure
 from ghn_init.training.teacher import SmallResNet
@@ -142,7 +141,7 @@ class Bench:
             setting = Setting(**{name: value for name, value in record["setting"].items() if name in names})
             self.done[setting] = Training(setting, tuple(record["losses"]), tuple(record["accuracies"]))
         self.ghn = ghn_init.load(options.weights).requires_grad_(False)
-        self.weights = f"{options.weights} {digest(self.ghn)}"
+        self.weights = f"{options.weights} {self.ghn.digest()}"
         self.images = load_images(options.data, "train")
         self.size = options.size or self.images.size
         self.normalise = Normalisation.of(self.images)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import torch
 
 from ghn_init._errors import CheckpointError
 from ghn_init._files import reason, write_bytes
@@ -13,8 +17,6 @@ from ghn_init._weights.directory import read_directory, save
 
 if TYPE_CHECKING:
     from os import PathLike
-
-    import torch
 
 _CARD_FILE: Final = "README.md"
 
@@ -46,6 +48,14 @@ class GHN(Hypernetwork):
 
     See `Hypernetwork` for what it is made of and what it predicts.
     """
+
+    def digest(self) -> str:
+        """A short digest of the configuration and the weights, which says whether two GHNs are the same."""
+        state = hashlib.blake2b(json.dumps(self.config.to_dict(), sort_keys=True).encode(), digest_size=8)
+        for name, value in sorted(self.state_dict().items()):
+            state.update(name.encode())
+            state.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()
 
     def save_pretrained(
         self,

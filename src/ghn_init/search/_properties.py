@@ -17,7 +17,6 @@ from ghn_init.search._kendall import Correlation, correlation
 from ghn_init.search._recipe import Measurement, Recipe
 from ghn_init.search._regressors import KINDS, Regressor, fit, out_of_fold
 from ghn_init.training._output import writing
-from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -212,7 +211,7 @@ def fit_properties(
     fitted = [_fit(prop, (known, others), (x, x_others), recipe) for prop in PROPERTIES.values()]
     properties = Properties(
         weights=weights,
-        weights_digest=digest(ghn),
+        weights_digest=ghn.digest(),
         split=records.header.split,
         indices=tuple(m.index for m in known),
         recipe=recipe,

@@ -10,7 +10,6 @@ from ghn_init._errors import TrainingError
 from ghn_init.search._embeddings import batches, embed_architectures
 from ghn_init.search._properties import PROPERTIES
 from ghn_init.training._pool import run_all
-from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,7 +57,7 @@ def rank(
     """
     if by not in PROPERTIES:
         raise TrainingError(f"no property {by!r}; expected one of {tuple(PROPERTIES)}")
-    if (found := digest(ghn)) != properties.weights_digest:
+    if (found := ghn.digest()) != properties.weights_digest:
         raise TrainingError(
             f"the regressors read embeddings of {properties.weights} ({properties.weights_digest}), not of "
             f"this hypernetwork ({found}); give its weights, or fit anew with `ghn-init properties`"

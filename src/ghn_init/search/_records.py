@@ -11,7 +11,6 @@ import torch
 from ghn_init._errors import TrainingError
 from ghn_init.search._recipe import Measurement, Recipe
 from ghn_init.training import _records
-from ghn_init.training._results import digest
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -45,7 +44,7 @@ class Header:
     @classmethod
     def of(cls, split: str, weights: str, ghn: GHN, train: Images, recipe: Recipe) -> Header:
         """The header of measurements with this hypernetwork and these images."""
-        return cls(split, 0, weights, digest(ghn), train.digest(), recipe)
+        return cls(split, 0, weights, ghn.digest(), train.digest(), recipe)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Header:

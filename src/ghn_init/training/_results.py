@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ghn_init._weights.ghn import GHN
 
 TARGETS = {
     ("test", False): 66.9, ("wide", False): 64.0, ("deep", False): 60.5, ("dense", False): 65.8,
@@ -42,7 +41,7 @@ class Results:
         self._path, self._weights = path, weights
         self._images, self._available = len(measure.data), measure.available
         self._header = {
-            "weights_digest": digest(measure.ghn),
+            "weights_digest": measure.ghn.digest(),
             "images": self._images,
             "images_digest": _digest_of_images(measure),
             "batch_size": BATCH_SIZE,
@@ -109,15 +108,6 @@ def _digest_of_images(measure: Measure) -> str:
     """Of the images as networks see them, normalised."""
     seen = f"{measure.data.digest()} {measure.normalise}"
     return hashlib.blake2b(seen.encode(), digest_size=8).hexdigest()
-
-
-def digest(ghn: GHN) -> str:
-    """A short digest of a GHN's configuration and weights."""
-    state = hashlib.blake2b(json.dumps(ghn.config.to_dict(), sort_keys=True).encode(), digest_size=8)
-    for name, value in sorted(ghn.state_dict().items()):
-        state.update(name.encode())
-        state.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def table(scores: Sequence[Score]) -> str:

@@ -25,7 +25,6 @@ from ghn_init._weights.load import load
 from ghn_init._writing.familiarity import OutOfDistributionWarning
 from ghn_init._writing.plan import predict
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training._results import digest
 from ghn_init.training.data import Normalisation, augment, batch_indices, generator, hold_out
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ class _Bench:
         self.test = test.spread(config.images or len(test))
         self.places = _places_by_class(self.train, max(config.shots))
         self.ghn = weights if isinstance(weights, GHN) else load(weights)
-        self.digest = digest(self.ghn)
+        self.digest = self.ghn.digest()
         self.data = f"{train.digest()} {test.digest()}"
         self.network = f"{name} {self._checked(name)}"
         self.done = {training.setting: training for training in (_read(file) if file else ())}
