@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ghn_init._graph import structure
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
     from ghn_init._writing.options import Options
+
+T = TypeVar("T")
 
 _FEW_COPIES: Final = 4
 """How often the prediction of a classifier repeats at most, to be at predicted scale: 256 features."""
@@ -102,6 +104,11 @@ def _late(graph: Graph) -> set[str | None]:
     weights = [
         n.param for n, after in zip(graph.nodes, normalised, strict=True) if after and n.type in WEIGHT_TYPES
     ]
+    return _behind_the_early(weights)
+
+
+def _behind_the_early(weights: Sequence[T]) -> set[T]:
+    """All but the first `_EARLY` of them."""
     return set(weights[math.ceil(_EARLY * len(weights)) :])
 
 
@@ -206,8 +213,7 @@ def _behind_the_first(graph: Graph) -> set[int]:
     """The weights behind the first `_EARLY` of them, where branches meet."""
     if not any(node.type in ("sum", "concat") for node in graph.nodes):
         return set()
-    weights = [index for index, node in _weights(graph) if node.type != "pos_enc"]
-    return set(weights[math.ceil(_EARLY * len(weights)) :])
+    return _behind_the_early([index for index, node in _weights(graph) if node.type != "pos_enc"])
 
 
 def _elsewhere(graph: Graph) -> Mapping[str | None, str]:
