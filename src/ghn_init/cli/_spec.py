@@ -24,7 +24,7 @@ from torch import nn
 
 from ghn_init._errors import ModelSpecError, message_of
 from ghn_init._files import LONGEST_SHOWN, reason
-from ghn_init.cli._values import literal
+from ghn_init.cli._literals import literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

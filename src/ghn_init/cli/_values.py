@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from ghn_init._errors import ModelSpecError, PredictError
+from ghn_init.cli._literals import literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,10 +122,11 @@ def training_config(
 ) -> TrainConfig:
     """The configuration in `file`, overridden by settings KEY=VALUE and the run's length.
 
-    Values are as `literal` reads them; `ghn.KEY` is a field of the GHN's configuration.
+    Values are as `literal` reads them, of a key that is given twice the last; `ghn.KEY` is a field of the
+    GHN's configuration.
 
     Raises:
-        typer.BadParameter: A setting without "=" or given twice, a file that is no JSON object.
+        typer.BadParameter: A setting without "=", a file that is no JSON object.
         ConfigError: Unknown keys, impossible values.
     """
     from ghn_init.training._config import TrainConfig
@@ -134,14 +135,10 @@ def training_config(
     if steps is not None or duration is not None:  # the other length of the two is then none
         values.pop("steps", None)
         values.pop("duration", None)
-    given: set[str] = set()
     for setting in settings or ():
         key, sign, text = setting.partition("=")
         if not sign:
             raise typer.BadParameter(f"--set {setting!r} is not KEY=VALUE, e.g. --set lr=3e-4")
-        if key in given:
-            raise typer.BadParameter(f"--set {key}=... is given twice")
-        given.add(key)
         owner = values.setdefault("ghn", {}) if key.startswith("ghn.") else values
         if not isinstance(owner, dict):
             raise typer.BadParameter(
@@ -163,17 +160,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{file} holds no JSON object with fields of TrainConfig")
     return values
-
-
-def literal(text: str) -> Any:
-    """The value in KEY=VALUE: a Python literal, JSON's `true`, `false` and `null`, or else the text."""
-    if text in _OF_JSON:
-        return _OF_JSON[text]
-    try:
-        return ast.literal_eval(text)
-    # What `literal_eval` is documented to raise; unhashable keys are a TypeError.
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-_OF_JSON: Final = {"true": True, "false": False, "null": None}
