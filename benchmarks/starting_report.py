@@ -90,21 +90,34 @@ def _comparison(
         for rate, both in sorted(pairs.items())
     }
     least = min(own for own, _ in areas.values())
-    ratios = {rate: mine / own for rate, (own, mine) in areas.items() if own <= SUITS * least < math.inf}
+    suiting = [rate for rate, (own, _) in areas.items() if own <= SUITS * least < math.inf]
+    ratios = {rate: statistics.median(_ratios(pairs[rate], pairs[rate])) for rate in suiting}
     if not ratios:
         return None
     best = min(ratios, key=lambda rate: areas[rate][0])
     mine = min(areas, key=lambda rate: areas[rate][1])
-    each = [b.area / a.area for a, b in pairs[best]]
+    each = _ratios(pairs[best], pairs[best])
     qualities = (
         statistics.median(a.quality for a, _ in pairs[best]),
         statistics.median(b.quality for _, b in pairs[mine]),
     )
     output = statistics.median(b.output / max(a.output, 1e-30) for a, b in pairs[best])
     return Comparison(
-        member, optimizer, ratios, areas[mine][1] / areas[best][0], best,
+        member, optimizer, ratios, statistics.median(_ratios(pairs[best], pairs[mine]) or each), best,
         (min(each), max(each)), len(each), qualities, output,
     )  # fmt: skip
+
+
+def _ratios(
+    own: Sequence[tuple[Training, Training]], mine: Sequence[tuple[Training, Training]]
+) -> list[float]:
+    """Area of this start in `mine` relative to the default one's in `own`, for every seed in both."""
+    areas = {default.setting.seed: default.area for default, _ in own}
+    return [
+        other.area if math.isinf(other.area) else other.area / areas[other.setting.seed]
+        for _, other in mine
+        if other.setting.seed in areas
+    ]
 
 
 def report(trainings: Sequence[Training], members: Sequence[Member]) -> str:

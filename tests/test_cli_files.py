@@ -227,6 +227,21 @@ def test_a_stopped_command_leaves_no_part_of_a_file(
     assert (tmp_path / "m.safetensors").read_bytes() == b"old"
 
 
+@posix
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_is_stopped_while_it_imports_the_users_file(
+    tmp_path: Path, number: int, status: int
+) -> None:
+    slow = "import sys, time\nprint('half', file=sys.stderr, flush=True)\ntime.sleep(300)\n"
+    (tmp_path / "m.py").write_text(slow, encoding="utf-8")
+    command = [sys.executable, "-m", "ghn_init", "m.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"half\n"
+        process.send_signal(number)
+        assert process.wait(300) == status
+
+
 # Streams and sizes --------------------------------------------------------------------------------------
 
 

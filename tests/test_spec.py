@@ -173,7 +173,7 @@ def test_an_instance_class_factory_or_method_may_be_named(
         ("number", {}, r"model\.py:number is a int; expected an nn\.Module"),
         ("text", {}, r"model\.py:text returned a str; expected an nn\.Module"),
         ("Net", {"widht": 3}, r"model\.py:Net: got an unexpected keyword argument 'widht'; give arguments"),
-        ("net", {"width": 3}, r"model\.py:net: is an instance and takes no --set"),
+        ("net", {"width": 3}, r"model\.py:net: is an instance and takes no --set$"),
         ("fails", {}, r"^model\.py:8: ValueError: no luck \(while calling model\.py:fails\(\)\)$"),
         ("deep", {}, r"^model\.py:10: ZeroDivisionError: .* by zero \(while"),
         ("mute", {}, r"^model\.py:15: Mute \(while calling model\.py:mute\(\)\)$"),

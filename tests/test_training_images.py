@@ -397,6 +397,7 @@ def test_the_hold_out_is_the_same_every_time() -> None:
     assert torch.equal(validation.pixels[:, 0, 0, 0].long(), validation.labels)
     with pytest.raises(TrainingError, match="cannot hold out 50 of 50 images"):
         hold_out(images, 50)
+    assert len(hold_out(images)[1]) == len(images) // 5
 
 
 def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere() -> None:

@@ -28,7 +28,7 @@ class Decision:
     Attributes:
         predict: It is predicted; otherwise it is kept.
         reason: Why it is kept, or "".
-        meant: It is kept by what the caller wants, a pattern or what `head`, `frozen` and `scale` say, and
+        meant: It is kept by what the caller wants, a pattern, `head="keep"`, `frozen` or `scale`, and
             `strict` does not mind.
     """
 

@@ -221,7 +221,8 @@ def plan(
             "predict" and "keep" force it.
         include: Only the parameters whose qualified names match (`fnmatch` patterns) are predicted.
         exclude: The parameters whose qualified names match are kept. Of tied names one is enough.
-        diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ.
+        diversify: "noise" or "orthogonal" make the repeated channels of tiled weights differ. With
+            "orthogonal", `scale="auto"` takes every network for one that the GHN does not know.
         seed: Seed of `diversify`, and of what a meta model's modules initialise themselves.
         strict: No parameter may be kept because it cannot be predicted.
         scale: "own": weights get the scale that the layer had, and norm layers and values that are all one

@@ -63,5 +63,16 @@ def main() -> None:
     Exit status: 0; 1 for an error of ours or the system's (one line on stderr, no traceback); 2 for wrong
     usage; 143 after SIGTERM, which leaves no unfinished file behind.
     """
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    app(prog_name="ghn-init")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(prog_name="ghn-init")
+    except _Terminated:
+        sys.exit(128 + signal.SIGTERM)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived. Not `SystemExit`, which the user's code may raise, too, and is then told about."""
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise _Terminated

@@ -340,7 +340,8 @@ def _build(target: Any, spec: ModelSpec, settings: Mapping[str, Any]) -> nn.Modu
         )
     refusal = _refusal(target, settings)
     if refusal is not None:
-        raise ModelSpecError(f"{spec}: {refusal}; give arguments with --set KEY=VALUE")
+        remedy = "" if isinstance(target, nn.Module) else "; give arguments with --set KEY=VALUE"
+        raise ModelSpecError(f"{spec}: {refusal}{remedy}")
     if isinstance(target, nn.Module):
         return target
     try:

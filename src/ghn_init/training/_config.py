@@ -68,7 +68,7 @@ class TrainConfig:
         ema: Decay of the moving average of the GHN's weights; 0: none.
         precision: Type of the networks' activations and weights; "auto": bfloat16 on a GPU and on processors
             that compute in it, else float32. The GHN itself stays in float32.
-        max_nodes: Meta-batches of more nodes are skipped.
+        max_nodes: Networks of more nodes are skipped, and meta-batches that have more in all.
         max_params: Networks of more parameters, in millions at the width drawn, are skipped; 0: none.
         curriculum: Over this many first architectures the largest size allowed grows from
             `curriculum_nodes` to no limit; 0: no curriculum.

@@ -140,7 +140,7 @@ class MetaBatches:
         raise TrainingError(
             f"{_PATIENCE * size} networks without a meta-batch that passes "
             f"max_nodes={self.config.max_nodes}, max_params={self.config.max_params:g} and the curriculum; "
-            "expected wider limits"
+            f"expected wider limits, or fewer networks a step than meta_batch={self.config.meta_batch}"
         )
 
     def _groups(self, indices: range) -> list[list[Task]]:

@@ -133,12 +133,16 @@ CIFAR10: Final = Normalisation((0.491, 0.482, 0.447), (0.245, 0.243, 0.261))
 """The normalisation of CIFAR-10's training images, as JPEG of quality 75."""
 
 
-def hold_out(images: Images, count: int = VALIDATION_IMAGES) -> tuple[Images, Images]:
+def hold_out(images: Images, count: int | None = None) -> tuple[Images, Images]:
     """Training and validation images: the last `count` of a fixed shuffle are held out.
 
+    Without a count they are 5,000, but at most a fifth.
+
     Raises:
-        TrainingError: Fewer images than that.
+        TrainingError: No more images than that.
     """
+    if count is None:
+        count = min(VALIDATION_IMAGES, len(images) // 5)
     if not 0 < count < len(images):
         raise TrainingError(
             f"cannot hold out {count} of {len(images)} images; expected more than {count:,} training images"
