@@ -64,6 +64,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda x: torch.where(x > 0, x, 0.2 * x),
     "masked": lambda x: x * (x > 0),
     "masked, as numbers": lambda x: x * (x > 0).type_as(x),
+    "a mask and its other half": lambda x: x * (1 - (x < 0).float()),
+    "a mask turned": lambda x: x * ~(x < 0).to(torch.bool),
     "filled": lambda x: x.masked_fill(x < 0, 0.0),
     "squared": lambda x: F.relu(x) ** 2,
 }
@@ -91,6 +93,8 @@ def test_activations_of_torch_are_known(make: Callable[[], nn.Module]) -> None:
         lambda x: x * torch.rand(4, 1, 1),
         lambda x: torch.max(x, 1, keepdim=True)[0] + x,
         lambda x: x * torch.softmax(x, 1),
+        lambda x: x * (~x.long()),
+        lambda x: x * torch.clamp(x, min=torch.rand(8)),
     ],
 )
 def test_other_functions_of_each_element_are_no_activations(function: Callable[[Tensor], Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ghn_init._tracing.arguments import function_name
+from ghn_init._tracing.arguments import function_name, layout
 from ghn_init._tracing.carried import CONSTANT, Flow
 from ghn_init._tracing.values import ADDING, CASTING, DIVIDING, MULTIPLYING, SUBTRACTING
 
@@ -98,12 +98,13 @@ class _Chain:
         if value.sources != self._sources or value.role:
             raise _UnknownError
         if name in _KEEPING:
-            return self.at(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            x = self.at(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            return x.bool() if layout(node).dtype == torch.bool else x.float()
         if name in _OF_ELEMENTS:
             return self.computed(node, name)
         if self._first is None:
             self._first = node
-        if node is not self._first:
+        if node is not self._first or not layout(node).dtype.is_floating_point:
             raise _UnknownError
         return torch.tensor(_PLACES, dtype=torch.float32)
 
@@ -120,7 +121,10 @@ class _Chain:
             raise _UnknownError
         given: Any = map_arg((args, dict(node.kwargs)), lambda x: self.at(x).clone())
         function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
-        output = function(*given[0], **given[1])  # type: ignore[operator]
+        try:
+            output = function(*given[0], **given[1])  # type: ignore[operator]
+        except (RuntimeError, TypeError, IndexError) as error:  # three numbers are not all that it takes
+            raise _UnknownError from error
         if not isinstance(output, Tensor) or output.shape != (len(_PLACES),):
             raise _UnknownError
         return output
