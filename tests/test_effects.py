@@ -108,6 +108,16 @@ def test_no_random_state_is_touched_to_find_out() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_long_chains_are_left_alone() -> None:
+    def series(x: Tensor) -> Tensor:
+        y = x
+        for _ in range(2000):
+            y = y * x.sigmoid()
+        return y
+
+    assert not trace(by_hand(series), (2, 3, 8, 8)).rectified - {1}
+
+
 # -- what lends its shape ---------------------------------------------------------------------------
 
 

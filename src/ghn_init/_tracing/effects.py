@@ -43,6 +43,9 @@ _OF_TWO: Final = ("max", "min")
 
 _CALLS: Final = ("call_function", "call_method")
 
+_LONGEST: Final = 64
+"""Calls that an activation function is made of at most. GELU by hand has nine."""
+
 _PLACES: Final = (-2.0, 0.0, 2.0)
 _SLOPE: Final = 0.25
 """Of a `prelu`, as torch initialises it."""
@@ -80,6 +83,7 @@ class _Chain:
         self._sketch, self._sources = sketch, sources
         self._first: fx.Node | None = None
         self._known: dict[fx.Node, Any] = {}
+        self._left = _LONGEST
 
     def at(self, node: fx.Node) -> Tensor:
         """The values of `node`.
@@ -88,6 +92,9 @@ class _Chain:
             _UnknownError: It is something else.
         """
         if node not in self._known:
+            self._left -= 1
+            if not self._left:
+                raise _UnknownError
             self._known[node] = self._value(node)
         return self._known[node]
 
@@ -99,12 +106,13 @@ class _Chain:
             raise _UnknownError
         if name in _KEEPING:
             x = self.at(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-            return x.bool() if layout(node).dtype == torch.bool else x.float()
+            return x.bool() if _dtype(node) == torch.bool else x.float()
         if name in _OF_ELEMENTS:
             return self.computed(node, name)
         if self._first is None:
             self._first = node
-        if node is not self._first or not layout(node).dtype.is_floating_point:
+        dtype = _dtype(node)
+        if node is not self._first or dtype is None or not dtype.is_floating_point:
             raise _UnknownError
         return torch.tensor(_PLACES, dtype=torch.float32)
 
@@ -128,6 +136,10 @@ class _Chain:
         if not isinstance(output, Tensor) or output.shape != (len(_PLACES),):
             raise _UnknownError
         return output
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(layout(node), "dtype", None)
 
 
 def _constant(node: fx.Node, value: Carried) -> Tensor:
