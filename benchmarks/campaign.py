@@ -276,11 +276,12 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
             print(f"{run}: stopped; the same command goes on", file=sys.stderr)
         return whole and part.over
 
-    for unfinished in (part for part in parts_of(run)[-1:] if not part.over):
-        part = fitted(unfinished, seconds, fall)
-        part.write()
-        if not train(part):
-            return
+    for last in parts_of(run)[-1:]:
+        if not last.over:
+            part = fitted(last, seconds, fall)
+            part.write()
+            if not train(part):
+                return
 
     while left() >= SHORTEST:
         part = next_part(run, *beginning(run), left(), fall, processes)
