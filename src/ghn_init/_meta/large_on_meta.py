@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from ghn_init._errors import PredictError
 from ghn_init._network.nested import tensors_in
-from ghn_init._tracing.values import is_in_place
+from ghn_init._tracing.functions import is_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from ghn_init._graph.graph import Part
 from ghn_init._tracing.arguments import argument, layout
 from ghn_init._tracing.carried import Derived, Flow
-from ghn_init._tracing.values import (
+from ghn_init._tracing.functions import (
     ADDING,
     DEVICE_MOVES,
     DIVIDING,

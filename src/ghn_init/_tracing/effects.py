@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from ghn_init._tracing.arguments import function_name, layout
 from ghn_init._tracing.carried import CONSTANT, Flow
-from ghn_init._tracing.values import ADDING, CASTING, DIVIDING, MULTIPLYING, SUBTRACTING
+from ghn_init._tracing.functions import ADDING, CASTING, DIVIDING, MULTIPLYING, SUBTRACTING
 
 if TYPE_CHECKING:
     from ghn_init._tracing.carried import Carried

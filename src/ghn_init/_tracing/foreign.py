@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ghn_init._tracing.arguments import function_name, layout
+from ghn_init._tracing.functions import is_in_place
 from ghn_init._tracing.inputs import ExampleInput
 from ghn_init._tracing.recorder import Recording
-from ghn_init._tracing.values import is_in_place
 
 _VIEWS: Final = frozenset({
     "__getitem__", "slice", "select", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "t",

@@ -22,14 +22,14 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ghn_init._network.nested import replaced, tensors_in
-from ghn_init._tracing import values as v
+from ghn_init._network.nested import tensors_in
+from ghn_init._tracing import functions as f
 from ghn_init._tracing.kernels import Memo
 from ghn_init._tracing.outputs import OUTPUTS
 from ghn_init._tracing.outputs.call import Call, Known
+from ghn_init._tracing.seen import Seen
 from ghn_init._tracing.tape import Tape, written
-from ghn_init._tracing.transforms import is_wrapped, transformed, unwrapped
-from ghn_init._tracing.values import Sort, UnknownValueError, Value
+from ghn_init._tracing.values import Made, UnknownValueError, Value, paths_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
 _SMALL: Final = 2**16
 """Elements up to which a filled constant is made on the CPU."""
-
-_BUFFER: Final = 16
-"""Elements up to which a buffer's values can be read."""
-
-_META: Final = torch.device("meta")
 
 _MODULE_CALL: Final = nn.Module._call_impl.__code__  # noqa: SLF001  # the frame of a module's call
 
@@ -81,13 +76,8 @@ class Recorder(TorchFunctionMode):
         self._shapes = {name: tuple(param.shape) for name, param in params.items()}
         home = next((param.device for param in params.values()), torch.device("cpu"))
         self._tape = Tape(home, readable=paths is not None)
-        self._names = {id(tensor): name for name, tensor in names.items()}
-        self._names.update((id(param), name) for name, param in params.items())
-        self._params = {id(param) for param in params.values()}
         self._paths = paths
-        # What is known of every tensor that was seen, by identity.
-        self._values: dict[int, Value] = {}
-        self._known: list[Value] = []
+        self._seen = Seen(params, names)
 
     @property
     def home(self) -> torch.device:
@@ -104,14 +94,12 @@ class Recorder(TorchFunctionMode):
     def add_inputs(self, inputs: Iterable[tuple[str, Any]]) -> None:
         """Make every tensor in `inputs` an input of the network; one with values may be asked for them."""
         for value in self._tape.placeholders(inputs):
-            self._values[id(value.tensor)] = value
-            if not value.tensor.is_meta:
-                self._know(value)
+            self._seen.add(value)
 
     def add_parameter(self, name: str, tensor: Tensor) -> None:
         """Take `tensor`, which was computed from parameters, for a parameter called `name`."""
         self._shapes[name] = tuple(tensor.shape)
-        value = self.value(tensor)
+        value = self._seen.of(tensor)
         value.constant = False
         self._tape.node_of(value).meta["parameter"] = name
 
@@ -126,56 +114,9 @@ class Recorder(TorchFunctionMode):
         """The tape as it is."""
         return Recording(self._tape.graph, self._tape.objects, self._shapes)
 
-    # -- what is known of tensors ---------------------------------------------------------------
-
-    def value(self, tensor: Tensor) -> Value:
-        """What is known of `tensor`; one that was not made while recording is the model's, or a constant."""
-        value = self._values.get(id(tensor))
-        if value is None:
-            if is_wrapped(tensor) and self.flows(unwrapped(tensor)):
-                raise transformed()
-            is_param = id(tensor) in self._params
-            inside = tensor.is_meta and not is_param
-            value = Value(tensor, varies=False, constant=not is_param, inside=inside)
-            value.name = self._names.get(id(tensor))
-            self._values[id(tensor)] = value
-        return value
-
-    def is_known(self, tensor: Tensor) -> bool:
-        """Whether it depends on the network's input in name only: its values were assumed."""
-        value = self._values.get(id(tensor))
-        return value is not None and value.known
-
-    def varies(self, tensor: Tensor) -> bool:
-        """Whether it depends on the network's input."""
-        value = self._values.get(id(tensor))
-        return value is not None and value.varies
-
     def flows(self, tensor: Tensor) -> bool:
         """Whether it is an activation, a weight, or computed from weights."""
-        value = self._values.get(id(tensor))
-        if value is None:
-            return id(tensor) in self._params
-        return tensor.is_floating_point() and (value.varies or not value.constant)
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        value = self._values.get(id(tensor))
-        if value is not None and value.node is not None:
-            return value.node
-        return self._tape.node_of(self.value(tensor))
-
-    def _know(self, value: Value) -> None:
-        if not value.known:
-            value.known = True
-            self._known.append(value)
-
-    def _forget(self, written_to: Tensor) -> None:
-        """Nothing is known any longer of tensors that share memory with the tensor that was written."""
-        memory = written_to.untyped_storage().data_ptr()
-        for value in self._known:
-            if value.tensor.untyped_storage().data_ptr() == memory:
-                value.known = False
-        self._known = [value for value in self._known if value.known]
+        return self._seen.flows(tensor)
 
     # -- the mode -------------------------------------------------------------------------------
 
@@ -187,30 +128,29 @@ class Recorder(TorchFunctionMode):
         name = func.__name__
         if name == "__get__":
             return self._attribute(func, args)
-        sort = v.sort_of(name)
+        sort = f.sort_of(name)
         if sort.plain:
             if name == "__format__" and args[0].is_meta and not args[0].dim():
                 return _formatted(*args)
             return func(*args, **kwargs)
-        if name in v.OF_GRADIENTS:
+        if name in f.OF_GRADIENTS:
             return _of_gradients(name, args[0])
         if sort.reading:
             return self._read(func, args, kwargs)
         name = sort.name
         given = args, kwargs
         changes = sort.changes and bool(args)
-        if sort.host and v.is_on_meta(kwargs.get("device")):
+        if sort.host and f.is_on_meta(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         inputs = tensors_in(args[:1] if sort.lent else (args, kwargs) if kwargs else args)
-        seen = self._values
-        values = [seen.get(id(tensor)) or self.value(tensor) for tensor in inputs]
-        made = _made_of(values)
-        if self._known and "device" not in kwargs and _all_known(values):
+        values = self._seen.of_all(inputs)
+        made = Made.of(values)
+        if self._seen.known and "device" not in kwargs and _all_known(values):
             output = self._computed(func, sort, args, kwargs)
             made.known = not sort.shaped
         else:
             if inputs:
-                args, kwargs = self._on_meta(sort, values, args, kwargs, args[0] if changes else None)
+                args, kwargs = self._seen.on_meta(sort, values, args, kwargs, args[0] if changes else None)
             output = self._called(Call(func, name, args, kwargs, self._memo, made.varies), sort)
             if type(output) is Known:
                 output, made.known = output.output, True
@@ -222,17 +162,17 @@ class Recorder(TorchFunctionMode):
         return output
 
     def _computed(
-        self, func: Callable[..., Any], sort: Sort, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Callable[..., Any], sort: f.Sort, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What a function gives where all values are known."""
         if sort.moves:
             return args[0]
         if sort.casts:
-            args, kwargs = v.without_device(args, kwargs)
+            args, kwargs = f.without_device(args, kwargs)
             return Tensor.to(*args)
         return func(*args, **kwargs)
 
-    def _called(self, call: Call, sort: Sort) -> Any:
+    def _called(self, call: Call, sort: f.Sort) -> Any:
         """What `call`, its tensors on meta, gives."""
         if sort.made:
             output = call.run()
@@ -242,7 +182,7 @@ class Recorder(TorchFunctionMode):
         if sort.moves:
             return call.args[0]
         if sort.casts:
-            args, kwargs = v.without_device(call.args, call.kwargs)
+            args, kwargs = f.without_device(call.args, call.kwargs)
             call = Call(Tensor.to, "to", args, kwargs, self._memo, call.varies)
         elif sort.reshapes:
             self._keep_shape(call.args[0])
@@ -252,7 +192,8 @@ class Recorder(TorchFunctionMode):
     def _read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Values of the model's own tensors and of constants can be read, those of activations cannot."""
         for tensor in tensors_in(args):
-            if self.varies(tensor) and not self.is_known(tensor):
+            value = self._seen.get(tensor)
+            if value is not None and value.varies and not value.known:
                 if func.__name__ == "__contains__" and not tensor.is_floating_point():
                     return False  # no token is a special one, such as padding
                 raise UnknownValueError(
@@ -266,26 +207,26 @@ class Recorder(TorchFunctionMode):
         output = func(*args)
         if not isinstance(output, Tensor):
             return output
-        value = self.value(args[0])  # x.T, x.mT, x.data, ...
-        output = func(self._resolve(value))
+        value = self._seen.of(args[0])  # x.T, x.mT, x.data, ...
+        output = func(self._seen.resolve(value))
         name = func.__self__.__name__  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
         node = self._tape.append("call_function", getattr, name, (self._tape.node_of(value), name))
         self._placed(node)
         node.meta["val"] = output
-        self._set(output, (), _Made(varies=value.varies, constant=value.constant, node=node))
+        self._seen.note(output, (), Made(varies=value.varies, constant=value.constant, node=node))
         return output
 
     # -- writing it down ------------------------------------------------------------------------
 
     def _note(
         self, func: Callable[..., Any], name: str, given: tuple[tuple[Any, ...], dict[str, Any]],
-        output: Any, made: _Made, *, changes: bool,
+        output: Any, made: Made, *, changes: bool,
     ) -> None:  # fmt: skip
         """A node for the call, and what is known of its outputs; for none if it gives and changes no tensor.
 
         What is computed from constants alone need not be written down to draw a graph.
         """
-        several = None if type(output) is Tensor else list(v.paths_in(output))
+        several = None if type(output) is Tensor else list(paths_in(output))
         if not (changes or several is None or several):
             return
         if self._paths is not None or not made.constant:
@@ -294,9 +235,9 @@ class Recorder(TorchFunctionMode):
             if made.known:
                 node.meta["known"] = True
         for path, tensor in (((), output),) if several is None else several:
-            value = self._set(tensor, path, made)
+            value = self._seen.note(tensor, path, made)
             if made.known and not tensor.is_meta and not made.constant:
-                self._know(value)
+                self._seen.know(value)
 
     def _write(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -326,56 +267,50 @@ class Recorder(TorchFunctionMode):
     def _without_statistics(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A batch norm's arguments without its running statistics, a quarter of a ResNet's nodes."""
         return tuple([
-            None if isinstance(arg, Tensor) and self.value(arg).constant else arg for arg in args
+            None if isinstance(arg, Tensor) and self._seen.of(arg).constant else arg for arg in args
         ])  # fmt: skip
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        value = self._seen.get(tensor)
+        if value is not None and value.node is not None:
+            return value.node
+        return self._tape.node_of(self._seen.of(tensor))
 
     def _parameter(self, tensor: Tensor) -> str:
         """The name of a registered layer's parameter in the graph."""
         node = self._node(tensor)
         return node.meta.get("parameter", node.target)
 
-    def _set(self, tensor: Tensor, path: tuple[Any, ...], made: _Made) -> Value:
-        """Note what is known of an output."""
-        value = self._values.get(id(tensor))
-        if value is None:
-            value = self._values[id(tensor)] = Value(tensor, varies=made.varies, constant=made.constant)
-        if path and made.node is not None:
-            value.node, value.origin = None, (made.node, path)
-        else:
-            value.node, value.origin = made.node, None
-        value.varies, value.constant = made.varies, made.constant
-        return value
-
-    def _changed(self, target: Tensor, executed: Tensor, made: _Made) -> None:
+    def _changed(self, target: Tensor, executed: Tensor, made: Made) -> None:
         """`target`, or in its place `executed`, was written: the caller may go on with either."""
-        value = self.value(target)
+        value = self._seen.of(target)
         if target is not executed and value.inside:
-            self._forget(target)
+            self._seen.forget(target)
         for tensor in (target, executed):
-            written_to = self.value(tensor)
+            written_to = self._seen.of(tensor)
             written_to.varies, written_to.constant = made.varies, made.constant
             if made.node is not None and made.node.target is not operator.setitem:
                 written_to.node, written_to.origin = made.node, None
             if made.known and not tensor.is_meta and not made.constant:
-                self._know(written_to)
+                self._seen.know(written_to)
             self._change_base(tensor, made)
 
-    def _change_base(self, tensor: Tensor, made: _Made) -> None:
+    def _change_base(self, tensor: Tensor, made: Made) -> None:
         """If `tensor` is a view of another, that was written too."""
         base = tensor._base  # noqa: SLF001  # torch's name for it
-        value = None if base is None else self._values.get(id(base))
+        value = None if base is None else self._seen.get(base)
         if value is None:
             return
         if made.node is not None:
             made.node.meta["base"] = self._tape.node_of(value)
-        for each in (value, None if value.twin is None else self._values[id(value.twin)]):
+        for each in (value, None if value.twin is None else self._seen.of(value.twin)):
             if each is not None:
                 each.varies |= made.varies
                 each.constant &= made.constant
 
     def _keep_shape(self, tensor: Tensor) -> None:
         """A node's tensor is about to change its shape: the node keeps one of the old shape."""
-        node = self.value(tensor).node
+        node = self._seen.of(tensor).node
         if node is not None and node.meta.get("val") is tensor:
             node.meta["val"] = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
@@ -385,66 +320,6 @@ class Recorder(TorchFunctionMode):
         """Note in which modules the call was made."""
         if self._paths is not None:
             node.meta["nn_module_stack"] = _module_stack(sys._getframe(2), self._paths)  # noqa: SLF001
-
-    # -- tensors for the functions --------------------------------------------------------------
-
-    def _on_meta(
-        self, sort: Sort, inputs: list[Value], args: tuple[Any, ...], kwargs: dict[str, Any], changed: object
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with everything on meta, unless all are constants made while recording.
-
-        Constants and known values without dimensions, which may be sizes or places, stay as they are unless
-        they are `changed` in place.
-        """
-        resolved: dict[int, Tensor] = {}
-        as_they_are = on_meta = True
-        for value in inputs:
-            tensor = given = value.tensor
-            if not value.inside:
-                as_they_are = False
-                tensor = self._resolve(value) if value.twin is None else value.twin
-            if not tensor.is_meta:
-                on_meta = False
-            resolved[id(given)] = tensor
-        if on_meta and as_they_are:
-            return args, kwargs
-        if not (on_meta or sort.lengths):
-            self._bring_to_meta(resolved, changed)
-        if sort.lent:
-            return (*replaced(args[:1], resolved), *args[1:]), kwargs
-        return replaced(args, resolved), replaced(kwargs, resolved) if kwargs else kwargs
-
-    def _bring_to_meta(self, resolved: dict[int, Tensor], changed: object) -> None:
-        """Put twins on meta into the place of tensors that are not, see `_on_meta`."""
-        values = self._values
-        if not any(tensor.is_meta or not values[id(tensor)].constant for tensor in resolved.values()):
-            return
-        for key, tensor in resolved.items():
-            if not tensor.is_meta:
-                value = values[id(tensor)]
-                has_value = value.constant or value.known
-                if not (tensor.ndim == 0 and key != id(changed) and has_value):
-                    resolved[key] = self._twin(value, meta=True)
-
-    def _resolve(self, value: Value) -> Tensor:
-        """The tensor itself if it was made while recording, else its twin."""
-        if value.inside:
-            return value.tensor
-        return self._twin(value, meta=not self._is_small_buffer(value.tensor))
-
-    def _is_small_buffer(self, tensor: Tensor) -> bool:
-        """Whether it is a buffer whose values the forward pass may go on to read, such as a padding."""
-        return id(tensor) not in self._params and tensor.device.type == "cpu" and tensor.numel() <= _BUFFER
-
-    def _twin(self, value: Value, *, meta: bool) -> Tensor:
-        """A meta tensor of the same shape and dtype, or a copy that may be changed; one for each tensor."""
-        if value.twin is None:
-            tensor = value.tensor
-            twin = _meta_like(tensor) if meta else tensor.detach().clone()
-            value.twin = twin
-            copy = self._values[id(twin)] = Value(twin, varies=value.varies, constant=value.constant)
-            copy.node, copy.origin, copy.name = value.node, value.origin, value.name
-        return value.twin
 
 
 def _formatted(x: Tensor, spec: str) -> str:
@@ -465,39 +340,11 @@ def _value_of(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-@dataclass(slots=True)
-class _Made:
-    """What is known of a call's outputs: see `Value`. Without a node, what was computed from constants."""
-
-    varies: bool = False
-    constant: bool = True
-    known: bool = False
-    node: fx.Node | None = None
-
-
-def _made_of(inputs: list[Value]) -> _Made:
-    """What is known of the outputs of a function of `inputs`."""
-    made = _Made()
-    for value in inputs:  # any() and all() take longer, and this is done for every call
-        if value.varies:
-            made.varies = True
-        if not value.constant:
-            made.constant = False
-    return made
-
-
 def _all_known(values: list[Value]) -> bool:
     """All are known or constants that were made while recording, and not all are constants."""
     return any(value.known for value in values) and all(
         value.known or (value.constant and value.inside and not value.tensor.is_meta) for value in values
     )
-
-
-def _meta_like(tensor: Tensor) -> Tensor:
-    """A contiguous meta tensor of the same shape and dtype, an ordinary one whatever class `tensor` has."""
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:  # in half of the time
-        return torch.empty_like(tensor, device=_META, memory_format=torch.contiguous_format)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
 
 
 def _module_stack(frame: FrameType | None, paths: Mapping[int, str]) -> dict[str, tuple[str, str]]:

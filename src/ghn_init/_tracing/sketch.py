@@ -17,7 +17,7 @@ from ghn_init._tracing.arguments import argument, function_name, layout, shape_o
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import Channels
 from ghn_init._tracing.effects import rectified
-from ghn_init._tracing.values import (
+from ghn_init._tracing.functions import (
     DEVICE_MOVES,
     DIVIDING,
     FILLED,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ghn_init._tracing.arguments import as_tuple
+from ghn_init._tracing.functions import ADDING, ELEMENTWISE, JOINING, MULTIPLYING, is_in_place
 from ghn_init._tracing.kernels import empty, like
 from ghn_init._tracing.outputs.call import Call, output_of
-from ghn_init._tracing.values import ADDING, ELEMENTWISE, JOINING, MULTIPLYING, is_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

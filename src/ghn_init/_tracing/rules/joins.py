@@ -9,10 +9,10 @@ from torch import fx
 from ghn_init._graph.graph import Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import LAYER_SCALE
+from ghn_init._tracing.functions import ADDING, ELEMENTWISE, JOINING, MULTIPLYING
 from ghn_init._tracing.rules.nodes import joined, main_parameter, note_others
 from ghn_init._tracing.rules.norms import normalised, takes_vector
 from ghn_init._tracing.sketch import Operation, rule
-from ghn_init._tracing.values import ADDING, ELEMENTWISE, JOINING, MULTIPLYING
 
 if TYPE_CHECKING:
     import torch

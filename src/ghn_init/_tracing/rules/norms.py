@@ -11,9 +11,9 @@ from torch import fx
 from ghn_init._graph.graph import Node
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
+from ghn_init._tracing.functions import DIVIDING, SUBTRACTING
 from ghn_init._tracing.rules.nodes import SHIFTED, add_norm, main_parameter
 from ghn_init._tracing.sketch import Operation, rule
-from ghn_init._tracing.values import DIVIDING, SUBTRACTING
 
 
 @rule("batch_norm")

@@ -1,0 +1,145 @@
+"""What a function's name says of it: whether it reads, makes, moves or changes values, for instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+PLAIN: Final = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
+    "is_complex", "get_device", "element_size", "storage_offset", "data_ptr",
+    "__len__", "__repr__", "__format__", "__hash__", "is_same_size",
+})  # fmt: skip
+"""Functions that read what a tensor is and make none: called as they are."""
+
+READING: Final = frozenset({
+    "item", "tolist", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__complex__", "numpy",
+    "__array__", "__contains__", "equal", "allclose",
+})  # fmt: skip
+"""Functions that read a tensor's values and make none."""
+
+OF_GRADIENTS: Final = frozenset({
+    "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook",
+})  # fmt: skip
+"""Functions that say what becomes of gradients: there are none, and the model's tensors are the user's."""
+
+DEVICE_MOVES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
+
+ELEMENTWISE: Final = (
+    "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "celu",
+    "leaky_relu", "mish", "rrelu", "sigmoid", "tanh", "softplus", "dropout", "dropout1d", "dropout2d",
+    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "relu_", "relu6_", "hardtanh_", "hardswish_",
+    "hardsigmoid_", "silu_", "elu_", "leaky_relu_", "rrelu_", "sigmoid_", "tanh_", "dropout_",
+    "normalize", "roll", "clamp", "clamp_", "masked_fill", "masked_fill_",
+)  # fmt: skip
+"""Functions whose output is like their first argument and has no node: activations, dropout, masks."""
+
+ADDING: Final = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+
+SUBTRACTING: Final = frozenset({"sub", "sub_", "__sub__", "__rsub__", "__isub__", "subtract"})
+
+MULTIPLYING: Final = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"})
+
+DIVIDING: Final = frozenset({"div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide"})
+
+JOINING: Final = frozenset({"cat", "concat", "concatenate"})
+
+STANDARDISING: Final = frozenset({"batch_norm", "layer_norm", "instance_norm"})
+
+RESCALING: Final = STANDARDISING | MULTIPLYING | DIVIDING | SUBTRACTING | {
+    "normalize", "sign", "tanh", "softmax", "pow", "__pow__",
+}  # fmt: skip
+"""Functions behind which a weight has another scale than the parameter that it is made of."""
+
+CASTING: Final = frozenset({"to", "type_as"})
+
+LENDING: Final = CASTING | {"view_as", "reshape_as", "expand_as", "resize_as_"}
+"""Functions of their first argument alone: another tensor lends its shape or dtype, not its values."""
+
+FROM_NOTHING: Final = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+})  # fmt: skip
+"""Functions that take a shape from their tensor argument, not its values."""
+
+FILLED: Final = frozenset({
+    "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full",
+})  # fmt: skip
+"""Constants that code may go on to read, if they are small: masks above all."""
+
+HOST_FACTORIES: Final = frozenset({"arange", "linspace", "tensor", "as_tensor", "eye", "scalar_tensor"})
+"""Small constants that code may go on to read: made on the CPU even where it asks for x.device."""
+
+OF_LENGTHS: Final = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
+"""Functions that get lengths or counts, values on the CPU, beside activations."""
+
+RESHAPING: Final = frozenset({
+    "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_",
+    "as_strided_",
+})  # fmt: skip
+"""Functions that change the shape of their first argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sort:
+    """What a function's name says of it: in which of the sets above it is."""
+
+    name: str  # without that of an overload, as in `torch.ops.aten.add.Tensor`
+    plain: bool
+    reading: bool
+    made: bool  # a constant: it is in `FROM_NOTHING` or `FILLED`
+    shaped: bool  # in `FROM_NOTHING`
+    filled: bool
+    host: bool
+    moves: bool
+    casts: bool  # in `CASTING`
+    lent: bool  # in `LENDING`
+    reshapes: bool
+    lengths: bool
+    changes: bool  # its first argument, see `is_in_place`
+
+
+@lru_cache(maxsize=4096)
+def sort_of(called: str) -> Sort:
+    """What the name `called` says: one look instead of a dozen, for every call."""
+    name = called.partition(".")[0]
+    return Sort(
+        name=name,
+        plain=name in PLAIN,
+        reading=name in READING,
+        made=name in FROM_NOTHING or name in FILLED,
+        shaped=name in FROM_NOTHING,
+        filled=name in FILLED,
+        host=name in HOST_FACTORIES,
+        moves=name in DEVICE_MOVES,
+        casts=name in CASTING,
+        lent=name in LENDING,
+        reshapes=name in RESHAPING,
+        lengths=name in OF_LENGTHS,
+        changes=is_in_place(name),
+    )
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
+    return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
+
+
+def is_on_meta(device: object) -> bool:
+    """Whether `device`, an argument of the user's, is the meta device."""
+    return device is not None and torch.device(device).type == "meta"  # type: ignore[arg-type]
+
+
+def without_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `Tensor.to` without the device: recorded tensors never leave meta."""
+    dtype = kwargs.get("dtype")
+    for arg in (*args[1:], kwargs.get("other")):
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, Tensor):
+            dtype = arg.dtype
+    return (args[0], dtype if dtype is not None else args[0].dtype), {}
