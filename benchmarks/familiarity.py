@@ -20,8 +20,8 @@ import torchvision
 
 import ghn_init
 from ghn_init._tracing.trace import trace
+from ghn_init.training import Normalisation, load_images
 from ghn_init.training._layers import prepare
-from ghn_init.training.data import Normalisation, load_images
 from ghn_init.training.evaluate import Measure, Network
 
 if TYPE_CHECKING:

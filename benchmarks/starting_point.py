@@ -36,8 +36,9 @@ from starting_second import SECOND
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ghn_init
+from ghn_init.training import load_images
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training.data import Normalisation, batch_indices, generator, load_images
+from ghn_init.training.data import Normalisation, batch_indices, generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

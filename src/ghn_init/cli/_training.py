@@ -108,9 +108,9 @@ def _trainer(
 ) -> Trainer:
     """A trainer on these images; this process meets the others of the run, if there are any."""
     from ghn_init import load
+    from ghn_init.training import hold_out, load_images
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._ranks import Ranks
-    from ghn_init.training.data import hold_out, load_images
     from ghn_init.training.teacher import with_soft_labels
     from ghn_init.training.trainer import Trainer
 
@@ -170,7 +170,7 @@ def teach(
     """Train a small classifier and write its soft labels of the training images."""
     check_output(output, [data])
     from ghn_init.cli._bars import Bar
-    from ghn_init.training.data import Normalisation, hold_out, load_images
+    from ghn_init.training import Normalisation, hold_out, load_images
     from ghn_init.training.teacher import accuracy, save_soft_labels, soft_labels, train_teacher
 
     images, validation = hold_out(load_images(data, "train"))
@@ -233,10 +233,11 @@ def evaluate(
 
     from ghn_init import load
     from ghn_init.cli._bars import Bar
+    from ghn_init.training import Normalisation, load_images
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import cores, run_all
     from ghn_init.training._results import Results, table
-    from ghn_init.training.data import Normalisation, check_classes, load_images
+    from ghn_init.training.data import check_classes
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
 
     prepare_process()

@@ -111,9 +111,9 @@ def transfer(
     if more_shots and (not shots or min(more_shots) < 1):
         raise typer.BadParameter(f"{more_shots[0]} stands alone; write --shots {more_shots[0]}")
     from ghn_init.cli._bars import Bar
+    from ghn_init.training import load_images
     from ghn_init.training._transfer import Training, TransferConfig
     from ghn_init.training._transfer import transfer as compare
-    from ghn_init.training.data import load_images
 
     spec, keywords = parse_model(network, settings)
     config = TransferConfig(
