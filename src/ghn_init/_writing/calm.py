@@ -63,7 +63,7 @@ def calmed(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry
         return entries
     predicted = {entry.key for entry in entries if entry.tile is not None}
     factors = _factors(graph, predicted, told)
-    return [_multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
+    return [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
 
 
 def _less_amplified(entry: Entry, factor: float, *, lasting: bool) -> Entry:
@@ -75,13 +75,13 @@ def _less_amplified(entry: Entry, factor: float, *, lasting: bool) -> Entry:
     """
     if entry.tile is None or entry.rms is None or not 1 < factor < math.inf:
         return entry
-    if lasting and _is_there(entry):
+    if lasting and is_there(entry):
         return entry
     rms = rounded(entry.rms / factor)
     return replace(entry, rms=rms, tile=entry.tile.scaled(rms / entry.rms))
 
 
-def _is_there(entry: Entry) -> bool:
+def is_there(entry: Entry) -> bool:
     """Whether the parameter has this prediction already, so that its own scale is that of an earlier call.
 
     Every further call would make it smaller by the factor again.
@@ -100,11 +100,14 @@ def _is_there(entry: Entry) -> bool:
     return float(torch.nn.functional.cosine_similarity(own.flatten(), values.flatten(), 0)) > _THE_SAME
 
 
-def _multiplied(entry: Entry, factor: float) -> Entry:
+def multiplied(entry: Entry, factor: float) -> Entry:
+    """The entry with its prediction multiplied by a factor."""
     if entry.tile is None or factor == 1:
         return entry
-    rms = None if entry.rms is None else rounded(entry.rms * factor)
-    return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
+    if entry.rms is None:
+        return replace(entry, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
+    rms = rounded(entry.rms * factor)  # of the values, too, so that predicting again gives the same bits
+    return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(rms / entry.rms))
 
 
 def _factors(graph: Graph, predicted: Set[str | None], told: Followed) -> Mapping[str | None, float]:

@@ -23,6 +23,7 @@ from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, is_nothing, to_warn_of, unfamiliar, warn
+from ghn_init._writing.features import shortened
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
@@ -35,7 +36,7 @@ from ghn_init._writing.training import ready_to_train, worth_predicting
 from ghn_init._writing.values import values_of, without_unsolvable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Action, Entry
     from ghn_init._writing.options import Diversify, Frozen, Head, Scale
+    from ghn_init._writing.spectral import Divided
+    from ghn_init._writing.statistics import Followed
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -270,18 +273,30 @@ def _planned(
             entries = ready_to_train(graph, entries, options)
         entries = without_unsolvable(entries, options)
         norms = divided(entries, options)
-        statistics = {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
+        statistics: dict[str, Tensor] = {}
         if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
-            normalised = any(node.type == "bn" for node in graph.nodes)
-            told = followed(graph, as_used(entries, norms, options) if normalised else entries)
-            statistics |= told.statistics
+            told = _followed(graph, entries, norms, options)
             if options.scale == "auto":
+                if (shorter := shortened(graph, entries, told)) is not None:
+                    entries = shorter
+                    norms = divided(entries, options)
+                    told = _followed(graph, entries, norms, options)
                 entries = calmed(graph, entries, told)
+            statistics = dict(told.statistics)
+        statistics |= {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
     if options.strict:
         forbid_kept(type(network).__name__, entries)
     far = unfamiliar(graph, entries, ghn.config.num_classes, options)
     label = type(weights).__name__ if isinstance(weights, nn.Module) else str(weights)
     return Plan(model, graph, tuple(entries), label, options, far, statistics)
+
+
+def _followed(
+    graph: Graph, entries: Sequence[Entry], norms: Mapping[str, Divided], options: Options
+) -> Followed:
+    """What activations say of what is written."""
+    normalised = any(node.type == "bn" for node in graph.nodes)
+    return followed(graph, as_used(entries, norms, options) if normalised else entries)
 
 
 def predict(

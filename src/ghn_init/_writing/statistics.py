@@ -58,7 +58,8 @@ class Followed:
         amplified: For every classifier at the layer's own scale how much larger its outputs are than those
             of independent weights of this scale would be, by `Entry.key`.
         outputs: For every classifier of a network without norm layers the root mean square of what it gives.
-        read: For every such classifier the squared length of what it reads, the mean over images.
+        read: For every classifier the squared length of what it reads, the mean over images, if anything is
+            predicted.
     """
 
     statistics: Mapping[str, Tensor]
@@ -79,8 +80,9 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     weights: dict[str | None, Entry] = {entry.key: entry for entry in entries if entry.key is not None}
     heads = {graph.nodes[weight].param for weight, _ in graph.heads}
     bare = not any(node.type in NORM_TYPES for node in graph.nodes)
-    heads = {key for key in heads if key in weights and (bare or weights[key].rms is not None)}
-    norms = _norms(entries, _next_behind(graph, weights)) if any(e.tile is not None for e in entries) else {}
+    anything = any(entry.tile is not None for entry in entries)
+    heads = {key for key in heads if key in weights and (bare or anything)}
+    norms = _norms(entries, _next_behind(graph, weights)) if anything else {}
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
     outputs: dict[str, float] = {}
@@ -105,9 +107,9 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
             amplified[node.param] = _amplification(
                 weights[node.param], inputs[0], signal, _rms_of(graph, index)
             )
+            read[node.param] = inputs[0].mean_square * math.prod((node.shape or ())[1:])
             if bare:
                 outputs[node.param] = math.sqrt(signal.mean_square)
-                read[node.param] = inputs[0].mean_square * math.prod((node.shape or ())[1:])
         told = signal.told or any(x.told for x in inputs)
         signal = rectified(signal) if index in graph.rectified else signal
         if signal.values is None or told != signal.told:

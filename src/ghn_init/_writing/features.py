@@ -1,0 +1,102 @@
+"""Features no longer than a classifier can learn from at usual rates.
+
+The gradient of a classifier's weights, and its noise, grow with the length of what it reads. In wide networks
+that is long: the squared length of a ResNet-18's features is 850 in its own initialisation and 2,300 from
+predictions, where a small ResNet's have 120. At rates that are a little too large the classifier then swings,
+and all layers below with it. So the norms that features come from are predicted smaller, and a predicted
+classifier is larger by as much. The network is the same function: ReLUs, poolings, sums and concatenations
+pass a factor on, and norms behind other readers take it out. docs/starting-point.md has the trials.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from ghn_init._graph import structure
+from ghn_init._graph.graph import LAYER_TYPES, WEIGHT_TYPES
+from ghn_init._writing.calm import is_there, multiplied
+from ghn_init._writing.known import scales_are_known
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from ghn_init._graph.graph import Graph
+    from ghn_init._writing.entry import Entry
+    from ghn_init._writing.statistics import Followed
+
+_LONGEST: Final = 500.0
+"""Squared length that features have at most, as it is estimated."""
+
+_PASSING: Final = frozenset({"sum", "concat", "max_pool", "avg_pool", "glob_avg"})
+"""Types of node that pass a factor on."""
+
+
+def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry] | None:
+    """The same entries with shorter features, of a network with batch norms that the GHN knows.
+
+    Args:
+        graph: The network's graph.
+        entries: From `ready_to_train`.
+        told: What activations say of them.
+
+    Returns:
+        None where features are short enough, where not all that makes them is predicted, or where a factor
+        of it would make another function.
+    """
+    longest = max(told.read.values(), default=0.0)
+    if not _LONGEST < longest < math.inf or not scales_are_known(graph, entries):
+        return None
+    tiles = {entry.key: entry for entry in entries if entry.tile is not None}
+    params = _making_features(graph, tiles)
+    if params is None:
+        return None
+    factor = math.sqrt(_LONGEST / longest)
+    factors = dict.fromkeys(params, factor)
+    for weight, _ in graph.heads:
+        entry = tiles.get(graph.nodes[weight].param)
+        if entry is not None and (entry.rms is None or not is_there(entry)):
+            factors[entry.key] = 1 / factor
+    return [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
+
+
+def _making_features(graph: Graph, predicted: Collection[str | None]) -> set[str | None] | None:
+    """The parameters that all features are proportional to, if they are predicted and nothing else changes.
+
+    Those of the last norms, weights of convolutions without one, as in a shortcut, and biases behind these.
+    A hidden layer of a classifier passes a factor on, if its bias has it too.
+    """
+    found: set[str | None] = set()
+    features: set[int] = set()
+    waiting = [source for weight, _ in graph.heads for source in graph.predecessors[weight]]
+    while waiting:
+        index = waiting.pop()
+        if index in features:
+            continue
+        features.add(index)
+        node = graph.nodes[index]
+        hidden = node.type in LAYER_TYPES and len(node.shape or ()) == 2
+        if node.type == "bn":
+            found |= {node.param, node.bias}
+        elif node.type in LAYER_TYPES and not hidden:
+            found.add(node.param)
+        elif hidden or node.type == "bias" or node.type in _PASSING:
+            found |= {node.param} if node.type == "bias" else set()
+            waiting += graph.predecessors[index]
+        else:
+            return None
+    found.discard(None)
+    return found if found and found <= set(predicted) and _is_read_by_norms(graph, features) else None
+
+
+def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:
+    """Whether all else that reads features is a weight before batch norms, which take a factor out."""
+    normalised = structure.normalised(graph)
+    heads = {weight for weight, _ in graph.heads}
+    return all(
+        target in features
+        or target in heads
+        or (graph.nodes[target].type in WEIGHT_TYPES and normalised[target])
+        for index in features
+        for target in graph.successors[index]
+    )

@@ -1,0 +1,193 @@
+"""Features of wide networks: short enough for a classifier to learn from at usual rates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import ghn_init
+from ghn_init import GHN, load, plan, predict
+from ghn_init._writing import features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture(scope="module")
+def bundled() -> GHN:
+    """The bundled weights."""
+    return load("ghn3-cifar10").requires_grad_(False)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+def in_a_row(width: int = 1536, classes: int = 10) -> nn.Sequential:
+    layers = [conv(3, 32), conv(32, 64, 3, 2), conv(64, 64, 3, 2), conv(64, width, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+class Residual(nn.Module):
+    """Its last stage has a shortcut with a bias and no norm, and a block that reads the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 32), conv(32, 32))
+        self.body = nn.Sequential(
+            conv(32, 64, 3, 2), nn.Conv2d(64, 1024, 1, bias=False), nn.BatchNorm2d(1024)
+        )
+        self.shortcut = nn.Conv2d(32, 1024, 1, 2)
+        self.block = nn.Sequential(
+            conv(1024, 64, 1), nn.Conv2d(64, 1024, 1, bias=False), nn.BatchNorm2d(1024)
+        )
+        self.head = nn.Linear(1024, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (self.body(x) + self.shortcut(x)).relu()
+        x = (self.block(x) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Hidden(nn.Module):
+    """Its classifier has a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(3, 32), conv(32, 64, 3, 2), conv(64, 512, 1))
+        self.hidden, self.head = nn.Linear(512, 256), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(self.body(x).mean((2, 3))).relu())
+
+
+class Gated(nn.Module):
+    """A factor of its features is not one of its gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate = (
+            in_a_row()[:4],
+            nn.Sequential(nn.Conv2d(1536, 64, 1), nn.ReLU(), nn.Conv2d(64, 1536, 1)),
+        )
+        self.head = nn.Linear(1536, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head((x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3)))
+
+
+def images() -> Tensor:
+    coarse = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return 1.2 * nn.functional.interpolate(coarse, size=32, mode="bilinear")
+
+
+def read_by_classifier(network: nn.Module) -> float:
+    """Squared length of what the last linear layer reads, the mean over images."""
+    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
+    read: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        network.train()(images())
+    hook.remove()
+    return float(read[0].square().sum(1).mean())
+
+
+def both(
+    build: Callable[[], nn.Module], ghn: GHN, monkeypatch: pytest.MonkeyPatch, **options: object
+) -> tuple[nn.Module, nn.Module]:
+    """The network with predictions as they are, and as they are by default; a hidden layer's are short."""
+    networks = []
+    for longest in (math.inf, 0.1 if build is Hidden else features._LONGEST):
+        monkeypatch.setattr(features, "_LONGEST", longest)
+        torch.manual_seed(0)
+        networks.append(predict(build(), ghn, example_input=(1, 3, 32, 32), **options))  # type: ignore[arg-type]
+    return networks[0], networks[1]
+
+
+WIDE = [in_a_row, Residual, Hidden]
+
+
+@pytest.mark.parametrize("build", WIDE)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_function_of_shorter_features(
+    build: Callable[[], nn.Module], bundled: GHN, monkeypatch: pytest.MonkeyPatch, *, training: bool
+) -> None:
+    whole, short = both(build, bundled, monkeypatch)
+    with torch.no_grad():
+        expected, found = whole.train(training)(images()), short.train(training)(images())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+    assert read_by_classifier(short) < 0.7 * read_by_classifier(whole)
+
+
+@pytest.mark.parametrize("build", [in_a_row, Residual])
+def test_features_are_about_as_long_as_is_good(build: Callable[[], nn.Module], bundled: GHN) -> None:
+    network = predict(build(), bundled, example_input=(1, 3, 32, 32))
+    assert features._LONGEST / 10 < read_by_classifier(network) < 3 * features._LONGEST
+
+
+@pytest.mark.parametrize("build", WIDE)
+def test_predicting_again_changes_nothing(build: Callable[[], nn.Module], bundled: GHN) -> None:
+    network = predict(build(), bundled, example_input=(1, 3, 32, 32))
+    once = copy.deepcopy(network.state_dict())
+    predict(network, bundled, example_input=(1, 3, 32, 32))
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, once[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_kept_classifier_reads_shorter_features(bundled: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, short = both(lambda: in_a_row(classes=7), bundled, monkeypatch)
+    assert read_by_classifier(short) < 0.7 * read_by_classifier(whole)
+    assert torch.equal(short[-1].weight, whole[-1].weight)  # type: ignore[index]
+
+
+def test_the_plan_says_so(bundled: GHN) -> None:
+    rows = {row.name: row for row in plan(in_a_row(), bundled, example_input=(1, 3, 32, 32)).rows}
+    assert rows["3.1.weight"].factor == rows["3.1.bias"].factor < 1
+    assert rows["6.weight"].factor == pytest.approx(1 / rows["3.1.weight"].factor, rel=0.01)
+    assert rows["2.1.weight"].factor == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (lambda: in_a_row(64), {}),  # short as they are
+        (in_a_row, {"exclude": "3.1.bias"}),
+        (in_a_row, {"exclude": "3.1.*"}),
+        (Gated, {}),
+        (Residual, {"exclude": "shortcut.bias"}),
+        (in_a_row, {"scale": "own"}),
+        (in_a_row, {"scale": "predicted"}),
+        (in_a_row, {"diversify": "orthogonal"}),
+        (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), {}),  # the GHN does not know it
+    ],
+)
+def test_features_stay(
+    build: Callable[[], nn.Module], options: dict[str, str], bundled: GHN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, short = both(build, bundled, monkeypatch, **options)
+    for name, value in short.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name])
+
+
+def test_a_wide_resnet_learns_at_a_rate_that_suits_itself(bundled: GHN) -> None:
+    """At three times the best rate its own training is unsteady; from predictions it learns."""
+    x, y = images(), torch.arange(32) % 10
+    torch.manual_seed(0)
+    network = ghn_init.predict(torchvision.models.resnet18(num_classes=10), bundled, example_input=x[:1])
+    optimizer = torch.optim.SGD(network.parameters(), 0.0067, momentum=0.9)
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.0
