@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ghn_init._writing.statistics import Followed
 
 _LONGEST: Final = 500.0
-"""Squared length that features have at most, as it is estimated."""
+"""Squared length that features have at most, as it is estimated, if they are not more than so many."""
 
 _PASSING: Final = frozenset({"sum", "concat", "max_pool", "avg_pool", "glob_avg"})
 """Types of node that pass a factor on."""
@@ -44,20 +44,32 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[En
         None where features are short enough, where not all that makes them is predicted, or where a factor
         of it would make another function.
     """
-    longest = max(told.read.values(), default=0.0)
-    if not _LONGEST < longest < math.inf or not scales_are_known(graph, entries):
+    excess = _excess(graph, told)
+    if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return None
     tiles = {entry.key: entry for entry in entries if entry.tile is not None}
     params = _making_features(graph, tiles)
     if params is None:
         return None
-    factor = math.sqrt(_LONGEST / longest)
+    factor = 1 / math.sqrt(excess)
     factors = dict.fromkeys(params, factor)
     for weight, _ in graph.heads:
         entry = tiles.get(graph.nodes[weight].param)
         if entry is not None and (entry.rms is None or not is_there(entry)):
             factors[entry.key] = 1 / factor
     return [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
+
+
+def _excess(graph: Graph, told: Followed) -> float:
+    """How much too long the features are, as a ratio of squared lengths.
+
+    Thousands of features may have a mean square of 1: a network that has so many is trained at lower rates.
+    """
+    widths = {
+        graph.nodes[weight].param: math.prod((graph.nodes[weight].shape or ())[1:])
+        for weight, _ in graph.heads
+    }
+    return max((length / max(_LONGEST, widths.get(key, 0)) for key, length in told.read.items()), default=0.0)
 
 
 def _making_features(graph: Graph, predicted: Collection[str | None]) -> set[str | None] | None:
