@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ghn_init
 from ghn_init import GHN, load, plan, predict
-from ghn_init._writing import features
+from ghn_init._writing import features, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +55,13 @@ class Residual(nn.Module):
         x = (self.body(x) + self.shortcut(x)).relu()
         x = (self.block(x) + x).relu()
         return self.head(x.mean((2, 3)))
+
+
+def residual_with_biases() -> nn.Module:
+    """What reads its features has a bias, so that the norm behind sees a mean that is not in proportion."""
+    network = Residual()
+    network.block[0] = nn.Sequential(nn.Conv2d(1024, 64, 1), nn.BatchNorm2d(64), nn.ReLU())
+    return network
 
 
 class Hidden(nn.Module):
@@ -114,7 +121,7 @@ def both(
     return networks[0], networks[1]
 
 
-KNOWN = [in_a_row, Residual, Hidden]
+KNOWN = [in_a_row, Residual, residual_with_biases, Hidden]
 
 
 @pytest.mark.parametrize("build", KNOWN)
@@ -136,6 +143,25 @@ def test_features_of_wide_networks_are_about_as_long_as_is_good(bundled: GHN) ->
         torchvision.models.resnet18(num_classes=10), bundled, scale="predicted", example_input=(1, 3, 32, 32)
     )
     assert read_by_classifier(network) > 1500
+
+
+@pytest.mark.parametrize(("build", "times"), [(in_a_row, 1), (Residual, 1), (residual_with_biases, 2)])
+def test_activations_are_followed_again_only_where_they_have_to_be(
+    build: Callable[[], nn.Module], times: int, bundled: GHN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(features, "_excess", lambda *_: 4.0)
+    followed = statistics.followed
+    monkeypatch.setattr(
+        "ghn_init._writing.plan.followed", lambda *args: (calls.append(args), followed(*args))[1]
+    )
+    told = plan(build(), bundled, example_input=(1, 3, 32, 32)).statistics
+    assert len(calls) == times
+    graph, entries = calls[0]  # type: ignore[misc]
+    if times == 1:  # the same as if they were
+        shorter = features.shortened(graph, entries, followed(graph, entries))[0]
+        for name, value in followed(graph, shorter).statistics.items():
+            torch.testing.assert_close(told[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_short_features_stay(bundled: GHN) -> None:

@@ -11,6 +11,7 @@ pass a factor on, and norms behind other readers take it out. docs/starting-poin
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
@@ -19,7 +20,7 @@ from ghn_init._writing.calm import is_there, multiplied
 from ghn_init._writing.known import scales_are_known
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     from ghn_init._graph.graph import Graph
     from ghn_init._writing.entry import Entry
@@ -32,8 +33,11 @@ _PASSING: Final = frozenset({"sum", "concat", "max_pool", "avg_pool", "glob_avg"
 """Types of node that pass a factor on."""
 
 
-def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[Entry] | None:
+def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[list[Entry], Followed | None]:
     """The same entries with shorter features, of a network with batch norms that the GHN knows.
+
+    As they are where features are short enough, where not all that makes them is predicted, or where a factor
+    of it would make another function.
 
     Args:
         graph: The network's graph.
@@ -41,23 +45,23 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> list[En
         told: What activations say of them.
 
     Returns:
-        None where features are short enough, where not all that makes them is predicted, or where a factor
-        of it would make another function.
+        The entries, and what activations say of these; None where that has to be found out anew.
     """
     excess = _excess(graph, told)
-    if not 1 < excess < math.inf or not scales_are_known(graph, entries):
-        return None
     tiles = {entry.key: entry for entry in entries if entry.tile is not None}
-    params = _making_features(graph, tiles)
-    if params is None:
-        return None
+    if not 1 < excess < math.inf or not scales_are_known(graph, entries):
+        return list(entries), told
+    params, features = _making_features(graph)
+    if not params or not params <= tiles.keys() or not _is_read_by_norms(graph, features):
+        return list(entries), told
     factor = 1 / math.sqrt(excess)
     factors = dict.fromkeys(params, factor)
     for weight, _ in graph.heads:
         entry = tiles.get(graph.nodes[weight].param)
         if entry is not None and (entry.rms is None or not is_there(entry)):
             factors[entry.key] = 1 / factor
-    return [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
+    shorter = [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
+    return shorter, _told_of(graph, entries, told, features, factor)
 
 
 def _excess(graph: Graph, told: Followed) -> float:
@@ -72,13 +76,13 @@ def _excess(graph: Graph, told: Followed) -> float:
     return max((length / max(_LONGEST, widths.get(key, 0)) for key, length in told.read.items()), default=0.0)
 
 
-def _making_features(graph: Graph, predicted: Collection[str | None]) -> set[str | None] | None:
-    """The parameters that all features are proportional to, if they are predicted and nothing else changes.
+def _making_features(graph: Graph) -> tuple[set[str | None], set[int]]:
+    """The parameters that all features are proportional to, and the nodes from these to the classifiers.
 
     Those of the last norms, weights of convolutions without one, as in a shortcut, and biases behind these.
-    A hidden layer of a classifier passes a factor on, if its bias has it too.
+    A hidden layer of a classifier passes a factor on, if its bias has it too. None where something does not.
     """
-    found: set[str | None] = set()
+    params: set[str | None] = set()
     features: set[int] = set()
     waiting = [source for weight, _ in graph.heads for source in graph.predecessors[weight]]
     while waiting:
@@ -89,16 +93,15 @@ def _making_features(graph: Graph, predicted: Collection[str | None]) -> set[str
         node = graph.nodes[index]
         hidden = node.type in LAYER_TYPES and len(node.shape or ()) == 2
         if node.type == "bn":
-            found |= {node.param, node.bias}
+            params |= {node.param, node.bias}
         elif node.type in LAYER_TYPES and not hidden:
-            found.add(node.param)
+            params.add(node.param)
         elif hidden or node.type == "bias" or node.type in _PASSING:
-            found |= {node.param} if node.type == "bias" else set()
+            params |= {node.param} if node.type == "bias" else set()
             waiting += graph.predecessors[index]
         else:
-            return None
-    found.discard(None)
-    return found if found and found <= set(predicted) and _is_read_by_norms(graph, features) else None
+            return set(), set()
+    return params - {None}, features
 
 
 def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:
@@ -112,3 +115,31 @@ def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:
         for index in features
         for target in graph.successors[index]
     )
+
+
+def _told_of(
+    graph: Graph, entries: Sequence[Entry], told: Followed, features: set[int], factor: float
+) -> Followed | None:
+    """What activations say once features are so many times longer; None where that is not known by now.
+
+    Norms that read what is proportional to features see a mean and a variance in proportion.
+    """
+    names = {entry.key: entry.locations[0].path for entry in entries if entry.node == "bn"}
+    proportional = set(features)
+    statistics = dict(told.statistics)
+    for index, node in enumerate(graph.nodes):
+        sources = [source in proportional for source in graph.predecessors[index]]
+        if not any(sources) or (index in features and node.type != "bn"):
+            continue
+        if not all(sources):
+            return None
+        if node.type == "bn":
+            prefix = f"{path}." if (path := names.get(node.param)) else ""
+            for name, power in (("running_mean", 1), ("running_var", 2)):
+                if (value := statistics.get(prefix + name)) is not None:
+                    statistics[prefix + name] = value * factor**power
+        elif node.type in LAYER_TYPES or node.type in _PASSING:
+            proportional.add(index)
+        elif not any(index == bias for _, bias in graph.heads):
+            return None
+    return replace(told, statistics=statistics)

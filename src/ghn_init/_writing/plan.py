@@ -277,10 +277,8 @@ def _planned(
         if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
             told = _followed(graph, entries, norms, options)
             if options.scale == "auto":
-                if (shorter := shortened(graph, entries, told)) is not None:
-                    entries = shorter
-                    norms = divided(entries, options)
-                    told = _followed(graph, entries, norms, options)
+                entries, as_before = shortened(graph, entries, told)
+                told = as_before or _followed(graph, entries, norms, options)
                 entries = calmed(graph, entries, told)
             statistics = dict(told.statistics)
         statistics |= {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
