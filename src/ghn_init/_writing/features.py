@@ -47,7 +47,7 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     Returns:
         The entries, and what activations say of these; None where that has to be found out anew.
     """
-    excess = _excess(graph, told)
+    excess = _excess(graph, told) if any(node.type == "bn" for node in graph.nodes) else 0.0
     tiles = {entry.key: entry for entry in entries if entry.tile is not None}
     if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return list(entries), told
