@@ -104,10 +104,8 @@ def multiplied(entry: Entry, factor: float) -> Entry:
     """The entry with its prediction multiplied by a factor."""
     if entry.tile is None or factor == 1:
         return entry
-    if entry.rms is None:
-        return replace(entry, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
-    rms = rounded(entry.rms * factor)  # of the values, too, so that predicting again gives the same bits
-    return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(rms / entry.rms))
+    rms = None if entry.rms is None else rounded(entry.rms * factor)
+    return replace(entry, rms=rms, factor=entry.factor * factor, tile=entry.tile.scaled(factor))
 
 
 def _factors(graph: Graph, predicted: Set[str | None], told: Followed) -> Mapping[str | None, float]:

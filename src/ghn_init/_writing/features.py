@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
 from ghn_init._graph.graph import LAYER_TYPES, WEIGHT_TYPES
+from ghn_init._network.scale import rounded
 from ghn_init._writing.calm import is_there, multiplied
 from ghn_init._writing.known import scales_are_known
 
@@ -58,8 +59,12 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     factors = dict.fromkeys(params, factor)
     for weight, _ in graph.heads:
         entry = tiles.get(graph.nodes[weight].param)
-        if entry is not None and (entry.rms is None or not is_there(entry)):
+        if entry is not None and entry.rms is None:
             factors[entry.key] = 1 / factor
+        elif entry is not None and entry.rms is not None and not is_there(entry):
+            factors[entry.key] = (
+                rounded(entry.rms / factor) / entry.rms
+            )  # predicting again gives the same bits
     shorter = [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
     return shorter, _told_of(graph, entries, told, features, factor)
 
