@@ -5,7 +5,8 @@ that is long: the squared length of a ResNet-18's features is 850 in its own ini
 predictions, where a small ResNet's have 120. At rates that are a little too large the classifier then swings,
 and all layers below with it. So the norms that features come from are predicted smaller, and a predicted
 classifier is larger by as much. The network is the same function: ReLUs, poolings, sums and concatenations
-pass a factor on, and norms behind other readers take it out. docs/starting-point.md has the trials.
+pass a factor on (a SiLU nearly), and norms behind other readers take it out. docs/starting-point.md has the
+trials.
 """
 
 from __future__ import annotations

@@ -232,8 +232,8 @@ def plan(
             number (zeros above all) stay. "predicted", to use the network untrained: everything as
             predicted. "auto", to train it: as "own", with two exceptions that the graph tells. In networks
             of the kind that the GHN knows norms are predicted, and weights at predicted scale, later ones at
-            most at their own; and layers are kept that predictions harm (see `_writing/training.py`). With
-            `head="predict"` it is "predicted".
+            most at their own, and features no longer than a classifier can learn from (`features.py`); and
+            layers are kept that predictions harm (`training.py`). With `head="predict"` it is "predicted".
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:
