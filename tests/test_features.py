@@ -92,6 +92,80 @@ class Gated(nn.Module):
         return self.head((x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3)))
 
 
+class Shared(nn.Module):
+    """Its features come from a convolution that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = conv(3, 64), conv(64, 64)
+        self.shared, self.head = nn.Conv2d(64, 64, 1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.stem(x)).relu()
+        return self.head((self.body(x) + self.shared(x)).relu().mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """Its last norm is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)
+        self.body, self.head = nn.Conv2d(64, 64, 3), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.head(self.norm(self.body(x)).relu().mean((2, 3)))
+
+
+class Unweighted(nn.Module):
+    """One of the norms that its features come from has no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left = conv(3, 64), conv(64, 64)
+        self.right = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64, affine=False))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((self.left(x) + self.right(x)).relu().mean((2, 3)))
+
+
+class AlsoFeatures(nn.Module):
+    """Gives its features, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = in_a_row()[:4], nn.Linear(1536, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x).mean((2, 3))
+        return self.head(x), x
+
+
+def behind(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A network whose classifier reads a function of its features."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(conv(3, 32), conv(32, 64, 3, 2), *conv(64, 512, 1)[:2])
+            self.head = nn.Linear(512, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(function(self.body(x)).mean((2, 3)))
+
+    return Network
+
+
+def with_divided_classifier() -> nn.Module:
+    """Its classifier's weight is divided by its spectral norm, which takes a factor out."""
+    network = in_a_row()
+    nn.utils.parametrizations.spectral_norm(network[-1])
+    return network
+
+
 def images() -> Tensor:
     coarse = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return 1.2 * nn.functional.interpolate(coarse, size=32, mode="bilinear")
@@ -121,7 +195,17 @@ def both(
     return networks[0], networks[1]
 
 
-KNOWN = [in_a_row, Residual, residual_with_biases, Hidden]
+KNOWN = [
+    in_a_row, Residual, residual_with_biases, Hidden,
+    behind(nn.LeakyReLU(0.1)), behind(lambda x: 2 * x.relu() / 3),
+]  # fmt: skip
+    in_a_row,
+    Residual,
+    residual_with_biases,
+    Hidden,
+    behind(nn.LeakyReLU(0.1)),
+    behind(lambda x: 2 * x.relu() / 3),
+]
 
 
 @pytest.mark.parametrize("build", KNOWN)
@@ -204,6 +288,18 @@ def test_the_plan_says_so(bundled: GHN) -> None:
         (in_a_row, {"exclude": "3.1.bias"}),
         (in_a_row, {"exclude": "3.1.*"}),
         (Gated, {}),
+        (Shared, {}),
+        (Twice, {}),
+        (Unweighted, {}),
+        (AlsoFeatures, {}),
+        (with_divided_classifier, {}),
+        (behind(torch.tanh), {}),
+        (behind(torch.sigmoid), {}),
+        (behind(nn.functional.silu), {}),
+        (behind(nn.functional.relu6), {}),
+        (behind(nn.functional.normalize), {}),
+        (behind(lambda x: x + 1.0), {}),
+        (behind(lambda x: x * x), {}),
         (Residual, {"exclude": "shortcut.bias"}),
         (in_a_row, {"scale": "own"}),
         (in_a_row, {"scale": "predicted"}),

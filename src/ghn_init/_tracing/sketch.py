@@ -22,6 +22,7 @@ from ghn_init._tracing.functions import (
     DIVIDING,
     FILLED,
     FROM_NOTHING,
+    HOMOGENEOUS,
     LENDING,
     MULTIPLYING,
     RESCALING,
@@ -121,6 +122,7 @@ class Sketch:
         rectified: The nodes whose output goes through an activation, see `Graph`.
         enlarged: The nodes whose output is enlarged, see `Graph`.
         rescaled: The nodes whose weight is rescaled, see `Graph`.
+        absolute: The nodes behind which a factor is not passed on, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
         channels: Which channels tensors carry.
     """
@@ -132,6 +134,7 @@ class Sketch:
         self.rectified: set[int] = set()
         self.enlarged: set[int] = set()
         self.rescaled: dict[int, float | None] = {}
+        self.absolute: set[int] = set()
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.channels = Channels(self)
         self.shapes = shapes
@@ -206,6 +209,8 @@ class Sketch:
         if isinstance(value, Derived) and value.params and name in RESCALING:
             value = replace(value, rescaled=dict.fromkeys(value.params, _new_scale(operation, value)))
         self.rectified |= rectified(self, node, name, value)
+        if len(self.nodes) == count and isinstance(value, Flow) and not _passes_factors(operation):
+            self.absolute.update(value.sources)
         self.channels.follow(node, name, value, count if len(self.nodes) > count else None)
         return value
 
@@ -236,6 +241,8 @@ class Sketch:
         rectified, enlarged = (
             frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
         )
+        ends = live if self._ends is None else live.intersection(self._ends)
+        absolute = frozenset(number[old] for old in ends | (live & self.absolute))
         rescaled = {number[old]: rms for old, rms in self.rescaled.items() if old in live}
         cropped = {number[old]: rows for old, rows in self.cropped.items() if old in live}
         reads = {
@@ -245,7 +252,7 @@ class Sketch:
             for old, operands in self.channels.reads.items()
             if old in live
         }
-        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled)
+        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute)
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""
@@ -261,6 +268,14 @@ class Sketch:
                 live.add(node)
                 stack.extend(self.predecessors[node])
         return live
+
+
+def _passes_factors(op: Operation) -> bool:
+    """Whether what a call gives is as many times larger as the one activation that it gets."""
+    if op.name.rstrip("_") in HOMOGENEOUS or op.name in HOMOGENEOUS:
+        return True
+    flows = [isinstance(op.carried(operand), Flow) for operand in op.operands()]
+    return sum(flows) == 1 and (op.name in MULTIPLYING or (op.name in DIVIDING and flows[0]))
 
 
 def _new_scale(op: Operation, derived: Derived) -> float | None:

@@ -5,19 +5,21 @@ that is long: the squared length of a ResNet-18's features is 850 in its own ini
 predictions, where a small ResNet's have 120. At rates that are a little too large the classifier then swings,
 and all layers below with it. So the norms that features come from are predicted smaller, and a predicted
 classifier is larger by as much. The network is the same function: ReLUs, poolings, sums and concatenations
-pass a factor on (a SiLU nearly), and norms behind other readers take it out. docs/starting-point.md has the
-trials.
+pass a factor on, and norms behind other readers take it out. Where something does not, features stay. A kept
+classifier gives smaller outputs. docs/starting-point.md has the trials.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
 from ghn_init._graph.graph import LAYER_TYPES, WEIGHT_TYPES
 from ghn_init._network.scale import rounded
+from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.calm import is_there, multiplied
 from ghn_init._writing.known import scales_are_known
 
@@ -54,15 +56,18 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return list(entries), told
     params, features = _making_features(graph)
-    if not params or not params <= tiles.keys() or not _is_read_by_norms(graph, features):
+    makers = [tiles.get(name) for name in params]
+    if not makers or not all(map(_is_multiplied, makers)) or not _is_read_by_norms(graph, features):
+        return list(entries), told
+    ends = [tiles[key] for weight, _ in graph.heads if (key := graph.nodes[weight].param) in tiles]
+    if not all(map(_is_multiplied, ends)):
         return list(entries), told
     factor = 1 / math.sqrt(excess)
-    factors = dict.fromkeys(params, factor)
-    for weight, _ in graph.heads:
-        entry = tiles.get(graph.nodes[weight].param)
-        if entry is not None and entry.rms is None:
+    factors: dict[str | None, float] = dict.fromkeys(params, factor)
+    for entry in ends:
+        if entry.rms is None:
             factors[entry.key] = 1 / factor
-        elif entry is not None and entry.rms is not None and not is_there(entry):
+        elif not is_there(entry):
             factors[entry.key] = (
                 rounded(entry.rms / factor) / entry.rms
             )  # predicting again gives the same bits
@@ -82,11 +87,21 @@ def _excess(graph: Graph, told: Followed) -> float:
     return max((length / max(_LONGEST, widths.get(key, 0)) for key, length in told.read.items()), default=0.0)
 
 
-def _making_features(graph: Graph) -> tuple[set[str | None], set[int]]:
+def _is_multiplied(entry: Entry | None) -> bool:
+    """Whether a parameter is predicted, and what its layer uses is as many times larger as it is.
+
+    A parametrisation may take a factor out again. Of a classifier at own scale that is sharded nobody could
+    tell whether it has been multiplied before, see `is_there`.
+    """
+    return entry is not None and entry.computed is None and (entry.rms is None or not is_sharded(entry.param))
+
+
+def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
     """The parameters that all features are proportional to, and the nodes from these to the classifiers.
 
     Those of the last norms, weights of convolutions without one, as in a shortcut, and biases behind these.
-    A hidden layer of a classifier passes a factor on, if its bias has it too. None where something does not.
+    A hidden layer of a classifier passes a factor on, if its bias has it too. None where something does not,
+    or where one of the parameters is used elsewhere, too.
     """
     params: set[str | None] = set()
     features: set[int] = set()
@@ -107,7 +122,9 @@ def _making_features(graph: Graph) -> tuple[set[str | None], set[int]]:
             waiting += graph.predecessors[index]
         else:
             return set(), set()
-    return params - {None}, features
+    uses = Counter(name for node in graph.nodes for name in (node.param, node.bias))
+    found = {name for name in params if name is not None and uses[name] == 1}
+    return (found, features) if found == params and not features & graph.absolute else (set(), set())
 
 
 def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:

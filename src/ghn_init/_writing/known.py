@@ -1,4 +1,4 @@
-"""Which networks a GHN knows, well enough to train from its predictions as they are, scale included.
+"""Which networks a GHN knows, well enough to train from its predictions at nearly their own scale.
 
 Those are image classifiers of plain convolutions, batch norms and poolings, and of DARTS' cells, as in
 DeepNets-1M: with batch norm, but for a few weights, or without ways around any weight.
