@@ -196,9 +196,6 @@ def both(
 
 
 KNOWN = [
-    in_a_row, Residual, residual_with_biases, Hidden,
-    behind(nn.LeakyReLU(0.1)), behind(lambda x: 2 * x.relu() / 3),
-]  # fmt: skip
     in_a_row,
     Residual,
     residual_with_biases,

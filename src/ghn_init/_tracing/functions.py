@@ -59,11 +59,12 @@ HOMOGENEOUS: Final = frozenset({
     "relu", "leaky_relu", "rrelu", "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d", "neg",
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
     "swapaxes", "swapdims", "movedim", "moveaxis", "contiguous", "clone", "detach", "float", "half",
-    "bfloat16", "double", "expand", "repeat", "repeat_interleave", "tile", "chunk", "split", "tensor_split", "unbind", "stack",
-    "__getitem__", "select", "narrow", "index_select", "roll", "flip", "pad", "interpolate", "upsample",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "mean", "sum", "amax", "cat", "concat",
-    "concatenate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
-    "_max_pool2d", "_adaptive_max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d_with_indices",
+    "bfloat16", "double", "expand", "repeat", "repeat_interleave", "tile", "chunk", "split",
+    "tensor_split", "unbind", "stack", "__getitem__", "select", "narrow", "index_select", "roll", "flip",
+    "pad", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "mean",
+    "sum", "amax", "cat", "concat", "concatenate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d",
+    "adaptive_max_pool2d", "_max_pool2d", "_adaptive_max_pool2d", "max_pool2d_with_indices",
+    "adaptive_max_pool2d_with_indices",
 })  # fmt: skip
 """Functions that pass a positive factor of their input on: what they give is as many times larger."""
 
