@@ -234,6 +234,16 @@ def test_a_parametrisation_that_is_lost_on_the_meta_device_is_kept(ghn: GHN) -> 
         planned.apply()
 
 
+def test_a_classifier_of_many_copies_is_predicted_through_its_parts(ghn: GHN) -> None:
+    """It is taken to own scale by itself, and both of its parts with it."""
+    norms = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    wide = [nn.Conv2d(16, 1536, 1, bias=False), nn.BatchNorm2d(1536), nn.ReLU()]
+    model = nn.Sequential(*norms, *wide, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1536, 10))
+    before = parametrizations.weight_norm(model[-1]).weight.detach().clone()
+    predict(model, ghn, example_input=(1, 3, 32, 32))
+    assert not torch.equal(model[-1].weight, before)
+
+
 def test_patterns_take_the_weight_and_its_parts(ghn: GHN) -> None:
     model = network(parametrizations.weight_norm)
     for pattern in ("3.weight", "*original1"):

@@ -129,8 +129,8 @@ def _with_own_classifiers(graph: Graph, entries: Sequence[Entry], options: Optio
     """
     ends = {graph.nodes[weight].param for weight, _ in graph.heads}
     many = [entry for entry in entries if entry.key in ends and copies(entry) > _FEW_COPIES]
-    own = {entry.source: entry for entry in at_own_scale(many, options)}
-    return [own.get(entry.source, entry) for entry in entries]
+    own = {entry.name: entry for entry in at_own_scale(many, options)}
+    return [own.get(entry.name, entry) for entry in entries]
 
 
 def _strange(graph: Graph, *, known: bool) -> Mapping[str | None, str]:
