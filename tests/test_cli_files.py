@@ -232,7 +232,12 @@ def test_a_stopped_command_leaves_no_part_of_a_file(
 def test_a_command_is_stopped_while_it_imports_the_users_file(
     tmp_path: Path, number: int, status: int
 ) -> None:
-    slow = "import sys, time\nprint('half', file=sys.stderr, flush=True)\ntime.sleep(300)\n"
+    slow = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+print("half", file=sys.stderr, flush=True)
+time.sleep(300)
+"""
     (tmp_path / "m.py").write_text(slow, encoding="utf-8")
     command = [sys.executable, "-m", "ghn_init", "m.py"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:

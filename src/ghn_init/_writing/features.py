@@ -68,9 +68,8 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
         if entry.rms is None:
             factors[entry.key] = 1 / factor
         elif not is_there(entry):
-            factors[entry.key] = (
-                rounded(entry.rms / factor) / entry.rms
-            )  # predicting again gives the same bits
+            larger = rounded(entry.rms / factor)  # so that predicting again gives the same bits
+            factors[entry.key] = larger / entry.rms
     shorter = [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
     return shorter, _told_of(graph, entries, told, features, factor)
 
