@@ -245,6 +245,27 @@ def test_activations_are_followed_again_only_where_they_have_to_be(
             torch.testing.assert_close(told[name], value, rtol=1e-3, atol=1e-5)
 
 
+class Squashing(nn.Linear):
+    """A hidden layer of the user's own that gives a function which passes no factor on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+
+def test_features_that_a_registered_layer_reads_stay(bundled: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        network = in_a_row(512)
+        return nn.Sequential(*network[:-1], Squashing(512, 256), nn.Linear(256, 10))
+
+    def shape(layer: Squashing, x: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], layer.out_features)
+
+    with ghn_init.register(Squashing, {"weight": "conv", "bias": "bias"}, shape):
+        whole, short = both(build, bundled, monkeypatch)
+    for name, value in short.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name])
+
+
 def test_short_features_stay(bundled: GHN) -> None:
     rows = plan(in_a_row(64), bundled, example_input=(1, 3, 32, 32)).rows
     assert all(row.factor == 1 for row in rows)

@@ -182,7 +182,10 @@ class Sketch:
     def _called(self, node: fx.Node) -> Carried | tuple[Carried, ...]:
         """What a call carries; its nodes are added."""
         if node.op == "call_module":
-            return RULES["call_module"](Operation(node, "call_module", self))
+            value = RULES["call_module"](Operation(node, "call_module", self))
+            if isinstance(value, Flow):  # nobody knows what the user's layer makes of a factor
+                self.absolute.update(value.sources)
+            return value
         name = function_name(node)
         args: Any = node.args
         if name in FROM_NOTHING or name in FILLED:
