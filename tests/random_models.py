@@ -232,6 +232,29 @@ def by_shape(model: RandomModel, x: Tensor, n: int) -> Step:
     return step
 
 
+def masked(model: RandomModel, x: Tensor, n: int) -> Step:
+    """A mask that is used before and after it is turned round, and changes in place."""
+
+    def step(x: Tensor) -> Tensor:
+        small = x.abs() < 0.5
+        large = ~small
+        x = x.masked_fill(small, 0.25) if n % 2 else torch.where(small, x, x.tanh())
+        x = x.multiply(large.add(1))
+        return x.clone().mul_(2).subtract_(x) if n % 3 else x
+
+    return step
+
+
+def by_axis(model: RandomModel, x: Tensor, n: int) -> Step:
+    """The keywords of numpy."""
+
+    def step(x: Tensor) -> Tensor:
+        mean = x.mean(axis=1, keepdims=True)
+        return (x - mean) / (x.var(axis=1, keepdims=True, correction=0) + 1).sqrt()
+
+    return step
+
+
 def by_own_values(model: RandomModel, x: Tensor, n: int) -> Step:
     """Control flow on a buffer and on a parameter: these have values while tracing."""
     factor = nn.Parameter(torch.ones(()))
@@ -279,7 +302,9 @@ def refusal(model: RandomModel, x: Tensor, n: int) -> Step:
     return step
 
 
-ANYWHERE = [activation, by_shape, by_own_values, stateful, unused, activation, by_shape, refusal]
+ANYWHERE = [
+    activation, by_shape, by_own_values, stateful, unused, activation, by_shape, refusal, masked, by_axis,
+]  # fmt: skip
 STEPS: dict[int, list[Callable[[RandomModel, Tensor, int], Step]]] = {
     5: [volume, to_vector],
     4: [

@@ -78,6 +78,8 @@ def test_a_name_that_no_file_can_have(run: Callable[..., Result], arguments: lis
     assert_error(run(*arguments, "a" * 5000, *last), "a{200}: cannot be read: File name too long")
     with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
         ghn_init.load("a" * 5000)
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        ghn_init.GHN.from_pretrained("a" * 5000)
 
 
 def test_a_model_or_a_target_that_no_file_can_have(run: Callable[..., Result], ghn_dir: Path) -> None:

@@ -238,10 +238,10 @@ def test_activations_are_followed_again_only_where_they_have_to_be(
     )
     told = plan(build(), bundled, example_input=(1, 3, 32, 32)).statistics
     assert len(calls) == times
-    graph, entries = calls[0]  # type: ignore[misc]
+    network, graph, entries = calls[0]  # type: ignore[misc]
     if times == 1:  # the same as if they were
-        shorter = features.shortened(graph, entries, followed(graph, entries))[0]
-        for name, value in followed(graph, shorter).statistics.items():
+        shorter = features.shortened(graph, entries, followed(network, graph, entries))[0]
+        for name, value in followed(network, graph, shorter).statistics.items():
             torch.testing.assert_close(told[name], value, rtol=1e-3, atol=1e-5)
 
 

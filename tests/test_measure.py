@@ -178,6 +178,20 @@ def test_a_file_is_taken_over_even_if_its_last_line_is_torn(
     assert path.read_text() == whole
 
 
+def test_a_file_whose_first_line_is_torn_is_begun_anew(ghn: GHN, measurer: Measurer, tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    first = measurer(Candidate(7, SMALL))
+    Recorder(path, header(ghn)).add(first)
+    whole = path.read_text()
+    end_of_header = whole.index("\n") + 1
+    for left in (end_of_header - 5, end_of_header, end_of_header + 20):
+        path.write_text(whole[:left])
+        recorder = Recorder(path, header(ghn))
+        assert not recorder.measurements
+        recorder.add(first)
+        assert path.read_text() == whole
+
+
 def test_files_of_other_measurements_are_refused(ghn: GHN, measurer: Measurer, tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
     Recorder(path, header(ghn)).add(measurer(Candidate(7, SMALL)))
@@ -189,7 +203,9 @@ def test_files_of_other_measurements_are_refused(ghn: GHN, measurer: Measurer, t
     path.write_text(damaged)
     with pytest.raises(TrainingError, match=r"line 2: not a measurement .*sep_conv_9x9.*remove the line"):
         read_records(path)
-    for text in ("", "[]\n", '{"some": "json"}\n', "no json\n"):
+    impossible = damaged.split("\n")[0].replace(f'"steps": {RECIPE.steps}', '"steps": -1') + "\n"
+    assert "-1" in impossible
+    for text in ("", "[]\n", '{"some": "json"}\n', "no json\n", impossible):
         path.write_text(text)
         with pytest.raises(TrainingError, match=r"measured\.jsonl: (not a file of|expected a JSON object)"):
             read_records(path)

@@ -160,9 +160,31 @@ def test_a_full_folder_is_refused(ghn: GHN, tmp_path: Path) -> None:
         predict_to(on_meta(Net), tmp_path, ghn)
     with pytest.raises(PredictError, match="exists and is not an empty folder"):
         predict_to(on_meta(Net), tmp_path / "notes.txt", ghn)
-    with pytest.raises(PredictError, match="cannot be made"):
+    with pytest.raises(PredictError, match=r"cannot be written: .*Not a directory"):
         predict_to(on_meta(Net), tmp_path / "notes.txt" / "out", ghn)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_that_one_is_in_is_refused(
+    ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path), "../" + tmp_path.name):
+        with pytest.raises(PredictError, match="is the folder that this process is in; expected another"):
+            predict_to(on_meta(Net), name, ghn)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_are_followed_to_the_folder(ghn: GHN, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, target in (("link", "empty"), ("dangling", "new"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name, target in (("link", "empty"), ("dangling", "new")):
+        predict_to(on_meta(Net), tmp_path / name, ghn)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "model.safetensors").is_file()
+    with pytest.raises(PredictError, match="loop"):
+        predict_to(on_meta(Net), tmp_path / "loop", ghn)
 
 
 @pytest.mark.parametrize("size", ["5 elephants", "GB", 0, -1, None, 1.5, True])

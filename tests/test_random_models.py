@@ -18,7 +18,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from ghn_init import GHN, GHNConfig, GHNInitError, plan, predict
+from ghn_init import GHN, GHNConfig, GHNInitError, plan, predict, record
 from ghn_init._hypernetwork.batch import GraphBatch
 from ghn_init._hypernetwork.decoder import ConvDecoder
 from ghn_init._tracing import recorder, trace
@@ -101,6 +101,22 @@ def test_predicting_any_network_succeeds_or_leaves_it_as_it_was(
     first = {name: value.clone() for name, value in model.state_dict().items()}
     predict(model, SMALL, **options)
     torch.testing.assert_close(dict(model.state_dict()), first, rtol=0, atol=0)
+
+
+@given(kind=kinds, numbers=numbers)
+def test_what_is_recorded_gives_what_the_network_gives(kind: str, numbers: list[int]) -> None:
+    torch.manual_seed(0)
+    model = RandomModel(kind, numbers).eval()
+    # The one draws a number of Python's, which a graph holds; the other's graph ends where it refuses.
+    hypothesis.assume(not {"stateful", "refusal"}.intersection(model.steps))
+    x = torch.randint_like(model.example(), 9) if kind == "tokens" else torch.randn_like(model.example())
+    try:
+        recorded = record(model, x)
+    except GHNInitError as error:
+        event(f"refused: {type(error).__name__}")
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(x), model(x), equal_nan=True)
 
 
 @given(kind=kinds, numbers=numbers)

@@ -711,11 +711,20 @@ class CrossStages(nn.Module):
         return self.end(x)
 
 
+def bare() -> nn.Module:
+    """Batch norms without parameters."""
+    layers = [
+        (nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o, affine=False), nn.ReLU())
+        for i, o in ((3, 32), (32, 32), (32, 48), (48, 48), (48, 100), (100, 100))
+    ]
+    return nn.Sequential(*(layer for three in layers for layer in three), *classifier(100))
+
+
 @pytest.mark.parametrize(
     ("build", "most"),
     [
         (residuals, 4), (inverted, 5), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
-        (DualPath, 4), (CrossStages, 3),
+        (DualPath, 4), (CrossStages, 3), (bare, 3),
     ],
 )  # fmt: skip
 def test_evaluation_mode_gives_outputs_of_the_size_that_training_mode_gives(
@@ -730,6 +739,13 @@ def test_evaluation_mode_gives_outputs_of_the_size_that_training_mode_gives(
     assert planned.to_dict()["statistics"] == list(planned.statistics)
     found = output(planned.apply(), x)
     assert found / most < output(calibrate_batchnorm(model, [x]), x) < found * most
+
+
+def test_batch_norms_without_parameters_keep_statistics_of_kept_weights(ghn: GHN) -> None:
+    assert not plan(built(bare), ghn, exclude="*").statistics
+    seen = calibrate_batchnorm(built(bare), [images()])
+    told = plan(seen, ghn, include="0.weight").statistics
+    assert {name.split(".")[0] for name in told} == {"1"}
 
 
 def test_a_branch_that_begins_at_zero_adds_nothing_to_the_statistics(ghn: GHN) -> None:

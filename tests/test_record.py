@@ -34,6 +34,29 @@ def built(name: str) -> nn.Module:
     return model.eval()
 
 
+class Masking(nn.Module):
+    """Masks that are used before and after they are turned round, in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padding = ids.eq(0)
+        kept = ~padding
+        x = self.table(ids).masked_fill(padding[..., None], 1.0)
+        odd = padding.logical_not()
+        y = torch.where(padding[..., None], x * 2, x - 1) + kept[..., None] * 3
+        odd |= padding
+        return y * odd[..., None] - torch.bitwise_not(kept)[..., None].float()
+
+
+def test_a_mask_stays_what_it_was_when_it_is_turned_round() -> None:
+    model = Masking()
+    ids = torch.tensor([[0, 3, 0, 5], [1, 0, 2, 0]])
+    assert torch.equal(record(model, ids)(ids), model(ids))
+
+
 class Small(nn.Module):
     """A branch on a shape, a loop over rows, a constant, a function with several outputs."""
 

@@ -63,6 +63,34 @@ def check(graph: Graph, nodes: str, edges: set[tuple[int, int]] | None = None) -
     assert set(graph.edges) == wanted
 
 
+@pytest.mark.parametrize("keyword", ["dim", "axis"])
+def test_keywords_of_numpy_are_those_of_torch(keyword: str) -> None:
+    def pooled(tape: Tape) -> fx.Node:
+        return tape.call(torch.mean, tape.conv("a"), **{keyword: (2, 3)})
+
+    def standardised(tape: Tape) -> fx.Node:
+        x = tape.conv("a")
+        centred = tape.call(operator.sub, x, tape.call(torch.mean, x, **{keyword: 1}, keepdim=True))
+        spread = tape.call(torch.var, x, **{keyword: 1}, keepdim=True)
+        scaled = tape.call(operator.truediv, centred, tape.call(torch.sqrt, spread))
+        return tape.call(operator.mul, scaled, tape.weight("w", 4, 1, 1))
+
+    check(drawn(pooled), "conv(a) glob_avg")
+    assert [node.type for node in drawn(standardised).nodes] == ["input", "conv", "ln"]
+    joined = drawn(lambda tape: tape.call(torch.cat, [tape.conv("a"), tape.conv("b")], **{keyword: 1}))
+    assert [node.type for node in joined.nodes] == ["input", "conv", "conv", "concat"]
+
+
+@pytest.mark.parametrize("name", ["mul", "mul_", "multiply", "multiply_", "__imul__", "__rmul__"])
+def test_every_name_of_a_product_makes_a_gate(name: str) -> None:
+    def gated(tape: Tape) -> fx.Node:
+        x = tape.conv("a")
+        gate = tape.call(torch.sigmoid, tape.conv("b", tape.call(torch.mean, x, (2, 3), True)))
+        return tape.call_method(name, (x, gate))
+
+    assert "cse" in [node.type for node in drawn(gated).nodes]
+
+
 # -- layers -------------------------------------------------------------------------------------
 
 

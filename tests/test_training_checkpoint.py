@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from ghn_init import _files
 from ghn_init._errors import TrainingError
 from ghn_init.training import RunOptions, Trainer, _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
@@ -77,7 +78,15 @@ def test_a_checkpoint_is_whole_wherever_writing_it_ends(
         assert torch.equal(loaded.tensors["weights"]["a"], torch.full((4,), seen[-1]))
     assert seen == sorted(seen)
     assert set(seen) == {1.0, 2.0}
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
+    left = 100
+    unfinished = {path for path in tmp_path.iterdir() if path.name.endswith(".partial")}
+    assert {path.name for path in tmp_path.iterdir()} - {path.name for path in unfinished} == {
+        "checkpoint-00000002"
+    }
+    for path in (file for folder in unfinished for file in (*folder.iterdir(), folder)):
+        os.utime(path, (0, 0))  # a day later
+    last = _checkpoint.save(tmp_path, 3, checkpoint(3.0))
+    assert list(tmp_path.iterdir()) == [last]
 
 
 def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +237,8 @@ def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_saving_leaves_what_another_run_may_be_writing(tmp_path: Path) -> None:
     later, unfinished, left = (
-        tmp_path / name for name in ("checkpoint-00000100", ".checkpoint-1", ".checkpoint-2")
+        tmp_path / name
+        for name in ("checkpoint-00000100", ".0123456789abcdef.partial", ".fedcba9876543210.partial")
     )
     for folder in (later, unfinished, left):
         folder.mkdir()
@@ -301,9 +311,9 @@ def test_a_checkpoint_for_which_there_is_no_room_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _checkpoint.save(tmp_path, 1, checkpoint(1.0))
-    for function in ("write_bytes", "_sync"):
+    for module, function in ((_checkpoint, "write_bytes"), (_files, "sync")):
         with monkeypatch.context() as patch:
-            patch.setattr(_checkpoint, function, full_disk)
+            patch.setattr(module, function, full_disk)
             with pytest.raises(TrainingError, match="checkpoint-00000002 cannot be written: No space left"):
                 _checkpoint.save(tmp_path, 2, checkpoint(2.0))
         assert list(tmp_path.iterdir()) == [before]

@@ -137,6 +137,18 @@ def test_runs_without_a_log_are_told(tmp_path: Path) -> None:
         draw_curve(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line", ['{"a": 1}', '{"step": 1, "loss": 2.0}', '{"step": 1, "validation": 3.0}', '{"step": "one"}',
+             '{"step": 1, "loss": "low", "accuracy": 0.1}'],
+)  # fmt: skip
+def test_a_log_of_something_else_is_told(line: str, tmp_path: Path) -> None:
+    (tmp_path / LOG).write_text('{"step": 1, "validation": 3.0, "standard_error": 0.1}\n' + line + "\n")
+    with pytest.raises(TrainingError, match=r"line 2: .*; expected the log of `ghn-init train`"):
+        draw_curve(tmp_path)
+    with pytest.raises(TrainingError, match=r"line 2: .*; expected the log of `ghn-init train`"):
+        Log(tmp_path, 10, resume_at=1)
+
+
 def test_the_command_draws_a_run(folder: Path) -> None:
     done = CliRunner().invoke(app, ["curve", str(folder), "-o", str(folder / "mine.svg")])
     assert (done.exit_code, done.stdout.strip()) == (0, str(folder / "mine.svg"))

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,9 @@ def gated_block(*, beside: bool = False) -> Graph:
 
 
 def test_the_pooling_inside_a_gate_is_left_out() -> None:
-    graph = without_gate_poolings(gated_block())
+    whole = replace(gated_block(), rectified=frozenset({7}), absolute=frozenset({7}), name="a network")
+    graph = without_gate_poolings(whole)
+    assert (graph.name, graph.rectified, graph.absolute) == ("a network", frozenset(), frozenset())
     assert [node.type for node in graph.nodes] == ["input", "conv", "conv", "bias", "cse", "glob_avg", "conv"]
     assert graph.edges == ((0, 1), (1, 2), (1, 4), (2, 3), (3, 4), (4, 5), (5, 6))
     assert GHN(config()).batch(gated_block()).num_nodes == (7,)

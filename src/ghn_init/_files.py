@@ -73,6 +73,38 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def making_folder(target: Path) -> Iterator[Path]:
+    """Inside, a new folder beside `target` to write into; at the end it is `target`, which may be empty.
+
+    Folders above it are made. After an exception `target` is what it was, and nothing else is left.
+
+    Raises:
+        OSError: The folder cannot be made, or is not empty.
+    """
+    partial = partial_beside(target)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone if it was renamed
+    sync(target.parent)
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system does so."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def partial_beside(target: Path) -> Path:
     """A new hidden name beside `target` for what is not finished.
 
@@ -80,12 +112,12 @@ def partial_beside(target: Path) -> Path:
     """
     for other in target.parent.glob(".*.partial"):
         with suppress(OSError):  # gone meanwhile, or another user's: it is no reason not to write
-            if _PARTIAL.fullmatch(other.name) and idle(other) > _STALE:
+            if _PARTIAL.fullmatch(other.name) and _idle(other) > _STALE:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
     return target.with_name(f".{secrets.token_hex(8)}.partial")
 
 
-def idle(path: Path) -> float:
+def _idle(path: Path) -> float:
     """Seconds since a file, or one in a folder, was written to."""
     files = (path, *path.iterdir()) if path.is_dir() else (path,)
     return time.time() - max(file.stat().st_mtime for file in files)

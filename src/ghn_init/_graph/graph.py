@@ -123,6 +123,7 @@ class Graph:
             index: the root mean square of what it uses; None where that is unknown.
         absolute: Indices of the nodes of whose output not the directions alone count: it is an output of the
             network, or goes through a function that does not pass a factor on, as a sigmoid. (A ReLU does.)
+        bare: Of the batch norms without a weight, the paths of their modules, by index.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -140,6 +141,7 @@ class Graph:
     reads: Mapping[int, tuple[Parts, ...]] = field(default_factory=dict, compare=False, repr=False)
     rescaled: Mapping[int, float | None] = field(default_factory=dict, compare=False, repr=False)
     absolute: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    bare: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

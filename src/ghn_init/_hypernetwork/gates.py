@@ -31,7 +31,8 @@ def without_gate_poolings(graph: Graph) -> Graph:
     kept = [index for index in range(len(graph)) if index not in gone]
     place = {old: new for new, old in enumerate(kept)}
     left = graph_from_edges([graph.nodes[index] for index in kept], [(place[u], place[v]) for u, v in edges])
-    return replace(graph, nodes=left.nodes, edges=left.edges)
+    # Not what no GHN sees, which is told by the nodes' numbers before.
+    return replace(left, unmatched=graph.unmatched, name=graph.name)
 
 
 def _begins_gate(graph: Graph, pooling: int) -> bool:

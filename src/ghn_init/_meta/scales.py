@@ -18,7 +18,7 @@ from ghn_init._errors import PredictError
 from ghn_init._meta.initialise import Initialiser, initialising
 from ghn_init._network.locations import locations_of
 from ghn_init._network.scale import Scale, rounded, scales_of
-from ghn_init._threads import alone, drawing_from
+from ghn_init._threads import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ def initial_scales(network: nn.Module, names: Collection[str], seed: int) -> dic
     """
     wanted = [place for place in locations_of(network) if place.name in names and place.get().is_meta]
     found: dict[str, Scale] = {}
-    with initialising(network, wanted, seed) as initialiser, alone(), drawing_from(seed):
+    with initialising(network, wanted, seed) as initialiser, seeded("scales", seed):
         for path, locations in initialiser.owners.items():
             found |= _of_module(initialiser, path, locations)
     return found

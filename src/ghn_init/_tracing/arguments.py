@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 _OVERLOADS: Final = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # noqa: SLF001  # no public names
 
+_OTHERWISE: Final = {"dim": ("axis",), "keepdim": ("keepdims",), "input": ("x", "a", "x1"), "other": ("x2",)}
+"""Keywords of torch -> those of numpy that its functions take, too."""
+
 
 def as_tuple(value: Any, n: int) -> tuple[int, ...]:
     """`value` as a tuple; one number stands for `n`."""
@@ -36,7 +39,7 @@ def _name(function: Any) -> str:
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """The argument of a node at position `index` or of this keyword.
+    """The argument of a node at position `index` or of this keyword, see `keyword`.
 
     Of an overload of torch.ops the position is that in its schema, where the first tensor is called `self`.
     """
@@ -44,8 +47,15 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if places is not None:
         index = places.get(name, 0 if name == "input" and "self" in places else -1)
         if index < 0:
-            return node.kwargs.get(name, default)
-    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+            return keyword(node.kwargs, name, default)
+    return node.args[index] if index < len(node.args) else keyword(node.kwargs, name, default)
+
+
+def keyword(kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """The argument of this keyword, or of numpy's, which torch takes as well: `axis` for `dim`."""
+    if name not in kwargs:
+        name = next((other for other in _OTHERWISE.get(name, ()) if other in kwargs), name)
+    return kwargs.get(name, default)
 
 
 @lru_cache(maxsize=4096)

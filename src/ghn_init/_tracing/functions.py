@@ -38,13 +38,20 @@ ELEMENTWISE: Final = (
 )  # fmt: skip
 """Functions whose output is like their first argument and has no node: activations, dropout, masks."""
 
-ADDING: Final = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
-SUBTRACTING: Final = frozenset({"sub", "sub_", "__sub__", "__rsub__", "__isub__", "subtract"})
+def _arithmetic(operator: str, *methods: str) -> frozenset[str]:
+    """All names of one operation: its methods, those that change the first operand, and its operators."""
+    operators = (f"__{form}{operator}__" for form in ("", "r", "i"))
+    return frozenset((*methods, *(f"{method}_" for method in methods), *operators))
 
-MULTIPLYING: Final = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"})
 
-DIVIDING: Final = frozenset({"div", "div_", "__truediv__", "__itruediv__", "divide", "true_divide"})
+ADDING: Final = _arithmetic("add", "add")
+
+SUBTRACTING: Final = _arithmetic("sub", "sub", "subtract")
+
+MULTIPLYING: Final = _arithmetic("mul", "mul", "multiply")
+
+DIVIDING: Final = _arithmetic("truediv", "div", "divide", "true_divide")
 
 JOINING: Final = frozenset({"cat", "concat", "concatenate"})
 
@@ -89,6 +96,11 @@ HOST_FACTORIES: Final = frozenset({"arange", "linspace", "tensor", "as_tensor", 
 
 OF_LENGTHS: Final = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
 """Functions that get lengths or counts, values on the CPU, beside activations."""
+
+_CHANGING_OPERATORS: Final = frozenset({
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__idiv__",
+    "__ifloordiv__", "__imod__", "__ipow__", "__ilshift__", "__irshift__", "__iand__", "__ixor__", "__ior__",
+})  # fmt: skip
 
 RESHAPING: Final = frozenset({
     "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_",
@@ -139,7 +151,7 @@ def sort_of(called: str) -> Sort:
 
 def is_in_place(name: str) -> bool:
     """Whether a function of this name changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
-    return name == "__setitem__" or (name.startswith("__i") if name.endswith("__") else name.endswith("_"))
+    return name in _CHANGING_OPERATORS if name.endswith("__") else name.endswith("_")
 
 
 def is_on_meta(device: object) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from ghn_init._errors import GHNInitError, TraceError, first_line
@@ -21,7 +22,7 @@ from ghn_init._tracing.transforms import followed
 from ghn_init._tracing.values import UnknownValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from ghn_init._network.parametrised import Computed
@@ -37,7 +38,8 @@ def recorders(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool
         computed: Its weights that are computed from parameters.
         whole: For a graph that users see, in which buffers have names and nodes their modules.
     """
-    params = params_of(modules_of(model))
+    modules = modules_of(model)
+    params = params_of(modules)
     parts: dict[str, Tensor] = {}
     if computed:
         solved = {part for weight in computed.values() for part in weight.parts}
@@ -45,9 +47,18 @@ def recorders(model: nn.Module, computed: Mapping[str, Computed], *, whole: bool
         parts = {name: param for name, param in every if name in solved}
         first = {id(param): (name, param) for name, param in reversed(every) if name not in solved}
         params = dict(reversed(first.values()))
-    names = {**parts, **dict(model.named_buffers())} if whole else parts
+    names = parts | (dict(model.named_buffers()) if whole else _statistics_of_bare_norms(modules))
     paths = {id(module): name for name, module in model.named_modules()} if whole else None
     return partial(Recorder, params, names, paths)
+
+
+def _statistics_of_bare_norms(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """Running means of batch norms without parameters: their names say which norm a node is."""
+    return {
+        f"{path}.running_mean" if path else "running_mean": norm.running_mean
+        for path, norm in modules
+        if isinstance(norm, _BatchNorm) and norm.weight is None and norm.running_mean is not None
+    }
 
 
 def recorded(

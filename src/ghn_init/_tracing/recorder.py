@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import FrameType
 
+_BARE: Final = 3
+"""Tensors that a batch norm without parameters is given: its input and its running statistics."""
+
 _SMALL: Final = 2**16
 """Elements up to which a filled constant is made on the CPU."""
 
@@ -250,7 +253,7 @@ class Recorder(TorchFunctionMode):
         else:
             layer = None
             if name == "batch_norm" and self._paths is None:
-                args = self._without_statistics(args)
+                args = self._without_statistics(args, kwargs)
             op, target, name = written(func, name)
         argument, node_of = self._tape.argument, self._node
         node = self._tape.append(
@@ -264,8 +267,13 @@ class Recorder(TorchFunctionMode):
         self._placed(node)
         return node
 
-    def _without_statistics(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A batch norm's arguments without its running statistics, a quarter of a ResNet's nodes."""
+    def _without_statistics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """A batch norm's arguments without its running statistics, a quarter of a ResNet's nodes.
+
+        Those of one that has no parameters say which it is.
+        """
+        if sum(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())) <= _BARE:
+            return args
         return tuple([
             None if isinstance(arg, Tensor) and self._seen.of(arg).constant else arg for arg in args
         ])  # fmt: skip

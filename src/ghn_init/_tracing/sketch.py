@@ -123,6 +123,7 @@ class Sketch:
         enlarged: The nodes whose output is enlarged, see `Graph`.
         rescaled: The nodes whose weight is rescaled, see `Graph`.
         absolute: The nodes behind which a factor is not passed on, see `Graph`.
+        bare: The paths of batch norms without a weight, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
         channels: Which channels tensors carry.
     """
@@ -135,6 +136,7 @@ class Sketch:
         self.enlarged: set[int] = set()
         self.rescaled: dict[int, float | None] = {}
         self.absolute: set[int] = set()
+        self.bare: dict[int, str] = {}
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.channels = Channels(self)
         self.shapes = shapes
@@ -247,6 +249,7 @@ class Sketch:
         ends = live if self._ends is None else live.intersection(self._ends)
         absolute = frozenset(number[old] for old in ends | (live & self.absolute))
         rescaled = {number[old]: rms for old, rms in self.rescaled.items() if old in live}
+        bare = {number[old]: path for old, path in self.bare.items() if old in live}
         cropped = {number[old]: rows for old, rows in self.cropped.items() if old in live}
         reads = {
             number[old]: tuple(
@@ -255,7 +258,9 @@ class Sketch:
             for old, operands in self.channels.reads.items()
             if old in live
         }
-        return Graph(nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute)
+        return Graph(
+            nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute, bare
+        )
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

@@ -13,17 +13,19 @@ import pickle
 import re
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from ghn_init._errors import CheckpointError, first_line
+from ghn_init._files import LONGEST_SHOWN, reason
 from ghn_init._threads import alone
 from ghn_init._weights.pickled_state import LEGACY, read_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from importlib.abc import Traversable
     from pathlib import Path
 
@@ -48,6 +50,19 @@ _PICKLE: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 _COMPRESSED: Final = (b"\x78", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00", b'\x04"M\x18')
 """What joblib's compressed files begin with: zlib, gzip, bz2, xz, lzma, lz4."""
+
+
+@contextmanager
+def readable(weights: object) -> Iterator[None]:
+    """Inside, `weights` are read, whatever they are: what the system refuses is an error that names them.
+
+    Raises:
+        CheckpointError: An OSError inside: no permission, a name too long, a file that only looks like one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{str(weights)[:LONGEST_SHOWN]}: cannot be read: {reason(error)}") from error
 
 
 def checksum(config: GHNConfig, state: Mapping[str, Tensor]) -> str:

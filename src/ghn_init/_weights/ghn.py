@@ -14,6 +14,7 @@ from ghn_init._errors import CheckpointError
 from ghn_init._files import reason, write_bytes
 from ghn_init._hypernetwork.model import Hypernetwork
 from ghn_init._weights.directory import read_directory, save
+from ghn_init._weights.files import readable
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -157,18 +158,19 @@ class GHN(Hypernetwork):
             ConfigError: A configuration with an unknown key or an impossible value.
         """
         directory = Path(pretrained_model_name_or_path)
-        if not directory.is_dir():
-            from ghn_init._weights.hub import fetch
+        with readable(pretrained_model_name_or_path):
+            if not directory.is_dir():
+                from ghn_init._weights.hub import fetch
 
-            directory = fetch(
-                str(pretrained_model_name_or_path),
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-        return read_directory(cls, directory).to(map_location)
+                directory = fetch(
+                    str(pretrained_model_name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                )
+            return read_directory(cls, directory).to(map_location)
 
     def _save_card(self, file: Path, repo: str) -> None:
         """Write a model card, unless there is one.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import CheckpointError, ConfigError
-from ghn_init._files import LONGEST_SHOWN, reason
 from ghn_init._weights import DEFAULT_WEIGHTS, published
 from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE, build, read_directory, read_files
+from ghn_init._weights.files import readable
 from ghn_init._weights.ghn import GHN
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def load(
     """
     if isinstance(weights, GHN) and config is not None:
         raise ConfigError("a GHN and a configuration; expected only one of them: the GHN has its own")
-    try:
-        ghn = weights if isinstance(weights, GHN) else _find(weights, config)
-    except OSError as error:  # no permission, a name too long, a file that only looks like one
-        raise CheckpointError(f"{str(weights)[:LONGEST_SHOWN]}: cannot be read: {reason(error)}") from error
+    if isinstance(weights, GHN):
+        ghn = weights
+    else:
+        with readable(weights):
+            ghn = _find(weights, config)
     return ghn if device is None else ghn.to(device)
 
 

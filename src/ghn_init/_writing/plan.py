@@ -275,10 +275,10 @@ def _planned(
         norms = divided(entries, options)
         statistics: dict[str, Tensor] = {}
         if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
-            told = _followed(graph, entries, norms, options)
+            told = _followed(network, graph, entries, norms, options)
             if options.scale == "auto":
                 entries, as_before = shortened(graph, entries, told)
-                told = as_before or _followed(graph, entries, norms, options)
+                told = as_before or _followed(network, graph, entries, norms, options)
                 entries = calmed(graph, entries, told)
             statistics = dict(told.statistics)
         statistics |= {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
@@ -290,11 +290,11 @@ def _planned(
 
 
 def _followed(
-    graph: Graph, entries: Sequence[Entry], norms: Mapping[str, Divided], options: Options
+    network: nn.Module, graph: Graph, entries: Sequence[Entry], norms: Mapping[str, Divided], options: Options
 ) -> Followed:
     """What activations say of what is written."""
     normalised = any(node.type == "bn" for node in graph.nodes)
-    return followed(graph, as_used(entries, norms, options) if normalised else entries)
+    return followed(network, graph, as_used(entries, norms, options) if normalised else entries)
 
 
 def predict(

@@ -12,7 +12,6 @@ import json
 import operator
 import os
 import re
-import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, SupportsIndex
 import torch
 
 from ghn_init._errors import PredictError
-from ghn_init._files import partial_beside
+from ghn_init._files import making_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,29 +161,38 @@ def fresh_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """Inside, a new folder to write into, which becomes `folder` at the end; after an error nothing is left.
 
     Raises:
-        PredictError: `folder` is no path, exists and is not empty, or cannot be made.
+        PredictError: As for `folder_to_fill`, or it cannot be made.
     """
-    target = _path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
+    target = folder_to_fill(folder)
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        partial = partial_beside(target)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise PredictError(f"{target} cannot be made: {error}") from error
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with making_folder(target) as partial:
+            yield partial
     except OSError as error:
         raise PredictError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone if it was renamed
         with suppress(OSError):  # not empty, as after a success
             for parent in missing:
                 parent.rmdir()
+
+
+def folder_to_fill(folder: str | PathLike[str]) -> Path:
+    """Where a folder of this name will be; symbolic links are followed.
+
+    Raises:
+        PredictError: It is no path, exists and is not empty, or is the folder that the process is in.
+    """
+    name = _path(folder)
+    try:
+        target, here = Path(os.path.realpath(name)), Path(os.path.realpath("."))
+        taken = os.path.lexists(target) and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:  # a link to itself, or a folder that nobody may look into
+        raise PredictError(f"{name} cannot be made: {error}") from error
+    if target == here:
+        raise PredictError(f"{name} is the folder that this process is in; expected another")
+    if taken:
+        raise PredictError(f"{target} exists and is not an empty folder; remove it, or write elsewhere")
+    return target
 
 
 def _path(folder: str | PathLike[str]) -> Path:

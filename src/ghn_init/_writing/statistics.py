@@ -20,6 +20,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
+from ghn_init._network.locations import Location
 from ghn_init._network.scale import ends_of, scales_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.signals import (
@@ -36,7 +37,7 @@ from ghn_init._writing.signals import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ghn_init._graph.graph import Graph
     from ghn_init._writing.entry import Entry
@@ -68,13 +69,14 @@ class Followed:
     read: Mapping[str, float]
 
 
-def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
+def followed(network: nn.Module, graph: Graph, entries: Sequence[Entry]) -> Followed:
     """Follow activations through the graph.
 
     Where the ranks of a sharded network hold parts of a parameter, all have to call this.
 
     Args:
-        graph: The network's graph.
+        network: The network, without wrappers.
+        graph: Its graph.
         entries: What is written, at its scale.
     """
     weights: dict[str | None, Entry] = {entry.key: entry for entry in entries if entry.key is not None}
@@ -82,7 +84,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
     bare = not any(node.type in NORM_TYPES for node in graph.nodes)
     anything = any(entry.tile is not None for entry in entries)
     heads = {key for key in heads if key in weights and (bare or anything)}
-    norms = _norms(entries, _next_behind(graph, weights)) if anything else {}
+    norms = _norms(network, graph, entries, _next_behind(graph, weights)) if anything else {}
     statistics: dict[str, Tensor] = {}
     amplified: dict[str, float] = {}
     outputs: dict[str, float] = {}
@@ -97,7 +99,7 @@ def followed(graph: Graph, entries: Sequence[Entry]) -> Followed:
         else:
             inputs = [read_from(parts, signals, scales) for parts in reads]
         if node.type == "bn" and inputs:
-            norm = norms.get(node.param)
+            norm = norms.get(_name(graph, index))
             signal, found = _normalised(inputs[0], norm)
             if found is not None and norm is not None and norm.ours:
                 statistics |= norm.buffers(found)
@@ -142,14 +144,19 @@ def _next_behind(graph: Graph, weights: Mapping[str | None, Entry]) -> set[str |
             gives = any(source in giving for source in graph.predecessors[index])
         if gives:
             giving.add(index)
-    return {graph.nodes[index].param for index in giving if graph.nodes[index].type == "bn"}
+    return {_name(graph, index) for index in giving if graph.nodes[index].type == "bn"}
+
+
+def _name(graph: Graph, index: int) -> str | None:
+    """What a node is told by: its parameter, or the path of a batch norm that has none."""
+    return graph.nodes[index].param or graph.bare.get(index)
 
 
 def _readers(graph: Graph, wanted: Collection[str | None]) -> Counter[int]:
     """The nodes that those of wanted parameters depend on, these too, and how many of them read each."""
     readers: Counter[int] = Counter()
     for index in range(len(graph) - 1, -1, -1):
-        if index in readers or graph.nodes[index].param in wanted:
+        if index in readers or _name(graph, index) in wanted:
             readers[index] += 0
             readers.update(graph.predecessors[index])
     return readers
@@ -192,13 +199,15 @@ class _Norm:
 _BUFFERS: Final = ("running_mean", "running_var")
 
 
-def _norms(entries: Sequence[Entry], next_behind: Collection[str | None]) -> dict[str | None, _Norm]:
-    """Batch norms that stand at one place and keep running statistics, by the weight's name.
+def _norms(
+    network: nn.Module, graph: Graph, entries: Sequence[Entry], next_behind: Collection[str | None]
+) -> dict[str | None, _Norm]:
+    """Batch norms that stand at one place and keep running statistics, by the weight's name, or their own.
 
     Those `next_behind` predicted weights have seen no data of theirs.
     """
     alone = [entry for entry in entries if entry.node == "bn" and _is_alone(entry)]
-    places = {entry.key: entry.locations[0] for entry in alone}
+    places = {entry.key: entry.locations[0] for entry in alone} | _without_weight(network, graph)
     tiles = {(e.locations[0].module, e.locations[0].attribute): e.tile for e in alone if e.tile is not None}
     affine = {
         (key, name): param.detach() if tile is None else tile.values.flatten()
@@ -216,7 +225,7 @@ def _norms(entries: Sequence[Entry], next_behind: Collection[str | None]) -> dic
     found = {}
     for key, place in places.items():
         norm = place.module
-        assert isinstance(norm, _BatchNorm)  # see `_is_alone`
+        assert isinstance(norm, _BatchNorm)  # see `_is_alone` and `_without_weight`
         variance, count = norm.running_var, norm.num_batches_tracked
         if variance is not None and not is_sharded(variance):
             counted = count is not None and not count.is_meta and bool(count)
@@ -226,6 +235,12 @@ def _norms(entries: Sequence[Entry], next_behind: Collection[str | None]) -> dic
             ours = fresh or key in next_behind
             found[key] = _Norm(prefix, len(variance), variance.dtype, ours, counted, gain, shift, norm.eps)
     return found
+
+
+def _without_weight(network: nn.Module, graph: Graph) -> dict[str | None, Location]:
+    """Batch norms that have no parameters, by path; somebody's own may do with buffers what it likes."""
+    modules = ((path, network.get_submodule(path)) for path in set(graph.bare.values()))
+    return {path: Location(path, "", module) for path, module in modules if isinstance(module, _BatchNorm)}
 
 
 def _is_alone(entry: Entry) -> bool:

@@ -49,8 +49,8 @@ def value_of(entry: Entry, options: Options) -> Tensor:
     copy_tiled(full, block)
     assert options.diversify is not None  # see `is_diversified`
     diversify(full, block, options.diversify, name=entry.source, seed=options.seed)
-    if entry.rms is not None:
-        full *= entry.rms * full.numel() ** 0.5 / float(torch.linalg.vector_norm(full))
+    if entry.rms is not None and (norm := float(torch.linalg.vector_norm(full))):
+        full *= entry.rms * full.numel() ** 0.5 / norm
     return stored_form(full.unsqueeze(0), tile.stored, tile.transposed)[0].to(device, param.dtype)
 
 

@@ -192,7 +192,7 @@ def _expectations(plan: Plan) -> list[str]:
     own = plan.options.own_scale
     lines = ["<h2>What to expect</h2>", f"<p>{_OWN if own else _PREDICTED}</p>"]
     if plan.unfamiliar:
-        reasons = "".join(f"<li>{escape(why)}</li>" for why in plan.unfamiliar)
+        reasons = "".join(f"<li>{escape(in_options(why))}</li>" for why in plan.unfamiliar)
         lines.append(
             '<div class="warn"><p>The network is unlike those that the hypernetwork was trained on'
             f"{'' if plan.warned else ', which matters without training'}:</p><ul>{reasons}</ul><p>"

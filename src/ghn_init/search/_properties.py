@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ghn_init._errors import TrainingError
+from ghn_init._errors import GHNInitError, TrainingError
 from ghn_init._files import reason, write_bytes
 from ghn_init.search._embeddings import embed_architectures
 from ghn_init.search._kendall import Correlation, correlation
@@ -155,8 +155,10 @@ class Properties:
         """
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("format") != _FORMAT or set(values["regressors"]) != set(PROPERTIES):
+            if values.pop("format") != _FORMAT:
                 raise ValueError("another format")
+            if any(set(values[part]) != set(PROPERTIES) for part in ("regressors", "medians")):
+                raise ValueError(f"expected regressors and medians of {', '.join(PROPERTIES)}")
             values["regressors"] = {n: Regressor.from_dict(v) for n, v in values["regressors"].items()}
             values["recipe"], values["indices"] = Recipe(**values["recipe"]), tuple(values["indices"])
             return Properties(**values)
@@ -164,7 +166,7 @@ class Properties:
             raise TrainingError(
                 f"{path} cannot be read: {reason(error)}; expected a file of `ghn-init properties`"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, TrainingError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, GHNInitError) as error:
             raise TrainingError(
                 f"{path}: no regressors ({error}); expected a file of `ghn-init properties`"
             ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ghn_init._errors import TrainingError
+from ghn_init._errors import GHNInitError, TrainingError
 from ghn_init.search._recipe import Measurement, Recipe
 from ghn_init.training import _records
 
@@ -48,7 +48,7 @@ class Header:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Header:
-        """What `asdict` gives; raises KeyError, TypeError or TrainingError otherwise."""
+        """What `asdict` gives; raises KeyError, TypeError or ConfigError otherwise."""
         return Header(**{**values, "recipe": Recipe(**values["recipe"])})
 
     def differences(self, other: Header) -> list[str]:
@@ -79,7 +79,7 @@ def read_records(path: str | PathLike[str]) -> Records:
     first, *others = _records.read_records(path) or [{}]
     try:
         header = Header.from_dict(first)
-    except (KeyError, TypeError, TrainingError) as error:
+    except (KeyError, TypeError, GHNInitError) as error:
         raise TrainingError(
             f"{path}: not a file of measurements (first line: {error}); expected one of `ghn-init measure`"
         ) from error
@@ -107,7 +107,8 @@ class Recorder:
     def __init__(self, path: Path, header: Header) -> None:
         self._path, self._header, self.split = path, header, header.split
         self.measurements: dict[int, Measurement] = {}
-        if not path.exists():
+        self._begun = bool(_records.read_records(path))  # not if it was killed while it wrote the first line
+        if not self._begun:
             return
         records = read_records(path)
         if different := records.header.differences(header):
@@ -124,6 +125,6 @@ class Recorder:
             TrainingError: The file cannot be written.
         """
         self.measurements[measurement.index] = measurement
-        if not self._path.exists():
-            _records.add_record(self._path, asdict(self._header))
-        _records.add_record(self._path, measurement.to_dict())
+        first = () if self._begun else (asdict(self._header),)
+        _records.add_record(self._path, *first, measurement.to_dict())
+        self._begun = True

@@ -8,7 +8,6 @@ least one complete checkpoint, and the newest is the one to load. No file is lar
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ghn_init._errors import TrainingError
-from ghn_init._files import idle, write_bytes
+from ghn_init._files import making_folder, write_bytes
 from ghn_init.training._output import writing
 
 if TYPE_CHECKING:
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 PART = 15 * 2**20
 """Bytes of the largest file; longer ones are cut into `.00`, `.01`, ..., to be read one after another."""
-
-_STALE = 3600.0
-"""Seconds after which an unfinished checkpoint that nobody writes to is one of a process that was killed."""
 
 _PREFIX, _STATE, _SUFFIX = "checkpoint-", "state.json", ".safetensors"
 _NAME = re.compile(rf"{_PREFIX}([0-9]{{8,}})")
@@ -61,8 +57,7 @@ def step_of(path: Path) -> int:
 def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint of `step` and remove those of earlier steps; one of this step stays as it is.
 
-    Those of later steps are another run's, which may still go on, and so are unfinished ones that have been
-    written to lately.
+    Those of later steps are another run's, which may still go on.
 
     Raises:
         TrainingError: It cannot be written; nothing is left of it then, and the others are as they were.
@@ -73,7 +68,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         if not path.exists():
             _write(path, step, checkpoint)
     earlier = [other for number, other in _steps(folder).items() if number < step]
-    for other in (*earlier, *_unfinished(folder)):
+    for other in earlier:
         with suppress(OSError):  # in use on a network's file system, say: the next one tries again
             shutil.rmtree(other)
     return path
@@ -124,36 +119,11 @@ def _steps(folder: Path) -> dict[int, Path]:
     return {int(found[1]): path for found, path in named if found}
 
 
-def _unfinished(folder: Path) -> list[Path]:
-    """What killed processes left: other unfinished checkpoints that nobody writes to any more."""
-    return [path for path in folder.glob(f".{_PREFIX}*") if _abandoned(path)]
-
-
-def _abandoned(path: Path) -> bool:
-    try:
-        return idle(path) > _STALE
-    except OSError:  # it is a whole checkpoint by now, or another process removes it, too
-        return False
-
-
-def _temporary(folder: Path) -> Path:
-    path = folder / f".{_PREFIX}{os.getpid()}"
-    shutil.rmtree(path, ignore_errors=True)  # of a killed process with the same number
-    path.mkdir()
-    return path
-
-
 def _write(path: Path, step: int, checkpoint: Checkpoint) -> None:
-    partial = _temporary(path.parent)
-    try:
+    with making_folder(path) as partial:
         sizes = {name: _write_tensors(partial, name, tensors) for name, tensors in checkpoint.tensors.items()}
         state = {"format": FORMAT, "step": step, "bytes": sizes, **checkpoint.state}
         write_bytes(partial / _STATE, (json.dumps(state, indent=1) + "\n").encode())
-        _sync(partial)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # on a full disk nothing else could be written
-    _sync(path.parent)
 
 
 def _write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> int:
@@ -193,14 +163,3 @@ def _join(path: Path, name: str, parts: Mapping[int, Path], size: int | None) ->
             "an earlier checkpoint or anew"
         )
     return data
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._errors import TrainingError
 from ghn_init.training._figures import new_figure, save_figure
-from ghn_init.training._log import LOG
-from ghn_init.training._records import read_records
+from ghn_init.training._log import LOG, read_log
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ def read_curves(path: Path) -> dict[str, list[Point]]:
     accuracy: list[Point] = []
     validation: list[Point] = []
     seconds = 0.0
-    for values in read_records(path):
+    for values in read_log(path):
         seconds = values.get("seconds", seconds)  # a validation belongs to the step before it
         if values.get("loss") is not None:
             loss.append(Point(seconds, values["loss"]))

@@ -15,7 +15,7 @@ from ghn_init.training._output import writing
 from ghn_init.training._records import read_records
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch.utils.tensorboard import SummaryWriter
@@ -49,6 +49,30 @@ class Record:
     done: float
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; none if there is no file.
+
+    Raises:
+        TrainingError: The file cannot be read, or is no log of a run.
+    """
+    lines = read_records(path)
+    for number, line in enumerate(lines, 1):
+        if not _is_line(line):
+            raise TrainingError(f"{path}, line {number}: {line!r:.80}; expected the log of `ghn-init train`")
+    return lines
+
+
+def _is_line(values: Mapping[str, Any]) -> bool:
+    """Whether it has what is read of a line: its step, and the figures of steps or of a validation."""
+    figures = [values.get(name) for name in ("seconds", "loss", "accuracy", "validation", "standard_error")]
+    return (
+        isinstance(values.get("step"), int)
+        and all(figure is None or isinstance(figure, int | float) for figure in figures)
+        and ("loss" not in values or "accuracy" in values)
+        and ("validation" not in values or "standard_error" in values)
+    )
+
+
 class Log:
     """Appends to `log.jsonl` means over `every` steps; a context manager.
 
@@ -75,7 +99,7 @@ class Log:
             with writing(self._path):
                 folder.mkdir(parents=True, exist_ok=True)
                 if self._path.exists():
-                    kept = [line for line in read_records(self._path) if line["step"] <= resume_at]
+                    kept = [line for line in read_log(self._path) if line["step"] <= resume_at]
                     self.validated = any(line["step"] == resume_at and "lr" not in line for line in kept)
                     write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
             if tensorboard:

@@ -32,8 +32,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def add_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to the file, which is made if there is none, in place of a last line that was cut off.
+def add_record(path: Path, *records: Mapping[str, Any]) -> None:
+    """Add a line for each record to the file, made if need be, in place of a last line that was cut off.
 
     Raises:
         TrainingError: It cannot be written.
@@ -41,4 +41,4 @@ def add_record(path: Path, record: Mapping[str, Any]) -> None:
     with writing(path), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write("".join(f"{json.dumps(record)}\n" for record in records).encode())

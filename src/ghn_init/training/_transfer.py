@@ -25,7 +25,7 @@ from ghn_init._weights.load import load
 from ghn_init._writing.familiarity import OutOfDistributionWarning
 from ghn_init._writing.plan import predict
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training.data import Normalisation, augment, batch_indices, generator, hold_out
+from ghn_init.training.data import Normalisation, augment, batch_indices, check_classes, generator, hold_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,11 +266,9 @@ class _Bench:
         file: Path | None,
         on_training: Callable[[Training], None] | None,
     ) -> None:
-        if train.classes != test.classes or len(train) < 5:
-            raise TrainingError(
-                f"{len(train)} training images of {len(train.classes)} classes and test images of "
-                f"{len(test.classes)}; expected at least 5, and the same classes"
-            )
+        check_classes(train, test)
+        if len(train) < 5:
+            raise TrainingError(f"{len(train)} training images; expected at least 5")
         self.build, self.config, self.file, self.on_training = build, config, file, on_training
         self.train, self.held = hold_out(train, min(config.validation, len(train) // 5))
         self.normalise = Normalisation.of(train)

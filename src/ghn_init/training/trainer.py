@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ghn_init._errors import TrainingError
+from ghn_init._errors import ConfigError, TrainingError
 from ghn_init._files import write_bytes
 from ghn_init._threads import drawing_from
 from ghn_init._weights.ghn import GHN
@@ -445,7 +445,7 @@ class Trainer:
                     value.copy_(saved.tensors["average"][name])
             _checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"])
             self.state = State(**saved.state["state"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
             raise TrainingError(f"{path}: not a complete training checkpoint ({error})") from error
 
     def export(self, folder: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from ghn_init._tracing.arguments import keyword
+
 if TYPE_CHECKING:
     from ghn_init._tracing.kernels import Memo
 
@@ -34,10 +36,8 @@ class Call:
     varies: bool
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """The argument at position `index` or of this keyword."""
-        if index < len(self.args):
-            return self.args[index]
-        return self.kwargs.get(name, default)
+        """The argument at position `index` or of this keyword, see `keyword`."""
+        return self.args[index] if index < len(self.args) else keyword(self.kwargs, name, default)
 
     def run(self) -> Any:
         """The function's own result on meta tensors."""

@@ -121,7 +121,7 @@ def combined(call: Call) -> Any:
 @output_of(*JOINING)
 def concatenated(call: Call) -> Any:
     """Of a concatenation's shape where its parts agree; else what torch says."""
-    parts, dim = list(call.arg(0, "tensors")), call.arg(1, "dim", call.kwargs.get("axis", 0))
+    parts, dim = list(call.arg(0, "tensors")), call.arg(1, "dim", 0)
     first = parts[0]
     alike = all(
         part.is_meta

@@ -19,7 +19,14 @@ from ghn_init._tracing.sketch import Operation, rule
 @rule("batch_norm")
 def batch_norm(op: Operation) -> Carried:
     """A `bn` node for weight and bias."""
-    return norm(op, "bn", *_after_statistics(op))
+    carried = norm(op, "bn", *_after_statistics(op))
+    mean = op.arg(3 if op.node.target is torch.batch_norm else 1, "running_mean")
+    if isinstance(carried, Flow) and isinstance(mean, fx.Node) and mean.op == "get_attr":
+        index = carried.sources[0]
+        path, _, _ = str(mean.target).rpartition(".")
+        if op.sketch.nodes[index].type == "bn" and op.sketch.nodes[index].param is None:
+            op.sketch.bare[index] = path
+    return carried
 
 
 @rule("instance_norm")
