@@ -219,6 +219,75 @@ def test_weights_that_are_rescaled_keep_their_scale_and_norms_get_statistics(lay
     assert 0.1 < float(evaluating / training) < 10
 
 
+def through(function: Callable[[Tensor], Tensor]) -> type[nn.Conv2d]:
+    """A convolution whose weight is a function of the parameter."""
+
+    class Through(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, function(self.weight), None, self.stride, self.padding)
+
+    return Through
+
+
+FILTER: Any = {"dim": (1, 2, 3), "keepdim": True}
+
+
+@pytest.mark.parametrize(
+    ("function", "scale"),
+    [
+        (lambda w: (w - w.mean(**FILTER)) / (w.std(**FILTER) + 1e-5), 1.0),
+        (lambda w: (w - w.mean(**FILTER)) * torch.rsqrt(w.var(**FILTER) + 1e-5), 1.0),
+        (lambda w: w / w.var(**FILTER).add(1e-5).sqrt() * 0.5, 0.5),
+        (lambda w: (w - torch.var_mean(w, **FILTER)[1]) / torch.var_mean(w, **FILTER)[0].sqrt(), 1.0),
+        (lambda w: w / w.flatten(1).std(dim=1).view(-1, 1, 1, 1).expand_as(w), 1.0),
+        (torch.sign, 1.0),
+        (lambda w: w / w.square().sum((1, 2, 3), keepdim=True).sqrt(), None),
+        (lambda w: w.sign() * w.abs().mean((1, 2, 3), keepdim=True), None),
+        (lambda w: w.clamp(-1, 1), None),
+    ],
+)
+def test_weights_that_are_standardised_by_hand_are_told(
+    function: Callable[[Tensor], Tensor], scale: float | None
+) -> None:
+    model = of(through(function), norm=True)
+    assert set(trace(model).rescaled.values()) == {scale}
+    predict(model, load())
+    x = F.interpolate(torch.randn(64, 3, 8, 8), (32, 32), mode="bilinear")
+    with torch.no_grad():
+        evaluating, training = model.eval()(x).std(), model.train()(x).std()
+    assert 0.1 < float(evaluating / training) < 10
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    "function", [torch.exp, F.softplus, torch.abs, torch.sigmoid, torch.relu, lambda w: w.pow(2) + 1e-3]
+)
+def test_parameters_that_are_not_the_weight_itself_are_kept(
+    function: Callable[[Tensor], Tensor], *, norm: bool
+) -> None:
+    model = of(through(function), norm=norm)
+    before = {name: value.clone() for name, value in model.named_parameters() if value.ndim == 4}
+    rows = {row.name: row for row in plan(model, load(), scale="predicted").rows}
+    assert all("before a layer uses it" in rows[name].reason for name in before)
+    predict(model, load(), scale="predicted")
+    assert all(torch.equal(before[name], dict(model.named_parameters())[name]) for name in before)
+
+
+def test_scales_that_go_through_a_function_do_not_keep_the_weight() -> None:
+    class Scaled(nn.Conv2d):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.logarithm = nn.Parameter(torch.zeros(self.out_channels, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight * self.logarithm.exp() * (self.weight.abs() > 0)
+            return F.conv2d(x, weight, None, self.stride, self.padding)
+
+    assert [node.param for node in trace(of(Scaled, norm=True)).nodes if node.type == "conv"][:3] == [
+        "0.weight", "3.weight", "6.weight",
+    ]  # fmt: skip
+
+
 def test_networks_without_norm_that_rescale_their_weights_stay_as_they_are() -> None:
     model = of(Equalised, norm=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -573,6 +573,58 @@ def test_classifiers_of_unknown_networks_give_outputs_no_larger_than_their_own(t
     assert torch.equal(load_file(tmp_path / "disk" / "model.safetensors")[f"{len(auto) - 1}.weight"], head)
 
 
+# Classifiers and layers that are used again
+
+
+class Rectified(nn.Module):
+    """Its classes' scores go through an activation, as SqueezeNet's."""
+
+    def __init__(self, *, pooled: bool = True) -> None:
+        super().__init__()
+        self.features, self.end, self.pooled = (
+            nn.Sequential(block(3, 32), block(32, 64)),
+            nn.Conv2d(64, 10, 1),
+            pooled,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.end(self.features(x))
+        return (x.relu() if self.pooled else x).mean((2, 3))
+
+
+def test_classes_that_an_activation_could_silence_are_kept() -> None:
+    rows = {row.name: row for row in plan(built(Rectified)).rows}
+    assert "would silence most classes" in rows["end.weight"].reason
+    assert rows["end.bias"].action == "kept"
+    assert rows["features.1.0.weight"].action == "predicted"
+    for plain in (plan(built(lambda: Rectified(pooled=False))), plan(built(Rectified), head="predict")):
+        assert {row.name: row for row in plain.rows}["end.weight"].action == "predicted"
+
+
+class Again(nn.Module):
+    """One convolution, so many times."""
+
+    def __init__(self, times: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.first, self.again, self.times = block(3, 32, norm=norm), block(32, 32, norm=norm), times
+        self.end = nn.Sequential(*classifier(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.again(x)
+        return self.end(x)
+
+
+def test_a_weight_that_reads_what_it_gives_needs_a_norm() -> None:
+    def predicted(model: nn.Module) -> bool:
+        return any(row.tile is not None for row in plan(model, example_input=(1, 3, 32, 32)).rows)
+
+    assert predicted(Again(1))
+    assert not predicted(Again(2))
+    assert predicted(Again(6, norm=True))
+
+
 # Running statistics
 
 

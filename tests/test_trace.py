@@ -169,6 +169,28 @@ class ControlFlow(nn.Module):
         return self.head(torch.stack(rows, 2).mean((2, 3)))
 
 
+def test_a_structure_that_is_drawn_is_always_the_same() -> None:
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.end = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            times = int(torch.randint(1, 50, ())) + random.randrange(50) + int(np.random.randint(50))  # noqa: NPY002
+            for _ in range(times):
+                x = self.layer(x)
+            return self.end(x)
+
+    graphs, model = set(), Drawn()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        graphs.add(len(trace(model, (2, 8))))
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(seed)))
+    assert len(graphs) == 1
+
+
 def test_control_flow_on_shapes_is_followed() -> None:
     assert [n.param for n in trace(ControlFlow(), (1, 3, 32, 32)).nodes][1] == "wide.weight"
     graph = trace(ControlFlow(), (1, 3, 8, 8))

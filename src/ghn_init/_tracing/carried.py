@@ -35,11 +35,17 @@ class Derived:
         shifted: A number was added, as in (1 + weight): the parameter is not the weight itself.
         rescaled: Those of the parameters whose scale is not that of the tensor, because they were multiplied,
             standardised or the like, with the root mean square that they have now; None where it is unknown.
+        distorted: Those that are not the weight itself, but its logarithm, say, with the last function that
+            they went through.
+        measure: What it says of the parameters' values, if that is all it does: their "variance", their
+            "deviation", the "inverse" of that, or anything else, their "size".
     """
 
     params: tuple[str, ...]
     shifted: bool = False
     rescaled: Mapping[str, float | None] = field(default_factory=dict)
+    distorted: Mapping[str, str] = field(default_factory=dict)
+    measure: str = ""
 
 
 CONSTANT: Final = Derived(())
@@ -56,7 +62,7 @@ def merged(values: Iterable[Carried]) -> Carried:
     sources: set[int] = set()
     params: dict[str, None] = {}
     roles: set[str] = set()
-    shifted, rescaled = False, dict[str, float | None]()
+    shifted, rescaled, distorted = False, dict[str, float | None](), dict[str, str]()
     for value in varying:
         if isinstance(value, Flow):
             sources.update(value.sources)
@@ -65,9 +71,10 @@ def merged(values: Iterable[Carried]) -> Carried:
             params.update(dict.fromkeys(value.params))
             shifted = shifted or value.shifted
             rescaled |= value.rescaled
+            distorted |= value.distorted
     if roles:
         return Flow(tuple(sorted(sources)), _common_role(roles))
-    return Derived(tuple(params), shifted, rescaled) if params else CONSTANT
+    return Derived(tuple(params), shifted, rescaled, distorted) if params else CONSTANT
 
 
 def _common_role(roles: set[str]) -> str:

@@ -18,12 +18,15 @@ from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import Channels
 from ghn_init._tracing.effects import rectified
 from ghn_init._tracing.functions import (
+    ADDING,
     DEVICE_MOVES,
+    DISTORTING,
     DIVIDING,
     FILLED,
     FROM_NOTHING,
     HOMOGENEOUS,
     LENDING,
+    MEASURING,
     MULTIPLYING,
     RESCALING,
     STANDARDISING,
@@ -34,6 +37,15 @@ if TYPE_CHECKING:
 
     import torch
     from torch import fx
+
+_MEASURES = {"var": "variance", "std": "deviation", "var_mean": "variance", "std_mean": "deviation"}
+"""Functions that measure how weights vary -> what they give, see `Derived.measure`."""
+
+_ROOTS = {
+    ("sqrt", "variance"): "deviation", ("rsqrt", "variance"): "inverse",
+    ("reciprocal", "deviation"): "inverse", ("__rtruediv__", "deviation"): "inverse",
+}  # fmt: skip
+"""A function and what it is given -> what it gives."""
 
 _OF_THE_FIRST = DEVICE_MOVES | LENDING
 """Functions that pass on what their first argument carries, whatever else they get."""
@@ -211,8 +223,10 @@ class Sketch:
             value = operation.passed_on() if found is None else found(operation)
         if name == "__setitem__":
             self._carried[args[0]] = value
-        if isinstance(value, Derived) and value.params and name in RESCALING:
-            value = replace(value, rescaled=dict.fromkeys(value.params, _new_scale(operation, value)))
+        if isinstance(value, tuple) and name in _MEASURES:
+            value = (_computed(operation, value[0]), value[1]) if isinstance(value[0], Derived) else value
+        elif isinstance(value, Derived) and value.params:
+            value = _computed(operation, value)
         self.rectified |= rectified(self, node, name, value)
         if len(self.nodes) == count and isinstance(value, Flow) and not _passes_factors(operation):
             self.absolute.update(value.sources)
@@ -286,6 +300,47 @@ def _passes_factors(op: Operation) -> bool:
     return sum(flows) == 1 and (op.name in MULTIPLYING or (op.name in DIVIDING and flows[0]))
 
 
+def _computed(op: Operation, derived: Derived) -> Derived:
+    """What is `derived` from parameters alone, once it went through a function."""
+    name, before = op.name, _measure_of_operand(op)
+    measure = _measure(name, before)
+    if name in RESCALING:
+        derived = replace(derived, rescaled=dict.fromkeys(derived.params, _new_scale(op, derived)))
+    if name in MEASURING:
+        derived = replace(derived, distorted={})
+    elif name in DISTORTING and not before:
+        derived = replace(derived, distorted=dict.fromkeys(derived.params, name.strip("_")))
+    return derived if measure == derived.measure else replace(derived, measure=measure)
+
+
+def _measure_of_operand(op: Operation) -> str:
+    """What the only operand that is computed from parameters says of them; "" where there are several."""
+    values = [op.carried(operand) for operand in op.operands()]
+    derived = [value for value in values if isinstance(value, Derived) and value.params]
+    return derived[0].measure if len(derived) == 1 else ""
+
+
+def _measure(name: str, before: str) -> str:
+    """What the result of a function says of the parameters that it is derived from, see `Derived`."""
+    if name in _MEASURES:
+        return _MEASURES[name]
+    if name in MEASURING:
+        return "size"
+    if not before or name in ADDING or name in HOMOGENEOUS or name in ("clamp", "clamp_min", "maximum"):
+        return before  # 1e-5 more is nothing
+    return _ROOTS.get((name, before), "size")
+
+
+def _is_standardised(op: Operation) -> bool:
+    """Whether a weight is divided by its own deviation."""
+    values = [op.carried(operand) for operand in op.operands()]
+    measures = [value.measure for value in values if isinstance(value, Derived)]
+    return len(measures) == len(values) == 2 and (
+        (op.name in DIVIDING and measures == ["", "deviation"])
+        or (op.name in MULTIPLYING and sorted(measures) == ["", "inverse"])
+    )
+
+
 def _new_scale(op: Operation, derived: Derived) -> float | None:
     """The root mean square of a weight behind one of `RESCALING`, see `Derived`.
 
@@ -293,6 +348,8 @@ def _new_scale(op: Operation, derived: Derived) -> float | None:
     """
     if op.name in STANDARDISING:
         return 1.0 if len(op.operands()) == 1 else None
+    if op.name == "sign" or _is_standardised(op):
+        return 1.0
     known = set(derived.rescaled.values())
     numbers = [arg for arg in op.args if isinstance(arg, (int, float))]
     if len(numbers) != 1 or len(known) != 1 or (rms := known.pop()) is None:

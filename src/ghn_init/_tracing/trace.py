@@ -22,7 +22,7 @@ from ghn_init._tracing.inputs import ExampleInput, candidate_inputs, given_input
 from ghn_init._tracing.recorded import UnfollowableError, recorded, recorders
 from ghn_init._tracing.rules.registered import registered_layers  # and with it all rules, into RULES
 from ghn_init._tracing.sketch import Sketch
-from ghn_init._tracing.untouched import snapshot
+from ghn_init._tracing.untouched import draw_alike, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -191,6 +191,7 @@ def _recordings(model: nn.Module, computed: Mapping[str, Computed], *, whole: bo
 
         def record(example: ExampleInput, mode: Mode) -> Traced:
             try:
+                draw_alike()
                 recording, stopped = recorded(recorder(), model, computed, example, mode)
             finally:
                 put_back()

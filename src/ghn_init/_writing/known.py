@@ -15,7 +15,7 @@ from ghn_init._writing.familiarity import UNUSED, reads_images
 from ghn_init._writing.levels import rises
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
@@ -37,7 +37,7 @@ add up to one another. Where no way leads around the weights it may repeat as of
 
 def is_known(graph: Graph) -> bool:
     """Whether a network is of the kind whose scales a GHN has learned, as far as its graph alone tells."""
-    return _is_made_of_cells(graph) and (len(_bare(graph)) <= _MOST_BARE or _is_in_rows(graph))
+    return _is_made_of_cells(graph) and (_is_in_rows(graph) or _has_few(graph, _bare(graph)))
 
 
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
@@ -55,7 +55,22 @@ def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
         return True
     bare = _bare(graph)
     few = all(copies(entry) <= _MOST_COPIES for entry in entries if entry.key in bare)
-    return few and len(bare) <= _MOST_BARE
+    return few and _has_few(graph, bare)
+
+
+def _has_few(graph: Graph, bare: Collection[str | None]) -> bool:
+    """Whether activations meet so few weights without batch norm that errors of scale do not grow.
+
+    One that reads, however far behind, what it gives multiplies them again and again, and cannot take a
+    factor against them at each of its places.
+    """
+    above: list[frozenset[str | None]] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        met = frozenset().union(*(above[source] for source in sources))
+        if node.param in met:
+            return False
+        above.append(met | {node.param} if node.param in bare else met)
+    return len(bare) <= _MOST_BARE
 
 
 def copies(entry: Entry) -> float:

@@ -62,11 +62,16 @@ class Options:
         """
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if not any(matches(name, pattern) for name in names):
                     raise PredictError(
                         f"{option}: the pattern {pattern!r} matches none of {len(names)} parameters; "
                         f"{_hint(pattern, names)}"
                     )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `include` or `exclude` mean a parameter: by its own name, brackets and all, or a glob."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def as_patterns(option: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class Plan(Generic[ModelT]):
             reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
             raise PredictError(
                 f"{type(self.model).__name__}: nothing to write, all {len(self.rows)} parameters are kept "
-                f"({reasons})"
+                f"({reasons}); expected one to predict: choose others by include, exclude, head or frozen"
             )
         names = [name for entry in entries for name in entry.written]
         with plain_torch(), uninterrupted(), materialised(network, names, self.options.seed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -18,6 +17,7 @@ from ghn_init._network.sharded import is_sharded
 from ghn_init._network.sharded import refusal as sharding_refusal
 from ghn_init._network.walk import modules_of, tensors_of
 from ghn_init._writing.entry import PREDICT, Decision, Entry, keep, spare
+from ghn_init._writing.options import matches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -170,9 +170,9 @@ def _trainable(entry: Entry, entries: Mapping[str, Entry]) -> bool:
 def _by_pattern(names: Sequence[str], options: Options) -> Decision | None:
     """What `include` and `exclude` say. A tied parameter counts as named when any of its names is."""
     for pattern in options.exclude:
-        if any(fnmatchcase(name, pattern) for name in names):
+        if any(matches(name, pattern) for name in names):
             return spare(f"{_EXCLUDED}{pattern!r}")
-    included = (fnmatchcase(name, pattern) for name in names for pattern in options.include)
+    included = (matches(name, pattern) for name in names for pattern in options.include)
     return spare(_NOT_INCLUDED) if options.include and not any(included) else None
 
 

@@ -50,6 +50,7 @@ _NO_IMAGES: Final = "its network reads no images (scale='auto')"
 _LATE: Final = "it is behind the first third of a network whose branches meet (scale='auto')"
 _NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives (scale='auto')"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
+_RECTIFIED: Final = "an activation follows, which would silence most classes (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 
@@ -160,12 +161,17 @@ def _harmed(graph: Graph) -> dict[int, str]:
     """The weights that predictions harm in any network, and why."""
     normalised, gates = structure.normalised(graph), structure.gates(graph)
     behind = structure.behind_skips(graph)
+    silenced = {
+        weight for weight, bias in graph.heads if graph.rectified.intersection((weight, bias or weight))
+    }
     found = {}
     for index, node in _weights(graph):
         if behind[index]:
             found[index] = _BEHIND_SKIP
         elif gates[index]:
             found[index] = _GATE
+        elif index in silenced:  # an offset that all classes have is nothing to a softmax, and all to a ReLU
+            found[index] = _RECTIFIED
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[index] = _BARE_TRANSPOSED
     return found

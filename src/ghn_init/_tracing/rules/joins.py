@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import fx
@@ -65,8 +66,12 @@ def add(op: Operation) -> Carried:
         return _with_parameter(op, value, of_b if isinstance(of_a, Flow) else of_a)
     if isinstance(value, Flow):
         note_others(op, [of_a, of_b], "relative position table")
-    elif value.params and any(not isinstance(x, fx.Node) and x != 0 for x in (a, b)):
-        return Derived(value.params, shifted=True)
+    elif (
+        isinstance(value, Derived)
+        and value.params
+        and any(not isinstance(x, fx.Node) and x != 0 for x in (a, b))
+    ):
+        return replace(value, shifted=True)
     return value
 
 

@@ -75,6 +75,8 @@ def add_weight(
     if 0 in stored:
         op.sketch.note_role((param,), EMPTY)
         return op.sketch.add_node(Node(node_type), sources)
+    if _is_distorted(op, param, derived):
+        return op.sketch.add_node(Node(node_type, None, tuple(shape)), sources)
     if len(stored) == 3 and stored[1:] == shape:  # one of several experts
         if transposed:
             op.sketch.note_role((param,), IN_FIRST)
@@ -104,8 +106,18 @@ def add_vector(
         op.sketch.note_role((param,), EMPTY)
         return op.sketch.add_node(Node(node_type), sources)
     shape = (torch.Size(stored).numel(),)
+    if _is_distorted(op, param, derived):
+        return op.sketch.add_node(Node(node_type, None, shape, bias), sources)
     node = Node(node_type, param, shape, bias, stored=None if shape == stored else stored)
     return op.sketch.add_node(node, sources)
+
+
+def _is_distorted(op: Operation, param: str, derived: Derived) -> bool:
+    """Whether a layer's weight is a function of the parameter, and no other weight: nobody predicts those."""
+    function = derived.distorted.get(param)
+    if function is not None:
+        op.sketch.note_role((param,), f"goes through {function} before a layer uses it")
+    return function is not None
 
 
 def add_norm(
