@@ -3,7 +3,7 @@
 The trainer itself runs, on random images, at the published training distribution: meta-batches of 8
 networks of DeepNets-1M, batches of 64 images of 32 x 32 pixels. Parts:
 
-    host      draw, build on meta, trace and batch the networks (a second process does that while training)
+    host      draw the networks, write their graphs and batch them (a second thread does that while training)
     predict   the GHN's forward pass
     forward   the networks
     backward  the networks

@@ -253,8 +253,7 @@ def test_wrong_usage_exits_2(run: Callable[..., Result], arguments: list[str], m
 def test_every_command_has_a_help_page(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
-    assert "Usage: ghn-init" in result.stdout or "Usage: root" in result.stdout
-    assert " ".join(command) in result.stdout
+    assert re.search(rf"Usage: (ghn-init|root){''.join(f' {word}' for word in command)} ", result.stdout)
 
 
 def help_texts() -> list[tuple[str, str]]:
@@ -282,7 +281,7 @@ def test_help_is_in_whole_sentences(name: str, text: str) -> None:
 def test_flags_do_not_look_as_if_they_took_a_value() -> None:
     for command in ([], ["predict"], ["inspect"], ["train"], ["evaluate"], ["transfer"], ["measure"]):
         page = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "160"}).stdout
-        assert "<int>" in page or "SPEC" in page or "DATA" in page
+        assert "Options" in page
         assert "<bool>" not in page
 
 

@@ -93,6 +93,11 @@ def test_a_graph_is_immutable() -> None:
         graph.distances[0, 1] = 7
 
 
+def test_edges_are_sorted_and_there_once() -> None:
+    nodes = (Node("input"), Node("conv", "a", (4, 3)), Node("sum"))
+    assert Graph(nodes, ((1, 2), (0, 1), (0, 1))).edges == ((0, 1), (1, 2))
+
+
 def test_an_unknown_node_type_is_refused_by_name() -> None:
     with pytest.raises(GraphError, match="node 1 has type 'convolution'"):
         Graph((Node("input"), Node("convolution")), ((0, 1),))

@@ -174,6 +174,17 @@ def test_module_by_module_initialisation_of_a_model_is_used(ghn: GHN) -> None:
     assert predict(on_meta(Applied), ghn).extra.scale.eq(6).all()
 
 
+def test_any_integer_is_a_seed(ghn: GHN) -> None:
+    def build() -> nn.Module:
+        layer = nn.Linear(4, 4)
+        nn.init.orthogonal_(layer.weight)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer)
+
+    for seed in (2**80, -(2**80)):
+        model = predict(on_meta(build), ghn, scale="own", seed=seed)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_what_nobody_knows_is_an_error(ghn: GHN) -> None:
     class Scaled(Bare):
         def __init__(self) -> None:

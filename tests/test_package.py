@@ -115,8 +115,11 @@ def test_the_design_page_names_every_room_and_every_room_says_what_it_is_for() -
     page = (PACKAGE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
     table = page[page.index("## Rooms") : page.index("## Import direction")]
     assert set(re.findall(r"^\| `(_\w+)/?`", table, re.MULTILINE)) == set(ROOMS)
-    for room in ROOMS:
-        assert (PACKAGE / f"{room}.py").exists() or (PACKAGE / room / "README.md").read_text(encoding="utf-8")
+    rooms = [path.parent for path in PACKAGE.glob("*/README.md")]
+    assert {room.name for room in rooms} == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    for room in rooms:
+        said = set(re.findall(r"`(\w+\.py)`", (room / "README.md").read_text(encoding="utf-8")))
+        assert said == {path.name for path in room.glob("*.py")} - {"__init__.py"}, room.name
 
 
 @pytest.mark.source

@@ -143,6 +143,28 @@ def test_tensors_are_what_apply_writes(ghn: GHN) -> None:
         assert torch.equal(values[name], param), name
 
 
+@pytest.mark.parametrize("method", ["noise", "orthogonal"])
+def test_a_prediction_of_zeros_stays_zero_when_it_is_diversified(method: Any, ghn: GHN) -> None:
+    nothing = copy.deepcopy(ghn)
+    for parameter in nothing.parameters():
+        parameter.detach().zero_()
+    model = ghn_init.predict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), nothing, diversify=method)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_parameter_is_named_by_its_own_name_whatever_it_contains(ghn: GHN) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"conv [1]": nn.Conv2d(3, 8, 3), "conv 1": nn.Conv2d(8, 8, 3)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers["conv 1"](self.layers["conv [1]"](x))
+
+    rows = plan(Named(), ghn, include="layers.conv [1].weight", example_input=(1, 3, 9, 9)).rows
+    assert [row.name for row in rows if row.action != "kept"] == ["layers.conv [1].weight"]
+
+
 # Writing ----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ class Graph:
 
     Attributes:
         nodes: The operations; node 0 is the input.
-        edges: Pairs (u, v), u < v, sorted, without repetition.
+        edges: Pairs (u, v), u < v; they are sorted, and each is there once.
         unmatched: Parameters of the model that no node stands for.
         name: What was traced, for messages: the model's class.
         rectified: Indices of the nodes whose output goes through an activation such as ReLU or SiLU. A GHN
@@ -150,6 +151,8 @@ class Graph:
                 raise GraphError(
                     f"{self.name}: node {index} has type {node.type!r}; expected one of {NODE_TYPES}"
                 )
+        if any(first >= second for first, second in pairwise(self.edges)):
+            object.__setattr__(self, "edges", tuple(sorted(set(self.edges))))
         for u, v in self.edges:
             if not 0 <= u < v < n:
                 raise GraphError(

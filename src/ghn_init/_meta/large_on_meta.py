@@ -95,7 +95,7 @@ def _is_open(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether it is not said where the new tensor belongs, or that it belongs to a meta tensor."""
     device = kwargs.get("device")
     if device is None and args and isinstance(args[0], Tensor) and not args[0].is_meta:
-        return False  # where the other is: `as_tensor(x)`, `x.new_zeros(3)`
+        return False  # where the other is: `x.new_zeros(3)`
     return kwargs.get("out") is None and (device is None or torch.device(device).type == "meta")
 
 

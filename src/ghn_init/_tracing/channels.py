@@ -91,7 +91,7 @@ class Channels:
                 self._read(node, added)
         elif isinstance(value, Flow):
             if name == "__setitem__":
-                self._unknown.add(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+                self._unknown.add(node.args[0])  # pyright: ignore[reportArgumentType]
             elif name in _CUTTING:
                 self._cut(node, name)
             elif name in JOINING:

@@ -105,7 +105,7 @@ class _Chain:
         if value.sources != self._sources or value.role:
             raise _UnknownError
         if name in _KEEPING:
-            x = self.at(node.args[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            x = self.at(node.args[0])  # pyright: ignore[reportArgumentType]
             return x.bool() if _dtype(node) == torch.bool else x.float()
         if name in _OF_ELEMENTS:
             return self.computed(node, name)

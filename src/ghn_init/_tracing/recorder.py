@@ -212,7 +212,7 @@ class Recorder(TorchFunctionMode):
             return output
         value = self._seen.of(args[0])  # x.T, x.mT, x.data, ...
         output = func(self._seen.resolve(value))
-        name = func.__self__.__name__  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+        name = func.__self__.__name__  # pyright: ignore[reportFunctionMemberAccess]
         node = self._tape.append("call_function", getattr, name, (self._tape.node_of(value), name))
         self._placed(node)
         node.meta["val"] = output

@@ -3,7 +3,7 @@
 Inside a transform of `torch.func` tensors are wrapped, and what comes out of it was made by functions of C++
 that no mode sees. So where activations or weights are mapped over, the function, which is the same for all
 examples, is followed for one: it gets the first slice of every argument, and what it gives is expanded to
-all. Of other transforms `jvp` is refused here, `grad` by `Recorder.value`.
+all. Of other transforms `jvp` is refused here, `grad` by `Seen.of`.
 
 Code that turns autocast on or off for the device of an activation gets the meta device while recording, which
 has none: it is given that of the model's.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ghn_init._tracing.outputs.call import Call
 
-_wrappers: Any = torch._C._functorch  # type: ignore[attr-defined]  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
+_wrappers: Any = torch._C._functorch  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -153,8 +153,8 @@ def _image_files(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 _DAMAGED: Final = (
-    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    tarfile.InvalidHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+    tarfile.TruncatedHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
 
