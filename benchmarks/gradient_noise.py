@@ -118,7 +118,7 @@ def main() -> None:
     prepare_process()
     images, validation = hold_out(load_images(given.data, "train"))
     ghn = load(given.weights)
-    config = training_config(None, [*SETTINGS, *given.settings], 1, None)
+    config = training_config(None, [*SETTINGS, *given.settings], 1, None)[0]
     config = type(config).from_dict({**config.to_dict(), "ghn": ghn.config.to_dict()})
     trainer = Trainer(config, images, validation, RunOptions(output=Path("unused")), start=ghn)
     stream = itertools.islice(MetaBatches(config, trainer.image_size), given.networks)

@@ -96,7 +96,7 @@ def main() -> None:
     prepare_process()
     images, validation = hold_out(load_images(given.data, "train"))
     halved = [f"image_size={images.size // 2}"]
-    config = training_config(None, [*DEFAULTS, *halved, *given.settings], given.steps, None)
+    config = training_config(None, [*DEFAULTS, *halved, *given.settings], given.steps, None)[0]
     print(f"{given.steps} steps; accuracy on the training batches in the last tenth, %", flush=True)
     found: list[float] = []
     for index in range(given.direct):

@@ -73,8 +73,17 @@ def test_the_model_is_not_overwritten_by_its_weights(run: Callable[..., Result])
 def test_the_hypernetwork_is_not_overwritten_by_what_it_predicts(
     run: Callable[..., Result], ghn_dir: Path
 ) -> None:
-    refused(run("m.py", "-o", str(ghn_dir / "model.safetensors")), "is what the command reads")
+    for option in (["-o"], ["-o", "m.safetensors", "--report"]):
+        for name in ("model.safetensors", "config.json"):
+            refused(run("m.py", *option, str(ghn_dir / name)), "is what the command reads")
+    refused(run("inspect", "m.py", "--draw", str(ghn_dir / "config.json")), "is what the command reads")
     load(ghn_dir)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pth", "pytorch_model.bin", "m.ckpt"])
+def test_weights_are_not_given_the_name_of_a_file_of_torch(name: str, run: Callable[..., Result]) -> None:
+    refused(run("m.py", "-o", name), "give a name that ends in .safetensors")
+    assert not Path(name).exists()
 
 
 @posix

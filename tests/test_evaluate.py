@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ArchitectureError, TrainingError
 from ghn_init.cli import app
 from ghn_init.cli._values import seconds
+from ghn_init.deepnets import Architecture, DeepNets1M
 from ghn_init.training import Score, evaluate
 from ghn_init.training._pool import run_all
 from ghn_init.training._results import Results, table
@@ -192,17 +194,45 @@ class Deadly:
         return os._exit, (1,)
 
 
+def as_file(path: Path, size: int, classes: int = 10) -> Path:
+    """Images of both splits in an .npz."""
+    arrays: dict[str, Any] = {"classes": np.array([f"class{number}" for number in range(classes)])}
+    for split, count in (("train", 20), ("test", 8)):
+        images = random_images(count, size, classes)
+        arrays[f"{split}_images"] = images.pixels.permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = images.labels.numpy()
+    np.savez(path, **arrays)
+    return path
+
+
+def test_networks_that_take_no_images_of_this_size_are_passed_over(
+    ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, unfit = Network.fitting("test", 28, 3)
+    assert [network.index for network in taken] == [
+        index for index in range(taken[-1].index + 1) if DeepNets1M("test")[index].supports(28)
+    ]
+    assert unfit == taken[-1].index + 1 - len(taken) > 0
+    assert Network.fitting("test", 32, 3) == (Network.of("test", 3), 0)
+    assert evaluate(ghn, "test", random_images(8, 28), n=1).n == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Architecture, "supports", lambda *_: False)
+        with pytest.raises(TrainingError, match="no network of val takes images of 28 x 28 pixels"):
+            evaluate(ghn, "val", random_images(8, 28))
+    ghn.save_pretrained(tmp_path / "ghn")
+    arguments = ["evaluate", str(tmp_path / "ghn"), "--data", str(as_file(tmp_path / "set.npz", 28))]
+    arguments += ["--split", "test", "--split", "resnet50", "--sample", "2", "--workers", "1", "--bf16"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"test: \d+ networks take no images of this size, and are passed over", done.stderr)
+    assert "| test | 2 | 8 |" in done.stdout
+    assert "| resnet50 | 1 | 8 |" in done.stdout
+
+
 def test_the_command_skips_what_the_file_has(ghn: GHN, tmp_path: Path) -> None:
     weights, data, output = tmp_path / "ghn", tmp_path / "set.npz", tmp_path / "results.json"
     ghn.save_pretrained(weights)
-    arrays: dict[str, Any] = {}
-    for split, images in (("train", random_images(20, 32)), ("test", random_images(8, 32, seed=1))):
-        arrays |= {
-            f"{split}_images": images.pixels.permute(0, 2, 3, 1).numpy(),
-            f"{split}_labels": images.labels.numpy(),
-            "classes": np.array(images.classes),
-        }  # fmt: skip
-    np.savez(data, **arrays)
+    as_file(data, 32)
     arguments = ["evaluate", str(weights), "--data", str(data), "--workers", "1", "-o", str(output)]
     arguments += ["--split", "test", "--bf16"]
     done = CliRunner().invoke(app, [*arguments, "--sample", "1"])

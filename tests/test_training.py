@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from typer.testing import CliRunner
 
 import training_runs
 from ghn_init import GHN, GHNConfig
 from ghn_init._errors import ConfigError, TrainingError
+from ghn_init.cli import app
+from ghn_init.cli._training import _trainer
 from ghn_init.cli._values import training_config
 from ghn_init.deepnets._ops import FactorizedReduction, Layers
-from ghn_init.training import RunOptions, TrainConfig
+from ghn_init.training import RunOptions, TrainConfig, Trainer
 from ghn_init.training import trainer as trainer_module
 from ghn_init.training._engine import KERNELS, Engine, Result, fast_precision, inject, prepare_process
 from ghn_init.training._layers import prepare
@@ -126,15 +129,15 @@ def test_a_configuration_survives_json() -> None:
 def test_the_length_of_the_command_line_goes_before_that_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny_config(steps=5).to_dict()))
-    assert training_config(file, None, None, None).steps == 5
-    assert training_config(file, None, 7, None).steps == 7
+    assert training_config(file, None, None, None)[0].steps == 5
+    assert training_config(file, None, 7, None)[0].steps == 7
     for truth in ("True", "true"):
-        assert training_config(file, [f"ghn.identity={truth}"], None, None).ghn.identity is True
-    assert training_config(file, ["lr=1e-4", "lr=1e-3"], None, None).lr == 1e-3
-    config = training_config(file, ["lr=1e-4"], None, "2m")
+        assert training_config(file, [f"ghn.identity={truth}"], None, None)[0].ghn.identity is True
+    assert training_config(file, ["lr=1e-4", "lr=1e-3"], None, None)[0].lr == 1e-3
+    config = training_config(file, ["lr=1e-4"], None, "2m")[0]
     assert (config.steps, config.duration, config.lr) == (None, 120, 1e-4)
     with pytest.raises(ConfigError, match="give exactly one of them"):
-        training_config(file, ["duration=3.0"], 7, None)
+        training_config(file, ["duration=3.0"], 7, None)[0]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -492,6 +495,35 @@ def test_every_process_has_a_gpu_where_there_are_any(
     assert local_device() == torch.device("cuda", 1)
     launched(ACCELERATE_USE_CPU="True")
     assert local_device() == torch.device("cpu")
+
+
+def test_what_is_not_said_of_the_ghn_follows_from_images_and_first_weights(tmp_path: Path) -> None:
+    images = random_images(60, 16, classes=3)
+    arrays = {
+        "train_images": images.pixels.permute(0, 2, 3, 1).numpy(), "train_labels": images.labels.numpy(),
+        "classes": np.array(images.classes),
+    }  # fmt: skip
+    np.savez(tmp_path / "set.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    small = GHN(GHNConfig.from_dict({**TINY_GHN, "num_classes": 3}))
+    small.save_pretrained(tmp_path / "small")
+
+    def trainer(start: str | None, *settings: str) -> Trainer:
+        config, of_ghn = training_config(None, ["batch_size=4", "meta_batch=1", *settings], 1, None)
+        options = RunOptions(output=tmp_path / "run", validation_networks=1, validation_images=8)
+        return _trainer(tmp_path / "set.npz", config, of_ghn, options, start, None)
+
+    assert trainer(None).ghn.config == GHNConfig(num_classes=3)
+    assert trainer(None, "ghn.hid=8").ghn.config == GHNConfig(num_classes=3, hid=8)
+    assert trainer(str(tmp_path / "small")).ghn.config == small.config
+    with pytest.raises(TrainingError, match=r"3 classes of images; .* for 4 \(ghn.num_classes=3 is one"):
+        trainer(None, "ghn.num_classes=4")
+    with pytest.raises(TrainingError, match=r"of a GHN with .*hid=8; .*leave the GHN's configuration out"):
+        trainer(str(tmp_path / "small"), "ghn.num_classes=3")
+    done = CliRunner().invoke(
+        app, ["train", str(tmp_path / "set.npz"), "--steps", "1", "--soft-labels", "x.npz"]
+    )
+    assert done.exit_code == 2
+    assert "without a share" in " ".join(done.stderr.split())
 
 
 def test_a_meta_batch_has_to_be_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

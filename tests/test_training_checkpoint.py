@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ghn_init import _files
+from ghn_init import GHN, _files
 from ghn_init._errors import TrainingError
 from ghn_init.training import RunOptions, Trainer, _checkpoint
 from ghn_init.training._checkpoint import Checkpoint
@@ -222,6 +222,23 @@ def test_a_run_at_a_constant_rate_may_get_another_length(tmp_path: Path) -> None
     assert tiny_trainer(tmp_path / "run", tiny_config(**{**constant, "steps": 3})).run()  # it is over
     with pytest.raises(TrainingError, match="was trained with other values of schedule; give the same"):
         tiny_trainer(tmp_path / "run", tiny_config(schedule="linear", steps=4))
+
+
+def test_a_run_does_not_go_on_from_other_weights(tmp_path: Path) -> None:
+    def trainer(name: str, start: GHN | None) -> Trainer:
+        images = random_images()
+        options = RunOptions(output=tmp_path / name, validation_networks=1, validation_images=8)
+        return Trainer(tiny_config(steps=1), images, random_images(16, seed=1), options, start=start)
+
+    one, other = (GHN(tiny_config().ghn) for _ in range(2))
+    trainer("one", one).run()
+    trainer("random", None).run()
+    assert trainer("one", None)._start == one.digest()
+    trainer("one", one)
+    with pytest.raises(TrainingError, match="weights to start from were others; give the same"):
+        trainer("one", other)
+    with pytest.raises(TrainingError, match="weights to start from were random ones"):
+        trainer("random", one)
 
 
 def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from ghn_init.training import Images, Normalisation, hold_out, load_images
 from ghn_init.training.data import (
     augment,
     batch_indices,
-    check_classes,
     check_side,
+    check_splits,
     generator,
     sized,
 )
+from training_runs import random_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,11 +200,16 @@ def test_images_of_training_are_not_taken_for_those_of_the_test(folder: Path, tm
 
 
 def test_classes_of_both_splits_have_to_be_the_same(folder: Path) -> None:
-    check_classes(load_images(folder, "train"), load_images(folder, "test"))
+    check_splits(load_images(folder, "train"), load_images(folder, "test"))
     shutil.rmtree(folder / "test" / "ant")
     found = r"3 classes of training images and 2 of test images \(\['ant'\] in train only\)"
     with pytest.raises(TrainingError, match=found):
-        check_classes(load_images(folder, "train"), load_images(folder, "test"))
+        check_splits(load_images(folder, "train"), load_images(folder, "test"))
+
+
+def test_images_of_both_splits_have_to_have_one_size() -> None:
+    with pytest.raises(TrainingError, match="training images of 16 x 16 pixels and test images of 32 x 32"):
+        check_splits(random_images(12, 16), random_images(12, 32))
 
 
 def test_classes_without_names_are_counted_in_both_splits(tmp_path: Path) -> None:

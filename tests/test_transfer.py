@@ -17,7 +17,7 @@ from ghn_init import ConfigError, TrainingError
 from ghn_init.cli import app
 from ghn_init.training import Images, LowShot, TransferConfig, transfer
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training._transfer import Training, _Bench, interval
+from ghn_init.training._transfer import Training, _Bench, _code, interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +74,14 @@ def compared(ghn_dir: Path, **options: Any) -> tuple[list[LowShot], list[Trainin
         build, images(40), images(20, seed=1), config, weights=ghn_dir, on_training=wanted.append, **given
     )
     return rows, wanted
+
+
+def test_networks_are_told_apart_by_what_they_compute() -> None:
+    x = torch.zeros(2, 3, 8, 8)
+    codes = [
+        _code(nn.Sequential(nn.Conv2d(3, 4, 3), layer), x) for layer in (nn.ReLU(), nn.ReLU(), nn.Tanh())
+    ]
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_every_start_is_compared_at_the_rate_that_is_best_on_held_out_images(ghn_dir: Path) -> None:
@@ -192,7 +200,7 @@ def test_networks_and_images_that_do_not_fit_are_refused(
 
 def test_test_images_of_other_classes_are_refused(ghn_dir: Path) -> None:
     other = dataclasses.replace(images(20), classes=("red", "green"))
-    with pytest.raises(TrainingError, match="and the same classes"):
+    with pytest.raises(TrainingError, match=r"2 classes .* and 2 of test images .* expected the same"):
         transfer(Net, images(40), other, TINY, weights=ghn_dir)
 
 

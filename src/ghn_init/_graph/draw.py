@@ -30,6 +30,18 @@ FORMATS: Final = (".svg", ".pdf", ".png")
 """What graphviz renders; .dot needs no graphviz."""
 
 
+def format_of(path: Path) -> str:
+    """The suffix of a file to draw to, which says in which format.
+
+    Raises:
+        DrawError: An unknown one.
+    """
+    suffix = path.suffix.lower()
+    if suffix != ".dot" and suffix not in FORMATS:
+        raise DrawError(f"{path}: cannot draw to {suffix!r}; expected .dot, {', '.join(FORMATS)}")
+    return suffix
+
+
 def draw(graph: Graph, path: str | PathLike[str]) -> None:
     """Draw `graph` to `path`; its suffix chooses the format (.dot, .svg, .pdf, .png).
 
@@ -39,14 +51,9 @@ def draw(graph: Graph, path: str | PathLike[str]) -> None:
         DrawError: An unknown suffix, graphviz is missing, or the file cannot be written.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = format_of(path)
     source = to_dot(graph)
-    if suffix == ".dot":
-        content = source.encode()
-    elif suffix in FORMATS:
-        content = _render(source, suffix, path)
-    else:
-        raise DrawError(f"{path}: cannot draw to {suffix!r}; expected .dot, {', '.join(FORMATS)}")
+    content = source.encode() if suffix == ".dot" else _render(source, suffix, path)
     try:
         write_bytes(path, content)
     except OSError as error:

@@ -8,11 +8,12 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from ghn_init._errors import ModelSpecError
+from ghn_init._graph.draw import format_of
 from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init.cli import _options as opt  # noqa: TC001 (typer reads the annotations)
 from ghn_init.cli._options import option
@@ -76,7 +77,7 @@ def predict(
             )  # fmt: skip
             target = _target(output, request, max_shard_size)
             if report is not None:
-                check_output(report, [Path(request.spec.source)], hint="--report")
+                check_output(report, _inputs(request), hint="--report")
                 if report.resolve() == target.resolve():
                     raise typer.BadParameter(f"{report} is where -o writes to", param_hint="--report")
         found, plan = _compile(request, steps, on_meta=max_shard_size is not None)
@@ -125,7 +126,7 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show a model's graph and what would be predicted; write nothing but the drawing asked for."""
-    with Steps(total=4 + (draw is not None)) as steps:
+    with Steps(total=4) as steps:
         with steps("starting"):
             request = make_request(
                 spec, settings, weights, input_shape,
@@ -133,17 +134,16 @@ def inspect(
                 scale=scale, frozen=frozen,
             )  # fmt: skip
             if draw is not None:
-                check_output(draw, hint="--draw")
+                check_output(draw, _inputs(request), hint="--draw")
+                format_of(draw)
         found, plan = _compile(request, steps)
-        if draw is not None:
-            with steps(f"drawing {draw}"):
-                plan.graph.draw(draw)
     if as_json:
         typer.echo(json.dumps({**_report(found, plan, steps), "graph": _graph_dict(plan.graph)}))
-        return
-    typer.echo(_graph_text(plan.graph))
-    typer.echo(str(plan))
+    else:
+        typer.echo(_graph_text(plan.graph))
+        typer.echo(str(plan))
     if draw is not None:
+        plan.graph.draw(draw)
         say(f"drew {draw}")
 
 
@@ -163,11 +163,23 @@ def _target(output: Path | None, request: Request, max_shard_size: str | None) -
     if os.path.isdir(target):  # noqa: PTH112 (Path's own fails where a name is too long)
         hint = "give a file, or --max-shard-size to fill a folder"
         raise typer.BadParameter(f"{target} is a folder; {hint}", param_hint="-o")
-    from ghn_init._weights.directory import WEIGHTS_FILE
+    if target.suffix in _OF_TORCH:
+        hint = "it would be no file of torch.save; give a name that ends in .safetensors"
+        raise typer.BadParameter(f"{target} would hold safetensors: {hint}", param_hint="-o")
+    check_output(target, _inputs(request))
+    return target
+
+
+_OF_TORCH: Final = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+"""Suffixes of the files that `torch.save` makes, and `torch.load` reads."""
+
+
+def _inputs(request: Request) -> list[Path]:
+    """The files that a command reads, so that it does not write over them."""
+    from ghn_init._weights.directory import CONFIG_FILE, WEIGHTS_FILE
 
     weights = Path(request.weights)
-    check_output(target, [Path(request.spec.source), weights, weights / WEIGHTS_FILE])
-    return target
+    return [Path(request.spec.source), weights, weights / WEIGHTS_FILE, weights / CONFIG_FILE]
 
 
 def _compile(request: Request, steps: Steps, *, on_meta: bool = False) -> tuple[FoundModel, Plan]:

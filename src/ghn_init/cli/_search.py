@@ -188,13 +188,13 @@ def properties(
     others = read_records(held_out) if held_out is not None else None
     kept, fitted = fit_properties(read_records(measured), load(weights), weights, others)
     kept.save(output)
-    if picture is not None:
-        draw_properties(fitted, picture)
     typer.echo(properties_table(fitted))
     if equal := [found.prop.name for found in fitted if len(set(found.measured.tolist())) == 1]:
         say(f"the same for all architectures, so that nothing is predicted: {', '.join(equal)}")
     kinds = ", ".join(f"{found.prop.name}: {found.best.name}" for found in fitted)
     say(f"{output}: regressors fitted to {len(kept.indices)} architectures ({kinds})")
+    if picture is not None:
+        draw_properties(fitted, picture)
 
 
 def search(

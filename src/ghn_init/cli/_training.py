@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -13,6 +14,8 @@ from ghn_init.cli._output import check_output
 from ghn_init.cli._values import seconds, training_config
 
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from ghn_init.training._config import TrainConfig
     from ghn_init.training._run import RunOptions
     from ghn_init.training.trainer import Trainer
@@ -33,7 +36,11 @@ def train(
         option("FILE", "Read fields of TrainConfig from this JSON file; other options go before it."),
     ] = None,
     start: Annotated[
-        str | None, option("--from WEIGHTS", "Start from these weights: a bundled name, a folder or a file.")
+        str | None,
+        option(
+            "--from WEIGHTS",
+            "Start from these weights, a bundled name, a folder or a file, and with their configuration.",
+        ),
     ] = None,
     steps: Annotated[int | None, option("N", "Train for this many steps.", panel=_RUN)] = None,
     duration: Annotated[
@@ -53,7 +60,7 @@ def train(
         Path | None,
         option(
             "FILE",
-            "Read the soft labels that `teach` wrote; --set soft_labels=SHARE says how much they count.",
+            "Read the soft labels that `teach` wrote. It needs --set soft_labels=SHARE, how much they count.",
             panel=_MODEL,
         ),
     ] = None,
@@ -90,7 +97,12 @@ def train(
     """Train a graph hypernetwork; run the same command again to take up where it stopped."""
     from ghn_init.training._run import RunOptions
 
-    wanted = training_config(config, settings, steps, duration)
+    wanted, of_ghn = training_config(config, settings, steps, duration)
+    if soft_labels is not None and not wanted.soft_labels:
+        raise typer.BadParameter(
+            "they count for nothing without a share; give, say, --set soft_labels=0.5",
+            param_hint="--soft-labels",
+        )
     options = RunOptions(
         output=output,
         time_limit=None if time_limit is None else seconds(time_limit),
@@ -100,13 +112,17 @@ def train(
         validation_images=validation_images,
         tensorboard=tensorboard,
     )
-    _run(_trainer(data, wanted, options, start, soft_labels))
+    _run(_trainer(data, wanted, of_ghn, options, start, soft_labels))
 
 
 def _trainer(
-    data: Path, config: TrainConfig, options: RunOptions, start: str | None, soft_labels: Path | None
-) -> Trainer:
-    """A trainer on these images; this process meets the others of the run, if there are any."""
+    data: Path, config: TrainConfig, of_ghn: Set[str], options: RunOptions, start: str | None,
+    soft_labels: Path | None,
+) -> Trainer:  # fmt: skip
+    """A trainer on these images; this process meets the others of the run, if there are any.
+
+    What is not said `of_ghn`, its configuration, follows from the weights to start from and from the images.
+    """
     from ghn_init import load
     from ghn_init.training import hold_out, load_images
     from ghn_init.training._engine import prepare_process
@@ -119,7 +135,12 @@ def _trainer(
     images, validation = hold_out(load_images(data, "train"))
     if soft_labels is not None:
         images = with_soft_labels(images, soft_labels)
-    return Trainer(config, images, validation, options, start=load(start) if start else None)
+    first = load(start) if start else None
+    if first is not None and not of_ghn:
+        config = replace(config, ghn=first.config)
+    elif first is None and "num_classes" not in of_ghn:
+        config = replace(config, ghn=replace(config.ghn, num_classes=len(images.classes)))
+    return Trainer(config, images, validation, options, start=first)
 
 
 def _run(trainer: Trainer) -> None:
@@ -231,27 +252,32 @@ def evaluate(
         check_output(output, [data])
     import torch
 
-    from ghn_init import load
+    from ghn_init import TrainingError, load
     from ghn_init.cli._bars import Bar
     from ghn_init.training import Normalisation, load_images
     from ghn_init.training._engine import prepare_process
     from ghn_init.training._pool import cores, run_all
     from ghn_init.training._results import Results, table
-    from ghn_init.training.data import check_classes
+    from ghn_init.training.data import check_splits
     from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
 
     prepare_process()
     trained, tested = load_images(data, "train"), load_images(data, "test")
-    check_classes(trained, tested)
+    check_splits(trained, tested)
     measure = Measure(
         load(weights), tested, images=images, normalise=Normalisation.of(trained),
         precision=torch.bfloat16 if bf16 else torch.float32,
     )  # fmt: skip
     results = Results(measure, output, weights)
     levels = (0.0, NOISE) if noise else (0.0,)
-    networks = [
-        net for name in split or SPLITS for level in levels for net in Network.of(name, sample, level)
-    ]
+    networks: list[Network] = []
+    for name in split or SPLITS:
+        fitting, unfit = Network.fitting(name, measure.image_size, sample)
+        networks += [replace(network, noise=level) for level in levels for network in fitting]
+        if unfit:
+            typer.echo(f"{name}: {unfit} networks take no images of this size, and are passed over", err=True)
+    if not networks:
+        raise TrainingError(f"no network takes images of {measure.image_size} x {measure.image_size} pixels")
     missing = [network for network in networks if network not in results]
     with Bar(len(missing)) as bar:
         for network, accuracy in run_all(measure, missing, workers or cores()):

@@ -174,7 +174,7 @@ def _table(rows: Sequence[LowShot]) -> Table:
 
     table = Table(title="test accuracy, %: mean and 95 % interval over seeds")
     for heading in ("images a class", "start", "rate", "seeds", "accuracy", "more than default"):
-        table.add_column(heading, justify="left" if heading == "start" else "right")
+        table.add_column(heading, justify="left" if heading == "start" else "right", overflow="fold")
     for row in rows:
         lost = f", {row.diverged} diverged" if row.diverged else ""
         gain = "" if row.start == "default" else _with_interval(row.gain, row.gain_interval, "+")

@@ -13,7 +13,7 @@ from ghn_init._errors import ModelSpecError, PredictError
 from ghn_init.cli._literals import literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Set
     from pathlib import Path
 
     from ghn_init.cli._spec import ModelSpec
@@ -119,11 +119,14 @@ def seconds(text: str) -> float:
 
 def training_config(
     file: Path | None, settings: Sequence[str] | None, steps: int | None, duration: str | None
-) -> TrainConfig:
+) -> tuple[TrainConfig, Set[str]]:
     """The configuration in `file`, overridden by settings KEY=VALUE and the run's length.
 
     Values are as `literal` reads them, of a key that is given twice the last; `ghn.KEY` is a field of the
     GHN's configuration.
+
+    Returns:
+        The configuration, and the fields of the GHN's that were given.
 
     Raises:
         typer.BadParameter: A setting without "=", a file that is no JSON object.
@@ -149,7 +152,8 @@ def training_config(
         values["steps"] = steps
     if duration is not None:
         values["duration"] = seconds(duration)
-    return TrainConfig.from_dict(values)
+    config = TrainConfig.from_dict(values)
+    return config, set(values.get("ghn", ()))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

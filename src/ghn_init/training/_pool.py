@@ -8,10 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -56,9 +58,17 @@ def run_all(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iter
         return
     context = multiprocessing.get_context("spawn")
     all_started = context.Event()
-    # As bytes: tensors handed to processes would need shared memory, which containers have little of.
-    arguments = (pickle.dumps(function), all_started)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, arguments)
+    # In a file: tensors handed to processes would need shared memory, which containers have little of, and
+    # bytes go through a pipe, which a process that dies before it has read them would leave full for ever.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "function.pickle"
+        file.write_bytes(pickle.dumps(function))
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (file, all_started))
+        yield from _results(pool, jobs, all_started)
+
+
+def _results(pool: ProcessPoolExecutor, jobs: Sequence[J], all_started: Event) -> Iterator[tuple[J, Any]]:
+    """Every job with its result, as they come; the pool is over then."""
     try:
         futures = _submit(pool, jobs, all_started)
         for future in as_completed(futures):
@@ -85,12 +95,12 @@ def _submit(pool: ProcessPoolExecutor, jobs: Sequence[J], all_started: Event) ->
         all_started.set()
 
 
-def _start(data: bytes, all_started: Event) -> None:
+def _start(file: Path, all_started: Event) -> None:
     global _function
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     all_started.wait()
-    _function = pickle.loads(data)
+    _function = pickle.loads(file.read_bytes())
 
 
 def _end_with_parent() -> None:

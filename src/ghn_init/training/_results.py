@@ -116,7 +116,7 @@ def table(scores: Sequence[Score]) -> str:
     The error of having measured on some of the images stands after that over networks, where there is one.
     """
     lines = [
-        "| networks | n | images | noise | top-1 % (mean ± standard error) | max | published GHN-2 |",
+        "| networks | n | images | noise | top-1 % (mean ± standard error) | max | GHN-2 on CIFAR-10 |",
         "|---|---|---|---|---|---|---|",
     ]
     for score in scores:

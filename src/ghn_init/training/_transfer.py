@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 import torch.nn.functional as F
 
-from ghn_init._errors import ConfigError, TrainingError
+from ghn_init._errors import ConfigError, TraceError, TrainingError
 from ghn_init._threads import drawing_from
+from ghn_init._tracing.record import record
+from ghn_init._tracing.trace import trace
 from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._weights.ghn import GHN
 from ghn_init._weights.load import load
 from ghn_init._writing.familiarity import OutOfDistributionWarning
 from ghn_init._writing.plan import predict
 from ghn_init.training._records import add_record, read_records
-from ghn_init.training.data import Normalisation, augment, batch_indices, check_classes, generator, hold_out
+from ghn_init.training.data import Normalisation, augment, batch_indices, check_splits, generator, hold_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -252,6 +254,14 @@ def transfer(
     return rows
 
 
+def _code(network: nn.Module, x: Tensor) -> str:
+    """The functions that a network computes with, as text."""
+    try:
+        return record(network, x).code
+    except TraceError:  # as of `vmap`, behind which there is a graph, but nothing that runs again
+        return repr(trace(network, x))
+
+
 class _Bench:
     """Trains networks, and remembers in a file."""
 
@@ -266,7 +276,7 @@ class _Bench:
         file: Path | None,
         on_training: Callable[[Training], None] | None,
     ) -> None:
-        check_classes(train, test)
+        check_splits(train, test)
         if len(train) < 5:
             raise TrainingError(f"{len(train)} training images; expected at least 5")
         self.build, self.config, self.file, self.on_training = build, config, file, on_training
@@ -281,7 +291,7 @@ class _Bench:
         self.done = {training.setting: training for training in (_read(file) if file else ())}
 
     def _checked(self, name: str) -> str:
-        """Digest of names and shapes of the network's parameters; it is run once on two images."""
+        """Digest of the network's parameters and of what it computes; it is run once on two images."""
         network, expected = self.build(), (2, len(self.train.classes))
         if not any(param.requires_grad for param in network.parameters()):
             raise TrainingError(f"{name}: none of its parameters has requires_grad; expected some to train")
@@ -295,7 +305,8 @@ class _Bench:
                     f"{expected}, one number for each class (a setting such as num_classes={expected[1]})"
                 )
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        return hashlib.blake2b(json.dumps(shapes, sort_keys=True).encode(), digest_size=4).hexdigest()
+        told = json.dumps(shapes, sort_keys=True) + _code(network, x)
+        return hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
 
     def row(self, shots: int, start: str, default: LowShot | None) -> LowShot:
         """Choose the rate, train with every seed, and sum up."""

@@ -185,12 +185,18 @@ def check_side(images: Images, side: int) -> None:
         raise TrainingError(f"image_size={side} and images of {images.size} pixels; expected that or half")
 
 
-def check_classes(train: Images, test: Images) -> None:
-    """See that the labels of both mean the same.
+def check_splits(train: Images, test: Images) -> None:
+    """See that the labels of both mean the same, and that images have one size.
 
     Raises:
-        TrainingError: The classes differ.
+        TrainingError: The classes or the sizes differ.
     """
+    sizes = [tuple(split.pixels.shape[2:]) for split in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise TrainingError(
+            f"training images of {sizes[0][0]} x {sizes[0][1]} pixels and test images of {sizes[1][0]} x "
+            f"{sizes[1][1]}; expected one size"
+        )
     if train.classes == test.classes:
         return
     both = (set(train.classes), set(test.classes))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ghn_init._weights.ghn import GHN
+    from ghn_init.deepnets import Architecture
+    from ghn_init.deepnets._splits import ResNet50
 
 BATCH_SIZE = 64
 NOISE = 0.08
@@ -113,13 +115,38 @@ class Network:
         available = sizes[split]
         return [cls(split, index, noise) for index in range(min(n or available, available))]
 
-    def build(self, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:
-        """The network on the meta device, at the split's width for evaluation."""
+    @classmethod
+    def fitting(
+        cls, split: str, image_size: int, n: int | None = None, noise: float = 0.0, seed: int = 0
+    ) -> tuple[list[Network], int]:
+        """The networks of a split that take images of this size, or the first `n` of them.
+
+        Returns:
+            They, and how many were passed over.
+
+        Raises:
+            ArchitectureError: There is no such split.
+        """
+        found: list[Network] = []
+        unfit = 0
+        for network in cls.of(split, noise=noise):
+            if n is not None and len(found) == n:
+                break
+            if network.architecture(image_size, seed).supports(image_size):
+                found.append(network)
+            else:
+                unfit += 1
+        return found, unfit
+
+    def architecture(self, image_size: int, seed: int = 0) -> Architecture | ResNet50:
+        """Its specification, at the split's width for evaluation."""
         name = "predefined" if self.split in _PREDEFINED else self.split
-        index = _PREDEFINED.get(self.split, self.index)
-        architecture = DeepNets1M(name, seed=seed, image_size=image_size)[index]
+        return DeepNets1M(name, seed=seed, image_size=image_size)[_PREDEFINED.get(self.split, self.index)]
+
+    def build(self, num_classes: int, image_size: int, seed: int = 0) -> nn.Module:
+        """The network on the meta device."""
         with torch.device("meta"):
-            return architecture.build(num_classes, image_size)
+            return self.architecture(image_size, seed).build(num_classes, image_size)
 
 
 class Measure:
@@ -226,7 +253,7 @@ def evaluate(
         ghn: The hypernetwork.
         split: A split of DeepNets-1M, or "resnet50" or "vit".
         data: Test images.
-        n: How many architectures are measured, the first ones; None for all.
+        n: How many architectures are measured, the first ones that take images of this size; None for all.
         images: How many images are used, spread evenly over the set; None for all.
         noise: Standard deviation of Gaussian noise on the pixels, which go from 0 to 1.
         normalise: The normalisation of the images; by default mean and deviation of `data`.
@@ -238,5 +265,11 @@ def evaluate(
         TrainingError: No images, or a number of classes that is not the GHN's.
     """
     measure = Measure(ghn, data, images=images, normalise=normalise, seed=seed, precision=precision)
-    accuracies = [measure(network) for network in Network.of(split, n, noise)]
+    networks, _ = Network.fitting(split, measure.image_size, n, noise, seed)
+    if not networks:
+        raise TrainingError(
+            f"no network of {split} takes images of {measure.image_size} x {measure.image_size} pixels; "
+            "those of DeepNets-1M want a multiple of 8"
+        )
+    accuracies = [measure(network) for network in networks]
     return Score.of(split, accuracies, len(measure.data), noise, measure.available)

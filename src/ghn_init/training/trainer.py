@@ -95,6 +95,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.ghn, config, self.ranks)
         self.engine = Engine(self.precision, config.label_smoothing)
         self.state = State()
+        self._start = start.digest() if start else None
         self._skipped_in_a_row = 0
         self._whole = True
         self.validation = Validation(
@@ -117,7 +118,8 @@ class Trainer:
             )
         if len(classes) != config.ghn.num_classes:
             raise TrainingError(
-                f"{len(classes)} classes of images; the GHN is configured for {config.ghn.num_classes}"
+                f"{len(classes)} classes of images; the GHN is configured for {config.ghn.num_classes} "
+                f"(ghn.num_classes={len(classes)} is one for these images, which begins anew)"
             )
         check_side(self.images, self.image_size)
         if config.soft_labels and self.images.soft is None:
@@ -133,8 +135,12 @@ class Trainer:
     def _first_weights(self, start: GHN | None) -> GHN:
         config = self.config
         if start is not None:
-            if start.config != config.ghn:
-                raise TrainingError(f"weights to start from are of {start.config}; expected {config.ghn}")
+            theirs, wanted = start.config.to_dict(), config.ghn.to_dict()
+            if other := [f"{name}={theirs[name]}" for name in wanted if theirs[name] != wanted[name]]:
+                raise TrainingError(
+                    f"weights to start from are of a GHN with {', '.join(other)}; expected {config.ghn}; "
+                    "leave the GHN's configuration out, and it is theirs"
+                )
             return copy.deepcopy(start).requires_grad_(True).train()
         with drawing_from(config.seed):  # so that all processes have the same weights
             ghn = GHN(config.ghn)
@@ -408,7 +414,10 @@ class Trainer:
         }
         if self.config.ema:
             tensors["average"] = self.average
-        state = {"config": self.config.to_dict(), "state": asdict(self.state), "data": self._data}
+        state = {
+            "config": self.config.to_dict(), "state": asdict(self.state), "data": self._data,
+            "start": self._start,
+        }  # fmt: skip
         _checkpoint.save(self.options.output, self.state.step, Checkpoint(tensors, state))
 
     @cached_property
@@ -433,7 +442,14 @@ class Trainer:
                     f"{path}: was trained with other values of {', '.join(different)}; "
                     "give the same, or another output folder"
                 )
-            data = saved.state.get("data", self._data)  # earlier versions did not write it
+            first = saved.state.get("start", self._start)  # earlier versions did not write it
+            if self._start is not None and first != self._start:
+                begun = "others" if first else "random ones"
+                raise TrainingError(
+                    f"{path}: its weights to start from were {begun}; give the same, or another output folder"
+                )
+            self._start = first
+            data = saved.state.get("data", self._data)  # nor this
             if others := [name for name, digest in self._data.items() if data.get(name) != digest]:
                 raise TrainingError(
                     f"{path}: was trained on other {' and '.join(others)}; give the same, or another output "
