@@ -193,7 +193,8 @@ def sharing(part: Part, processes: int) -> int:
 def command(part: Part, data: Path, limit: float) -> list[str]:
     """What trains a part, or goes on with it, for `limit` seconds at most, in each of its processes."""
     options = ["-o", str(part.folder), "--config", str(part.folder / CONFIG), "--time-limit", f"{limit:.0f}s"]
-    options += ["--from", part.start] if part.start else []
+    # Not again: what it names may have become other weights since.
+    options += ["--from", part.start] if part.start and not newest(part.folder) else []
     return [sys.executable, "-m", "ghn_init", "train", str(data), *options, *VALIDATION]
 
 

@@ -95,7 +95,7 @@ def fsdp(reference: nn.Module, ghn: GHN) -> None:
     kept = {row.name: row.reason for row in planned.rows if row.action == "kept"}
     assert kept.keys() == {"down.bias", "head.weight", "head.bias"}
     own = {row.name: row.reason for row in plan(model, ghn, scale="own").rows}
-    assert own["norm.bias"] == "norm layer (scale='own')"
+    assert own["norm.bias"] == "norm layer (kept unless scale='predicted')"
     assert kept["down.bias"].startswith("all its values are ")
     planned.apply()
     assert all(param is params[name] for name, param in model.named_parameters())

@@ -281,7 +281,7 @@ def test_help_is_in_whole_sentences(name: str, text: str) -> None:
 def test_flags_do_not_look_as_if_they_took_a_value() -> None:
     for command in ([], ["predict"], ["inspect"], ["train"], ["evaluate"], ["transfer"], ["measure"]):
         page = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "160"}).stdout
-        assert "Options" in page
+        assert "--help" in page
         assert "<bool>" not in page
 
 

@@ -240,7 +240,10 @@ FILTER: Any = {"dim": (1, 2, 3), "keepdim": True}
         (lambda w: w / w.var(**FILTER).add(1e-5).sqrt() * 0.5, 0.5),
         (lambda w: (w - torch.var_mean(w, **FILTER)[1]) / torch.var_mean(w, **FILTER)[0].sqrt(), 1.0),
         (lambda w: w / w.flatten(1).std(dim=1).view(-1, 1, 1, 1).expand_as(w), 1.0),
+        (lambda w: w * (1 / (w.var(**FILTER).add(1e-5) ** 0.5)), 1.0),
+        (lambda w: w * w.var(**FILTER).add(1e-5).pow(-0.5), 1.0),
         (torch.sign, 1.0),
+        (lambda w: w / (w.std(**FILTER) + 1.0), None),
         (lambda w: w / w.square().sum((1, 2, 3), keepdim=True).sqrt(), None),
         (lambda w: w.sign() * w.abs().mean((1, 2, 3), keepdim=True), None),
         (lambda w: w.clamp(-1, 1), None),
@@ -260,7 +263,18 @@ def test_weights_that_are_standardised_by_hand_are_told(
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
-    "function", [torch.exp, F.softplus, torch.abs, torch.sigmoid, torch.relu, lambda w: w.pow(2) + 1e-3]
+    "function",
+    [
+        torch.exp,
+        F.softplus,
+        torch.abs,
+        torch.sigmoid,
+        torch.relu,
+        lambda w: w.pow(2) + 1e-3,
+        lambda w: 1 / w,
+        lambda w: w.clone().abs_(),
+        lambda w: torch.max(w.exp(), torch.zeros_like(w)),
+    ],
 )
 def test_parameters_that_are_not_the_weight_itself_are_kept(
     function: Callable[[Tensor], Tensor], *, norm: bool
@@ -278,9 +292,10 @@ def test_scales_that_go_through_a_function_do_not_keep_the_weight() -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.logarithm = nn.Parameter(torch.zeros(self.out_channels, 1, 1, 1))
+            self.mask = nn.Parameter(torch.zeros(self.weight.shape))
 
         def forward(self, x: Tensor) -> Tensor:
-            weight = self.weight * self.logarithm.exp() * (self.weight.abs() > 0)
+            weight = self.mask.sigmoid() * self.weight * self.logarithm.exp() * (self.weight.abs() > 0)
             return F.conv2d(x, weight, None, self.stride, self.padding)
 
     assert [node.param for node in trace(of(Scaled, norm=True)).nodes if node.type == "conv"][:3] == [
@@ -294,3 +309,16 @@ def test_networks_without_norm_that_rescale_their_weights_stay_as_they_are() -> 
     with pytest.warns(OutOfDistributionWarning, match="nothing is predicted"):
         predict(model, load())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_weight_over_the_deviation_of_another_is_not_standardised() -> None:
+    class Other(nn.Conv2d):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.other = nn.Parameter(torch.randn(self.out_channels, 7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight / self.other.std(1).view(-1, 1, 1, 1)
+            return F.conv2d(x, weight, None, self.stride, self.padding)
+
+    assert set(trace(of(Other, norm=True)).rescaled.values()) == {None}

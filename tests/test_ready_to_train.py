@@ -236,7 +236,8 @@ def test_norms_whose_weight_is_zero_stay_silent_with_their_biases(ghn: GHN) -> N
     nn.init.zeros_(network.get_parameter("1.inner.1.weight"))
     found = {row.name: row.reason for row in plan(network, ghn).rows if row.action == "kept"}
     assert found == dict.fromkeys(
-        ("1.inner.1.weight", "1.inner.1.bias"), "its norm layer begins at zero (scale='own')"
+        ("1.inner.1.weight", "1.inner.1.bias"),
+        "its norm layer begins at zero (kept unless scale='predicted')",
     )
     predict(network, ghn)
     x = images(2)[:, :1].repeat(1, 16, 1, 1)
@@ -251,7 +252,7 @@ def test_a_bias_beside_a_weight_of_zeros_stays(ghn: GHN) -> None:
     nn.init.uniform_(last.bias)
     before = last.bias.detach().clone()
     rows = {row.name: row for row in plan(model, ghn).rows}
-    assert rows["3.bias"].reason == "its layer's weight begins at zero (scale='own')"
+    assert rows["3.bias"].reason == "its layer's weight begins at zero (kept unless scale='predicted')"
     predict(model, ghn)
     assert torch.equal(last.bias, before)
 
@@ -594,7 +595,7 @@ class Rectified(nn.Module):
 
 def test_classes_that_an_activation_could_silence_are_kept() -> None:
     rows = {row.name: row for row in plan(built(Rectified)).rows}
-    assert "would silence most classes" in rows["end.weight"].reason
+    assert "go through an activation" in rows["end.weight"].reason
     assert rows["end.bias"].action == "kept"
     assert rows["features.1.0.weight"].action == "predicted"
     for plain in (plan(built(lambda: Rectified(pooled=False))), plan(built(Rectified), head="predict")):

@@ -17,7 +17,7 @@ from ghn_init import GHN, GHNConfig, OutOfDistributionWarning, PredictError, pla
 from ghn_init._hypernetwork.tile import Prior, Tile, tile_to
 from ghn_init._meta import scales as initial
 from ghn_init._network import scale as scaling
-from ghn_init._network.scale import Scale, constants_of, scales_of
+from ghn_init._network.scale import Magnitude, constants_of, scales_of
 from ghn_init._writing import scale as writing
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def test_the_plan_says_what_becomes_of_every_scale(ghn: GHN) -> None:
     rows = {row.name: row for row in planned.rows}
     assert 0.3 < rows["mix.weight"].rms < 3.1
     assert rows["mix.weight"].action == "tiled"
-    assert rows["norm.bias"].reason == "norm layer (scale='own')"
-    assert rows["branch.weight"].reason == "all its values are 0 (scale='own')"
+    assert rows["norm.bias"].reason == "norm layer (kept unless scale='predicted')"
+    assert rows["branch.weight"].reason == "all its values are 0 (kept unless scale='predicted')"
     assert f"own scale {rows['stem.weight'].rms:.3g}" in str(planned)
     values = planned.to_dict()
     assert (values["scale"], values["frozen"]) == ("own", "keep")
@@ -415,8 +415,8 @@ def test_scales_are_those_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_scale_ignores_the_order_of_its_sum() -> None:
-    assert Scale.of_sum(1.0, 3, 0.0, 1.0) == Scale.of_sum(1.0 + 1e-9, 3, 0.0, 1.0)
-    assert Scale.of_sum(1.0, 3, 0.0, 1.0) != Scale.of_sum(1.02, 3, 0.0, 1.0)
+    assert Magnitude.of_sum(1.0, 3, 0.0, 1.0) == Magnitude.of_sum(1.0 + 1e-9, 3, 0.0, 1.0)
+    assert Magnitude.of_sum(1.0, 3, 0.0, 1.0) != Magnitude.of_sum(1.02, 3, 0.0, 1.0)
 
 
 def test_a_tile_is_measured_as_often_as_it_repeats(ghn: GHN) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -24,9 +25,13 @@ _FOUND: Final = {
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
-_PARTIAL: Final = re.compile(r"\.[0-9a-f]{16}\.partial")
+_PARTIAL: Final = re.compile(r"\.[0-9a-f]{16}\.partial|\.checkpoint-[0-9]+")
+"""Unfinished files and folders, and the checkpoints of earlier versions."""
 _STALE: Final = 24 * 3600.0
 """Seconds after which an unfinished file that nobody writes to is one of a process that was killed."""
+
+_UNABLE: Final = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.ENOSYS)
+"""What systems say that do not sync folders, or not this one."""
 
 LONGEST_SHOWN: Final = 200
 """Characters of a name that an error repeats."""
@@ -96,13 +101,18 @@ def making_folder(target: Path) -> Iterator[Path]:
 
 
 def sync(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system does so."""
-    if os.name == "posix":
+    """Have the names in a folder on the disk, where the system does so: some file systems refuse."""
+    if os.name != "posix":
+        return
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
 
 
 def partial_beside(target: Path) -> Path:
@@ -110,7 +120,7 @@ def partial_beside(target: Path) -> Path:
 
     What has such a name there and has not been written to for a day was left by a killed process, and goes.
     """
-    for other in target.parent.glob(".*.partial"):
+    for other in target.parent.glob(".*"):
         with suppress(OSError):  # gone meanwhile, or another user's: it is no reason not to write
             if _PARTIAL.fullmatch(other.name) and _idle(other) > _STALE:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ghn_init._errors import PredictError
 from ghn_init._meta.initialise import Initialiser, initialising
 from ghn_init._network.locations import locations_of
-from ghn_init._network.scale import Scale, rounded, scales_of
+from ghn_init._network.scale import Magnitude, rounded, scales_of
 from ghn_init._threads import seeded
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ghn_init._network.locations import Location
 
 
-def initial_scales(network: nn.Module, names: Collection[str], seed: int) -> dict[str, Scale]:
+def initial_scales(network: nn.Module, names: Collection[str], seed: int) -> dict[str, Magnitude]:
     """Scales of tensors on the meta device, by name; those that nobody gives a value are not among them.
 
     Args:
@@ -37,14 +37,14 @@ def initial_scales(network: nn.Module, names: Collection[str], seed: int) -> dic
         seed: Of what has to be drawn.
     """
     wanted = [place for place in locations_of(network) if place.name in names and place.get().is_meta]
-    found: dict[str, Scale] = {}
+    found: dict[str, Magnitude] = {}
     with initialising(network, wanted, seed) as initialiser, seeded("scales", seed):
         for path, locations in initialiser.owners.items():
             found |= _of_module(initialiser, path, locations)
     return found
 
 
-def _of_module(initialiser: Initialiser, path: str, locations: list[Location]) -> dict[str, Scale]:
+def _of_module(initialiser: Initialiser, path: str, locations: list[Location]) -> dict[str, Magnitude]:
     """The scales of the tensors that the module at `path` owns."""
     if found := _read_off(initialiser, path, locations):
         return found
@@ -55,7 +55,7 @@ def _of_module(initialiser: Initialiser, path: str, locations: list[Location]) -
     return dict(zip(values, scales_of(list(values.values())), strict=True))
 
 
-def _read_off(initialiser: Initialiser, path: str, locations: list[Location]) -> dict[str, Scale]:
+def _read_off(initialiser: Initialiser, path: str, locations: list[Location]) -> dict[str, Magnitude]:
     """The same without drawing a number; empty if that tells too little."""
     before = [(location, location.get()) for location in locations]
     try:
@@ -78,9 +78,9 @@ _FILLS: Final = frozenset({"uniform_", "normal_", "fill_", "zero_"})
 """Functions that give a whole tensor values of a scale that their arguments tell."""
 
 
-def usual_scale(shape: Sequence[int]) -> Scale:
+def usual_scale(shape: Sequence[int]) -> Magnitude:
     """Where nothing tells: that which `nn.Linear` gives a weight of this shape, output channels first."""
-    return Scale(rounded(1 / math.sqrt(3 * math.prod(shape[1:]))))
+    return Magnitude(rounded(1 / math.sqrt(3 * math.prod(shape[1:]))))
 
 
 class _Recorder(TorchDispatchMode):
@@ -88,14 +88,14 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self._scales: dict[int, Scale | None] = {_storage(tensor): None for tensor in tensors}
+        self._scales: dict[int, Magnitude | None] = {_storage(tensor): None for tensor in tensors}
 
     @property
     def complete(self) -> bool:
         """Whether every tensor's scale is known."""
         return None not in self._scales.values()
 
-    def scale(self, tensor: Tensor) -> Scale:
+    def scale(self, tensor: Tensor) -> Magnitude:
         """That of one of the tensors, once it is known."""
         scale = self._scales[_storage(tensor)]
         assert scale is not None  # see `complete`
@@ -120,14 +120,14 @@ def _is_whole(tensor: Any) -> bool:
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
-def _made(name: str, args: Any, kwargs: Mapping[str, Any]) -> Scale:
+def _made(name: str, args: Any, kwargs: Mapping[str, Any]) -> Magnitude:
     """The scale of the values of a filling function."""
     if name in ("fill_", "zero_"):
         value = float(args[0]) if args else 0.0
-        return Scale(abs(value), value)
+        return Magnitude(abs(value), value)
     names, defaults = (("from", "to"), (0, 1)) if name == "uniform_" else (("mean", "std"), (0, 1))
     given = dict(zip(names, args, strict=False))
     first, second = (float(given.get(n, kwargs.get(n, d))) for n, d in zip(names, defaults, strict=True))
     if name == "uniform_":
-        return Scale(rounded(math.sqrt((first**2 + first * second + second**2) / 3)))
-    return Scale(rounded(math.hypot(first, second)))
+        return Magnitude(rounded(math.sqrt((first**2 + first * second + second**2) / 3)))
+    return Magnitude(rounded(math.hypot(first, second)))

@@ -24,7 +24,7 @@ _BITS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Magnitude:
     """How large a tensor's values are.
 
     Attributes:
@@ -38,7 +38,7 @@ class Scale:
     constant: float | None = None
 
     @classmethod
-    def of_sum(cls, squares: float, count: int, low: float, high: float) -> Scale:
+    def of_sum(cls, squares: float, count: int, low: float, high: float) -> Magnitude:
         """The scale of `count` values whose squares have this sum, between `low` and `high`."""
         if low == high:
             return cls(abs(low), low)
@@ -54,7 +54,7 @@ def rounded(value: float) -> float:
 
 
 @torch.no_grad()
-def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
+def scales_of(tensors: Sequence[Tensor]) -> list[Magnitude]:
     """The scale of every tensor, none of them on the meta device or empty.
 
     Each is read once, and no copy of it is made. Of a DTensor it is that of the whole: its ranks add up a few
@@ -62,13 +62,14 @@ def scales_of(tensors: Sequence[Tensor]) -> list[Scale]:
     """
     facts = _facts(tensors, sums=True)
     return [
-        Scale.of_sum(squares, t.numel(), *ends) for t, (squares, *ends) in zip(tensors, facts, strict=True)
+        Magnitude.of_sum(squares, t.numel(), *ends)
+        for t, (squares, *ends) in zip(tensors, facts, strict=True)
     ]
 
 
 @torch.no_grad()
 def constants_of(tensors: Sequence[Tensor]) -> list[float | None]:
-    """`Scale.constant` of every tensor, for which most need not be read."""
+    """`Magnitude.constant` of every tensor, for which most need not be read."""
     return [low if low == high else None for _, low, high in _facts(tensors, sums=False)]
 
 

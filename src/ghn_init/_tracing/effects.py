@@ -31,7 +31,7 @@ _KEEPING: Final = CASTING | {"float", "half", "bfloat16", "double", "contiguous"
 """Functions that change no value."""
 
 _OF_ELEMENTS: Final = _DECIDING | ADDING | SUBTRACTING | DIVIDING | {
-    "neg", "__neg__", "rsub", "__rtruediv__", "reciprocal", "pow", "__pow__", "__rpow__", "square", "exp",
+    "neg", "__neg__", "rsub", "__rdiv__", "reciprocal", "pow", "__pow__", "__rpow__", "square", "exp",
     "sigmoid", "sigmoid_", "tanh", "tanh_", "erf", "relu", "relu_", "relu6", "softplus", "hardtanh",
     "hardsigmoid", "leaky_relu", "log", "log1p", "sqrt", "abs", "sign", "min", "minimum", "clamp_max", "gt",
     "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "logical_not", "__invert__",

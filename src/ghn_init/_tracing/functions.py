@@ -47,11 +47,12 @@ def _arithmetic(operator: str, *methods: str) -> frozenset[str]:
 
 ADDING: Final = _arithmetic("add", "add")
 
-SUBTRACTING: Final = _arithmetic("sub", "sub", "subtract")
+SUBTRACTING: Final = _arithmetic("sub", "sub", "subtract") | {"rsub"}
 
 MULTIPLYING: Final = _arithmetic("mul", "mul", "multiply")
 
-DIVIDING: Final = _arithmetic("truediv", "div", "divide", "true_divide")
+DIVIDING: Final = _arithmetic("truediv", "div", "divide", "true_divide") - {"__rtruediv__"}
+"""Divisions of the first operand; torch calls `1 / x` by `__rdiv__`."""
 
 JOINING: Final = frozenset({"cat", "concat", "concatenate"})
 
@@ -59,23 +60,23 @@ STANDARDISING: Final = frozenset({"batch_norm", "layer_norm", "instance_norm"})
 
 RESCALING: Final = STANDARDISING | MULTIPLYING | DIVIDING | SUBTRACTING | {
     "normalize", "sign", "tanh", "softmax", "pow", "__pow__", "clamp", "clamp_", "clip", "hardtanh",
+    "__rdiv__",
 }  # fmt: skip
 """Functions behind which a weight has another scale than the parameter that it is made of."""
 
 DISTORTING: Final = frozenset({
-    "exp", "exp_", "exp2", "expm1", "log", "log2", "log1p", "softplus", "logsigmoid", "abs", "absolute",
-    "__abs__", "square", "pow", "__pow__", "__rpow__", "sqrt", "rsqrt", "reciprocal", "__rtruediv__",
-    "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "log_softmax", "gumbel_softmax", "relu", "relu_",
-    "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "threshold", "sin",
-    "cos", "erf",
+    "exp", "exp2", "expm1", "log", "log2", "log1p", "softplus", "logsigmoid", "abs", "absolute", "__abs__",
+    "square", "pow", "__pow__", "__rpow__", "sqrt", "rsqrt", "reciprocal", "__rdiv__", "sigmoid",
+    "hardsigmoid", "softmax", "log_softmax", "gumbel_softmax", "relu", "relu6", "leaky_relu", "elu", "selu",
+    "celu", "gelu", "silu", "mish", "hardswish", "threshold", "sin", "cos", "erf",
 })  # fmt: skip
 """Functions that a parameter goes through which is not the weight itself, but its logarithm, say."""
 
 MEASURING: Final = frozenset({
-    "sum", "mean", "norm", "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "var", "std",
-    "max", "min", "amax", "amin", "median", "quantile", "logsumexp", "topk", "kthvalue", "sort", "argsort",
-    "argmax", "argmin", "gt", "ge", "lt", "le", "eq", "ne", "__gt__", "__ge__", "__lt__", "__le__", "__eq__",
-    "__ne__", "greater", "less", "isfinite",
+    "sum", "nansum", "cumsum", "prod", "einsum", "mean", "nanmean", "norm", "vector_norm", "matrix_norm",
+    "linalg_norm", "linalg_vector_norm", "var", "std", "max", "min", "amax", "amin", "median", "quantile",
+    "logsumexp", "topk", "kthvalue", "sort", "argsort", "argmax", "argmin", "gt", "ge", "lt", "le", "eq",
+    "ne", "__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__", "greater", "less", "isfinite",
 })  # fmt: skip
 """Functions that say something of a weight, to scale or mask it with, whatever it went through for that."""
 

@@ -43,9 +43,12 @@ _MEASURES = {"var": "variance", "std": "deviation", "var_mean": "variance", "std
 
 _ROOTS = {
     ("sqrt", "variance"): "deviation", ("rsqrt", "variance"): "inverse",
-    ("reciprocal", "deviation"): "inverse", ("__rtruediv__", "deviation"): "inverse",
+    ("reciprocal", "deviation"): "inverse", ("__rdiv__", "deviation"): "inverse",
 }  # fmt: skip
 """A function and what it is given -> what it gives."""
+
+_NOTHING = 1e-2
+"""A number that is added to a deviation lest one divide by zero is no more."""
 
 _OF_THE_FIRST = DEVICE_MOVES | LENDING
 """Functions that pass on what their first argument carries, whatever else they get."""
@@ -302,11 +305,11 @@ def _passes_factors(op: Operation) -> bool:
 
 def _computed(op: Operation, derived: Derived) -> Derived:
     """What is `derived` from parameters alone, once it went through a function."""
-    name, before = op.name, _measure_of_operand(op)
-    measure = _measure(name, before)
+    name, before = op.name.rstrip("_") if not op.name.startswith("__") else op.name, _measure_of_operand(op)
+    measure = _measure(op, name, before)
     if name in RESCALING:
         derived = replace(derived, rescaled=dict.fromkeys(derived.params, _new_scale(op, derived)))
-    if name in MEASURING:
+    if _is_measure(op, name):
         derived = replace(derived, distorted={})
     elif name in DISTORTING and not before:
         derived = replace(derived, distorted=dict.fromkeys(derived.params, name.strip("_")))
@@ -320,14 +323,24 @@ def _measure_of_operand(op: Operation) -> str:
     return derived[0].measure if len(derived) == 1 else ""
 
 
-def _measure(name: str, before: str) -> str:
+def _is_measure(op: Operation, name: str) -> bool:
+    """Whether a function says something of a weight; `max` and `min` of two tensors give the one or other."""
+    return name in MEASURING and not (name in ("max", "min") and len(op.operands()) > 1)
+
+
+def _measure(op: Operation, name: str, before: str) -> str:
     """What the result of a function says of the parameters that it is derived from, see `Derived`."""
     if name in _MEASURES:
         return _MEASURES[name]
-    if name in MEASURING:
+    if _is_measure(op, name):
         return "size"
-    if not before or name in ADDING or name in HOMOGENEOUS or name in ("clamp", "clamp_min", "maximum"):
-        return before  # 1e-5 more is nothing
+    if not before or name in HOMOGENEOUS:
+        return before
+    numbers = [arg for arg in (*op.args, *op.node.kwargs.values()) if isinstance(arg, (int, float))]
+    if name in ADDING or name in ("clamp", "clamp_min"):  # 1e-5 more is nothing
+        return before if len(op.operands()) == 1 and all(abs(x) <= _NOTHING for x in numbers) else "size"
+    if name in ("pow", "__pow__") and len(numbers) == 1:
+        name = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}.get(numbers[0], name)
     return _ROOTS.get((name, before), "size")
 
 
@@ -335,9 +348,10 @@ def _is_standardised(op: Operation) -> bool:
     """Whether a weight is divided by its own deviation."""
     values = [op.carried(operand) for operand in op.operands()]
     measures = [value.measure for value in values if isinstance(value, Derived)]
-    return len(measures) == len(values) == 2 and (
-        (op.name in DIVIDING and measures == ["", "deviation"])
-        or (op.name in MULTIPLYING and sorted(measures) == ["", "inverse"])
+    if len(measures) != 2 or len({value.params for value in values if isinstance(value, Derived)}) != 1:
+        return False
+    return (op.name in DIVIDING and measures == ["", "deviation"]) or (
+        op.name in MULTIPLYING and sorted(measures) == ["", "inverse"]
     )
 
 

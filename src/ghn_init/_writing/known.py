@@ -67,7 +67,7 @@ def _has_few(graph: Graph, bare: Collection[str | None]) -> bool:
     above: list[frozenset[str | None]] = []
     for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
         met = frozenset().union(*(above[source] for source in sources))
-        if node.param in met:
+        if node.param is not None and node.param in met:
             return False
         above.append(met | {node.param} if node.param in bare else met)
     return len(bare) <= _MOST_BARE

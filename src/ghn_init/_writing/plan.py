@@ -210,7 +210,7 @@ def plan(
     """Compute and check everything that `predict` with the same arguments would write.
 
     The model is not changed: neither weights nor buffers, modes, hooks or random state (what another thread
-    draws from torch's global generator meanwhile may come again). Warns (`OutOfDistributionWarning`) if all
+    draws from the global generators meanwhile may come again). Warns (`OutOfDistributionWarning`) if all
     but the classifier is frozen, if nothing is predicted because the network would train no better for it,
     and with `scale="predicted"` if the network is unlike those trained on.
 
@@ -321,7 +321,7 @@ def predict(
     differ: docs/design.md has by how much.
 
     Random numbers are drawn from torch's global generator while it is seeded, and it is put back at the end:
-    what another thread draws from it meanwhile may come again.
+    what another thread draws meanwhile may come again.
 
     With `scale="predicted"` running statistics of batch norms are not set: call `calibrate_batchnorm`.
 

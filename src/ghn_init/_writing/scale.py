@@ -30,7 +30,7 @@ import torch
 
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._meta.scales import initial_scales, usual_scale
-from ghn_init._network.scale import Scale, constants_of, rounded, scales_of
+from ghn_init._network.scale import Magnitude, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.entry import spare, to_write
 
@@ -52,9 +52,9 @@ COHERENT: Final = 0.9
 """Ratio of spectral norms at equal root mean square, below which the prediction is the more coherent one."""
 
 _ROUNDED: Final = 1.01
-"""More than a factor by which rounding a scale changes it, see `Scale.rms`."""
+"""More than a factor by which rounding a scale changes it, see `Magnitude.rms`."""
 
-NORM: Final = "norm layer (scale='own')"
+NORM: Final = "norm layer (kept unless scale='predicted')"
 
 _SQUARINGS: Final = 7
 """Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
@@ -99,7 +99,7 @@ def with_own_scales(
     constants |= {source: scale.constant for source, scale in initial.items() if scale is not None}
     for source, constant in constants.items():
         if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
-            reasons.setdefault(source, f"all its values are {constant:g} (scale='own')")
+            reasons.setdefault(source, f"all its values are {constant:g} (kept unless scale='predicted')")
     reasons |= _silenced(graph, predicted, constants) | _alone(predicted, constants)
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:
@@ -123,7 +123,7 @@ def _silenced(
     for node in graph.nodes:
         if node.param in sources and constants.get(sources[node.param]) == 0:
             both = [sources[name] for name in (node.param, node.bias) if name in sources]
-            found |= dict.fromkeys(both, "its norm layer begins at zero (scale='own')")
+            found |= dict.fromkeys(both, "its norm layer begins at zero (kept unless scale='predicted')")
     return found
 
 
@@ -136,20 +136,22 @@ def _alone(predicted: Mapping[str, Entry], constants: Mapping[str, float | None]
         for location in entry.locations
     }
     return {
-        source: "its layer's weight begins at zero (scale='own')"
+        source: "its layer's weight begins at zero (kept unless scale='predicted')"
         for source, entry in predicted.items()
         if entry.node == "bias" and any(id(location.module) in zero for location in entry.locations)
     }
 
 
-def _settled(entry: Entry, reason: str | None, scale: Scale | None) -> Entry:
+def _settled(entry: Entry, reason: str | None, scale: Magnitude | None) -> Entry:
     """The entry kept for this reason, or with this scale."""
     if reason is not None:
         return replace(entry, decision=spare(reason))
     return entry if scale is None else replace(entry, own=scale.rms)
 
 
-def _initial_scales(network: nn.Module, entries: Mapping[str, Entry], seed: int) -> dict[str, Scale | None]:
+def _initial_scales(
+    network: nn.Module, entries: Mapping[str, Entry], seed: int
+) -> dict[str, Magnitude | None]:
     """Scales that modules give what is on the meta device, by `Entry.source`; None where nobody does."""
     lost = {entry.name: entry for entry in entries.values() if _is_lost(entry)}
     initial = initial_scales(network, lost, seed) if lost else {}

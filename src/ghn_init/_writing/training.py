@@ -50,7 +50,7 @@ _NO_IMAGES: Final = "its network reads no images (scale='auto')"
 _LATE: Final = "it is behind the first third of a network whose branches meet (scale='auto')"
 _NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives (scale='auto')"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
-_RECTIFIED: Final = "an activation follows, which would silence most classes (scale='auto')"
+_RECTIFIED: Final = "its classes' scores go through an activation (scale='auto')"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
 
 

@@ -121,7 +121,8 @@ def _trainer(
 ) -> Trainer:  # fmt: skip
     """A trainer on these images; this process meets the others of the run, if there are any.
 
-    What is not said `of_ghn`, its configuration, follows from the weights to start from and from the images.
+    If no field is said `of_ghn`, its configuration is that of the weights to start from; the number of
+    classes, if it is not said, that of the images.
     """
     from ghn_init import load
     from ghn_init.training import hold_out, load_images

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ghn_init._errors import TrainingError
+from ghn_init.training._output import writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,8 @@ def run_all(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iter
     # bytes go through a pipe, which a process that dies before it has read them would leave full for ever.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "function.pickle"
-        file.write_bytes(pickle.dumps(function))
+        with writing(file):
+            file.write_bytes(pickle.dumps(function))
         pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (file, all_started))
         yield from _results(pool, jobs, all_started)
 

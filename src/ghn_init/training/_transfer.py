@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from ghn_init._errors import ConfigError, TraceError, TrainingError
 from ghn_init._threads import drawing_from
 from ghn_init._tracing.record import record
-from ghn_init._tracing.trace import trace
 from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._weights.ghn import GHN
 from ghn_init._weights.load import load
@@ -258,8 +257,8 @@ def _code(network: nn.Module, x: Tensor) -> str:
     """The functions that a network computes with, as text."""
     try:
         return record(network, x).code
-    except TraceError:  # as of `vmap`, behind which there is a graph, but nothing that runs again
-        return repr(trace(network, x))
+    except TraceError:  # predictions, if there are any among the starts, are refused with the reason
+        return repr(network)
 
 
 class _Bench:

@@ -130,7 +130,7 @@ class Network:
         found: list[Network] = []
         unfit = 0
         for network in cls.of(split, noise=noise):
-            if n is not None and len(found) == n:
+            if n and len(found) == n:
                 break
             if network.architecture(image_size, seed).supports(image_size):
                 found.append(network)

@@ -134,9 +134,12 @@ def add_norm(
 
 
 def main_parameter(op: Operation, derived: Derived) -> str:
-    """The largest of the parameters that a weight was computed from: the others reparametrise it."""
-    shapes = op.sketch.shapes
-    main = max(derived.params, key=lambda name: torch.Size(shapes[name]).numel())
+    """The largest of the parameters that a weight was computed from: the others reparametrise it.
+
+    A gate of its shape, `sigmoid(mask) * weight`, is none that is a weight.
+    """
+    shapes, distorted = op.sketch.shapes, derived.distorted
+    main = max(derived.params, key=lambda name: (torch.Size(shapes[name]).numel(), name not in distorted))
     op.sketch.note_role([name for name in derived.params if name != main], f"reparametrises {main}")
     return main
 
