@@ -163,7 +163,9 @@ def test_what_a_killed_process_left_is_removed_after_a_day_and_nothing_else(tmp_
     folder = tmp_path / ".fedcba9876543210.partial"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    others = [tmp_path / other for other in (".mine.partial", "0123456789abcdef.partial", "old")]
+    others = [
+        tmp_path / other for other in (".mine.partial", "0123456789abcdef.partial", "old", ".checkpoint-1")
+    ]
     for path in (*others, folder / "model.safetensors"):
         path.write_bytes(b"half")
     write_bytes(tmp_path / "a", b"new")

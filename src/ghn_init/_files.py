@@ -25,8 +25,9 @@ _FOUND: Final = {
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
-_PARTIAL: Final = re.compile(r"\.[0-9a-f]{16}\.partial|\.checkpoint-[0-9]+")
-"""Unfinished files and folders, and the checkpoints of earlier versions."""
+_PARTIAL: Final = re.compile(r"\.[0-9a-f]{16}\.partial")
+"""Names of unfinished files and folders, which nobody else gives."""
+
 _STALE: Final = 24 * 3600.0
 """Seconds after which an unfinished file that nobody writes to is one of a process that was killed."""
 
@@ -120,7 +121,7 @@ def partial_beside(target: Path) -> Path:
 
     What has such a name there and has not been written to for a day was left by a killed process, and goes.
     """
-    for other in target.parent.glob(".*"):
+    for other in target.parent.glob(".*.partial"):
         with suppress(OSError):  # gone meanwhile, or another user's: it is no reason not to write
             if _PARTIAL.fullmatch(other.name) and _idle(other) > _STALE:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
