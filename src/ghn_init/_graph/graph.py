@@ -88,6 +88,11 @@ Parts = tuple[Part, ...]
 """Channels side by side."""
 
 
+UNUSED: Final = "unused"
+UNREACHED: Final = "does not reach the output"
+"""Roles of parameters that do not matter for what the network computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class UnmatchedParameter:
     """A parameter of the model that no node stands for.
@@ -99,6 +104,11 @@ class UnmatchedParameter:
     name: str
     shape: tuple[int, ...]
     role: str
+
+    @property
+    def used(self) -> bool:
+        """Whether it matters for what the network computes."""
+        return self.role not in (UNUSED, UNREACHED)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch.fx.node import map_arg
 
-from ghn_init._graph.graph import Graph, Node, UnmatchedParameter
+from ghn_init._graph.graph import UNREACHED, UNUSED, Graph, Node, UnmatchedParameter
 from ghn_init._tracing.arguments import argument, function_name, layout, shape_of
 from ghn_init._tracing.carried import CONSTANT, Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import Channels
@@ -254,9 +254,9 @@ class Sketch:
         nodes = tuple(self.nodes[old] for old in sorted(live))
         edges = tuple(sorted((number[u], number[v]) for v in live for u in self.predecessors[v]))
         covered = _params_of(nodes)
-        roles = self.roles | dict.fromkeys(_params_of(self.nodes), "does not reach the output")
+        roles = self.roles | dict.fromkeys(_params_of(self.nodes), UNREACHED)
         unmatched = tuple(
-            UnmatchedParameter(param, shape, roles.get(param, "unused"))
+            UnmatchedParameter(param, shape, roles.get(param, UNUSED))
             for param, shape in self.shapes.items()
             if param not in covered
         )

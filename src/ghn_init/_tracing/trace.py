@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ghn_init._errors import TraceError, listing
+from ghn_init._graph.graph import UNUSED
 from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.walk import modules_of, params_of
 from ghn_init._network.wrappers import bare, unwrapped
@@ -138,7 +139,7 @@ def _with_every_layer(model: nn.Module, found: Traced, record: Record) -> Traced
 
 
 def _unused(graph: Graph) -> int:
-    return sum(param.role == "unused" for param in graph.unmatched)
+    return sum(param.role == UNUSED for param in graph.unmatched)
 
 
 def _modes(model: nn.Module) -> tuple[Mode, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
@@ -21,33 +22,60 @@ Action = Literal["predicted", "tiled", "kept"]
 ACTIONS: Final[tuple[Action, ...]] = ("predicted", "tiled", "kept")
 
 
+class Cause(Enum):
+    """What a parameter is kept for.
+
+    The first five are what the caller wants, a pattern or an option, and `strict` does not mind them; for the
+    others the parameter cannot be predicted.
+    """
+
+    PATTERN = auto()
+    FROZEN = auto()
+    HEAD = auto()
+    OWN = auto()
+    AUTO = auto()
+    WIDTH = auto()
+    UNFIT = auto()
+    UNUSED = auto()
+    UNWRITABLE = auto()
+    INFERENCE = auto()
+
+
+_OPTIONS: Final[dict[Cause | None, str]] = {
+    Cause.FROZEN: " (frozen='keep')",
+    Cause.HEAD: " (head='keep')",
+    Cause.OWN: " (kept unless scale='predicted')",
+    Cause.AUTO: " (scale='auto')",
+}
+"""What the caller may change, to have it predicted."""
+
+_MEANT: Final = frozenset({Cause.PATTERN, *_OPTIONS})
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What is to be done with a parameter.
 
     Attributes:
-        predict: It is predicted; otherwise it is kept.
-        reason: Why it is kept, or "".
-        meant: It is kept by what the caller wants, a pattern, `head="keep"`, `frozen` or `scale`, and
-            `strict` does not mind.
+        cause: What it is kept for; None if it is predicted.
+        reason: The same in words, or "".
     """
 
-    predict: bool
+    cause: Cause | None = None
     reason: str = ""
-    meant: bool = False
+
+    @property
+    def predict(self) -> bool:
+        """Whether it is predicted; otherwise it is kept."""
+        return self.cause is None
+
+    @property
+    def meant(self) -> bool:
+        """Whether it is kept by what the caller wants, and `strict` does not mind."""
+        return self.cause in _MEANT
 
 
-PREDICT: Final = Decision(predict=True)
-
-
-def keep(reason: str) -> Decision:
-    """The parameter cannot be predicted; `strict` forbids it."""
-    return Decision(predict=False, reason=reason)
-
-
-def spare(reason: str) -> Decision:
-    """The parameter is kept by what the caller wants."""
-    return Decision(predict=False, reason=reason, meant=True)
+PREDICT: Final = Decision()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +172,8 @@ class Entry:
 
     @property
     def reason(self) -> str:
-        """Why it is kept, or ""."""
-        return self.decision.reason
+        """Why it is kept, with the option that it is kept by, if any; or ""."""
+        return self.decision.reason + _OPTIONS.get(self.decision.cause, "")
 
 
 def to_write(entries: Iterable[Entry]) -> list[Entry]:

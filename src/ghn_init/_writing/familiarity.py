@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from sys import _getframe
 from typing import TYPE_CHECKING, Final
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from ghn_init._errors import listing
 from ghn_init._graph import structure
 from ghn_init._graph.graph import WEIGHT_TYPES
-from ghn_init._writing.select import FROZEN, INFERENCE, is_of_the_caller
+from ghn_init._writing.entry import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,22 +35,31 @@ DeepNets-1M; 12 % and more where there are token embeddings or recurrent layers.
 _MOST_NODES: Final = 1000
 """DeepNets-1M's deepest and densest test networks have up to 863, torchvision's classifiers up to 877."""
 
-UNUSED: Final = ("unused", "does not reach the output", "no operation uses it")
-"""Roles of parameters that do not matter for what the network computes."""
-
-
-_FROZEN_BACKBONE: Final = "all but the classifier is frozen, and kept"
-
-_NOTHING: Final = "nothing is predicted"
-
-_AUTO: Final = " (scale='auto')"
+_OF_THE_CALLER: Final = frozenset({Cause.PATTERN, Cause.FROZEN})
 
 
 class OutOfDistributionWarning(UserWarning):
     """The network is far from those that the GHN was trained on: expect little of the predictions."""
 
 
-def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something in which a network is far from those that a GHN is trained on.
+
+    Attributes:
+        text: What it is.
+        nothing: It is that nothing is predicted.
+        trained: It matters for training, too; else for accuracy untrained alone.
+    """
+
+    text: str
+    nothing: bool = False
+    trained: bool = False
+
+
+def unfamiliar(
+    graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options
+) -> tuple[Remark, ...]:
     """In which ways a network is far from those that a GHN is trained on; empty if it is not.
 
     Args:
@@ -58,14 +68,7 @@ def unfamiliar(graph: Graph, entries: Sequence[Entry], num_classes: int, options
         num_classes: Width of the classifier that the GHN was trained for.
         options: The caller's choices.
     """
-    return tuple(_reasons(graph, entries, num_classes, options))
-
-
-def to_warn_of(reasons: Sequence[str], *, own_scale: bool) -> tuple[str, ...]:
-    """The reasons to expect something bad of: all but, at their own scale, those about accuracy untrained."""
-    return tuple(
-        reason for reason in reasons if not own_scale or reason == _FROZEN_BACKBONE or is_nothing(reason)
-    )
+    return tuple(_remarks(graph, entries, num_classes, options))
 
 
 def warn(model: str, reasons: Sequence[str]) -> None:
@@ -83,43 +86,38 @@ def described(model: str, reasons: Sequence[str]) -> str:
     return f"{model} is unlike the networks that the GHN was trained on, expect little: {', '.join(reasons)}"
 
 
-def _reasons(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> Iterator[str]:
+def _remarks(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> Iterator[Remark]:
     if not reads_images(graph):
-        yield "no 2-d convolution reads its input, so it is no image network"
+        yield Remark("no 2-d convolution reads its input, so it is no image network")
     if not any(node.type == "bn" for node in graph.nodes):
-        yield "no batch norm"
+        yield Remark("no batch norm")
     if (share := _kept_share(entries)) > _LARGEST_KEPT:
-        yield f"{share:.0%} of its parameters fit no node type"
+        yield Remark(f"{share:.0%} of its parameters fit no node type")
     if len(graph) > _MOST_NODES:
-        yield f"{len(graph):,} nodes"
+        yield Remark(f"{len(graph):,} nodes")
     if (width := _predicted_width(graph, entries)) not in (None, num_classes):
-        yield f"a predicted classifier of width {width} where the GHN knows {num_classes}"
+        yield Remark(f"a predicted classifier of width {width} where the GHN knows {num_classes}")
     if _only_the_classifier_trains(graph, entries):
-        yield _FROZEN_BACKBONE
+        yield Remark("all but the classifier is frozen, and kept", trained=True)
     if options.own_scale and options.scale == "auto" and _all_are_kept(entries):
-        yield _nothing(entries)
-
-
-def is_nothing(reason: str) -> bool:
-    """Whether one of the reasons says that nothing is predicted."""
-    return reason.startswith(_NOTHING)
+        yield Remark(_nothing(entries), nothing=True, trained=True)
 
 
 def _nothing(entries: Sequence[Entry]) -> str:
     """That nothing is predicted, and the commonest reasons why; what to do, where something can be done."""
     counts = Counter[str]()
     for entry in entries:
-        counts[entry.reason.removesuffix(_AUTO)] += entry.numel
+        chosen = entry.decision.cause is Cause.AUTO  # what can be done is said once, at the end
+        counts[entry.decision.reason if chosen else entry.reason] += entry.numel
     why = listing([reason for reason, _ in counts.most_common()], 2)
-    chosen = any(entry.reason.endswith(_AUTO) for entry in entries)
-    return f"{_NOTHING} ({why})" + ("; scale='own' predicts all the same" if chosen else "")
+    remedy = any(entry.decision.cause is Cause.AUTO for entry in entries)
+    return f"nothing is predicted ({why})" + ("; scale='own' predicts all the same" if remedy else "")
 
 
 def _all_are_kept(entries: Sequence[Entry]) -> bool:
     """Whether nothing is predicted, neither by choice nor because nothing can be written."""
-    reasons = {entry.reason for entry in entries}
-    written = any(entry.decision.predict for entry in entries)
-    return not written and INFERENCE not in reasons and not all(map(is_of_the_caller, reasons))
+    causes = {entry.decision.cause for entry in entries}
+    return not causes & {None, Cause.INFERENCE} and not causes <= _OF_THE_CALLER
 
 
 def reads_images(graph: Graph, *, volumes: bool = False) -> bool:
@@ -142,7 +140,7 @@ def _first_weights(graph: Graph) -> Iterator[Node]:
 
 def _kept_share(entries: Sequence[Entry]) -> float:
     """Share of the elements that are used and that no node stands for."""
-    used = [entry for entry in entries if not entry.reason.endswith(UNUSED)]
+    used = [entry for entry in entries if entry.decision.cause is not Cause.UNUSED]
     lost = sum(e.numel for e in used if e.key is None and not (e.decision.predict or e.decision.meant))
     return lost / max(sum(entry.numel for entry in used), 1)
 
@@ -159,7 +157,7 @@ def _predicted_width(graph: Graph, entries: Sequence[Entry]) -> int | None:
 def _only_the_classifier_trains(graph: Graph, entries: Sequence[Entry]) -> bool:
     """Whether a frozen backbone is kept beside a classifier that is not frozen."""
     heads = structure.head_params(graph)
-    trained = [entry.key for entry in entries if entry.reason != FROZEN]
+    trained = [entry.key for entry in entries if entry.decision.cause is not Cause.FROZEN]
     return len(trained) < len(entries) and bool(trained) and heads.issuperset(trained)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
-from ghn_init._writing.familiarity import UNUSED, reads_images
+from ghn_init._writing.familiarity import reads_images
 from ghn_init._writing.levels import rises
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _classifies(graph: Graph) -> bool:
 
 def _has_strangers(graph: Graph) -> bool:
     """Whether there are parameters that no node stands for and that count."""
-    return any(not stranger.role.endswith(UNUSED) for stranger in graph.unmatched)
+    return any(stranger.used for stranger in graph.unmatched)
 
 
 def _is_in_rows(graph: Graph) -> bool:

@@ -22,7 +22,7 @@ from ghn_init._tracing.trace import traced
 from ghn_init._weights import DEFAULT_WEIGHTS
 from ghn_init._writing.calm import calmed
 from ghn_init._writing.entry import ACTIONS, to_write
-from ghn_init._writing.familiarity import described, is_nothing, to_warn_of, unfamiliar, warn
+from ghn_init._writing.familiarity import described, unfamiliar, warn
 from ghn_init._writing.features import shortened
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
 from ghn_init._writing.options import Options, as_patterns
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
     from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Action, Entry
+    from ghn_init._writing.familiarity import Remark
     from ghn_init._writing.options import Diversify, Frozen, Head, Scale
     from ghn_init._writing.spectral import Divided
     from ghn_init._writing.statistics import Followed
@@ -60,7 +61,7 @@ class Plan(Generic[ModelT]):
         rows: What happens to every parameter, in the order of `model.named_parameters()`.
         weights: The GHN's weights as the caller named them.
         options: The caller's choices.
-        unfamiliar: In which ways the network is unlike those that GHNs are trained on (docs/familiarity.md).
+        remarks: In which ways the network is unlike those that GHNs are trained on (docs/familiarity.md).
         statistics: Buffers that belong to the predicted weights, by name: running means and variances of
             batch norms, and vectors of `torch.nn.utils.spectral_norm`.
     """
@@ -70,7 +71,7 @@ class Plan(Generic[ModelT]):
     rows: tuple[Entry, ...]
     weights: str
     options: Options
-    unfamiliar: tuple[str, ...]
+    remarks: tuple[Remark, ...]
     statistics: Mapping[str, Tensor] = field(repr=False)
 
     def apply(self) -> ModelT:
@@ -92,7 +93,7 @@ class Plan(Generic[ModelT]):
                 written.
         """
         entries, network = to_write(self.rows), self._network()
-        if not entries and not any(map(is_nothing, self.unfamiliar)):
+        if not entries and not any(remark.nothing for remark in self.remarks):
             reasons = listing(list(dict.fromkeys(row.reason for row in self.rows)))
             raise PredictError(
                 f"{type(self.model).__name__}: nothing to write, all {len(self.rows)} parameters are kept "
@@ -126,9 +127,14 @@ class Plan(Generic[ModelT]):
         yield from self.statistics.items()
 
     @property
+    def unfamiliar(self) -> tuple[str, ...]:
+        """In which ways the network is unlike those that GHNs are trained on, in words."""
+        return tuple(remark.text for remark in self.remarks)
+
+    @property
     def warned(self) -> tuple[str, ...]:
         """Those of `unfamiliar` that `plan` warned about."""
-        return to_warn_of(self.unfamiliar, own_scale=self.options.own_scale)
+        return tuple(r.text for r in self.remarks if r.trained or not self.options.own_scale)
 
     def counts(self) -> dict[Action, tuple[int, int]]:
         """Number of parameters and of elements for every action."""

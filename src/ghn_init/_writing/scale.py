@@ -32,7 +32,7 @@ from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._meta.scales import initial_scales, usual_scale
 from ghn_init._network.scale import Magnitude, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
-from ghn_init._writing.entry import spare, to_write
+from ghn_init._writing.entry import Cause, Decision, to_write
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -54,7 +54,7 @@ COHERENT: Final = 0.9
 _ROUNDED: Final = 1.01
 """More than a factor by which rounding a scale changes it, see `Magnitude.rms`."""
 
-NORM: Final = "norm layer (kept unless scale='predicted')"
+NORM: Final = "norm layer"
 
 _SQUARINGS: Final = 7
 """Of a Gram matrix: its largest eigenvalue is then exact to 3.3 % at worst, 64 equal ones."""
@@ -83,24 +83,24 @@ def with_own_scales(
         graph: Its graph.
         entries: From `select`.
         options: The caller's choices.
-        strange: What else is kept, by `Entry.key`, with the reason.
+        strange: What `scale="auto"` keeps beside that, by `Entry.key`, with the reason.
         norms: Types of the norm layers that are kept.
     """
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
     initial = _initial_scales(network, predicted, options.seed)
-    reasons = {
-        source: NORM if entry.node in norms else strange[entry.key]
+    kept = {
+        source: Decision(Cause.OWN, NORM) if entry.node in norms else Decision(Cause.AUTO, strange[entry.key])
         for source, entry in predicted.items()
         if entry.node in norms or entry.key in strange
         if source not in initial or initial[source] is not None
     }
-    read = {source: _own_values(e) for source, e in predicted.items() if source not in reasons | initial}
+    read = {source: _own_values(e) for source, e in predicted.items() if source not in kept | initial}
     constants = dict(zip(read, constants_of(list(read.values())), strict=True))
     constants |= {source: scale.constant for source, scale in initial.items() if scale is not None}
     for source, constant in constants.items():
         if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
-            reasons.setdefault(source, f"all its values are {constant:g} (kept unless scale='predicted')")
-    reasons |= _silenced(graph, predicted, constants) | _alone(predicted, constants)
+            kept.setdefault(source, Decision(Cause.OWN, f"all its values are {constant:g}"))
+    kept |= _silenced(graph, predicted, constants) | _alone(predicted, constants)
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:
         shape, norm = shapes.get(predicted[source].key), predicted[source].node in NORM_TYPES
@@ -109,25 +109,25 @@ def with_own_scales(
     return [
         entry
         if not entry.decision.predict
-        else _settled(entry, reasons.get(entry.source), initial.get(entry.source))
+        else _settled(entry, kept.get(entry.source), initial.get(entry.source))
         for entry in entries
     ]
 
 
 def _silenced(
     graph: Graph, predicted: Mapping[str, Entry], constants: Mapping[str, float | None]
-) -> dict[str, str]:
+) -> dict[str, Decision]:
     """Norms whose weight is zero, and their biases, by `Entry.source`: branches that begin silent."""
     sources = {entry.key: source for source, entry in predicted.items() if entry.node in NORM_TYPES}
-    found: dict[str, str] = {}
+    found: dict[str, Decision] = {}
     for node in graph.nodes:
         if node.param in sources and constants.get(sources[node.param]) == 0:
             both = [sources[name] for name in (node.param, node.bias) if name in sources]
-            found |= dict.fromkeys(both, "its norm layer begins at zero (kept unless scale='predicted')")
+            found |= dict.fromkeys(both, Decision(Cause.OWN, "its norm layer begins at zero"))
     return found
 
 
-def _alone(predicted: Mapping[str, Entry], constants: Mapping[str, float | None]) -> dict[str, str]:
+def _alone(predicted: Mapping[str, Entry], constants: Mapping[str, float | None]) -> dict[str, Decision]:
     """Biases beside a weight of zeros, by `Entry.source`: they are all that the layer gives, and meant."""
     zero = {
         id(location.module)
@@ -136,16 +136,16 @@ def _alone(predicted: Mapping[str, Entry], constants: Mapping[str, float | None]
         for location in entry.locations
     }
     return {
-        source: "its layer's weight begins at zero (kept unless scale='predicted')"
+        source: Decision(Cause.OWN, "its layer's weight begins at zero")
         for source, entry in predicted.items()
         if entry.node == "bias" and any(id(location.module) in zero for location in entry.locations)
     }
 
 
-def _settled(entry: Entry, reason: str | None, scale: Magnitude | None) -> Entry:
-    """The entry kept for this reason, or with this scale."""
-    if reason is not None:
-        return replace(entry, decision=spare(reason))
+def _settled(entry: Entry, kept: Decision | None, scale: Magnitude | None) -> Entry:
+    """The entry kept, if that was decided, or with this scale."""
+    if kept is not None:
+        return replace(entry, decision=kept)
     return entry if scale is None else replace(entry, own=scale.rms)
 
 

@@ -16,25 +16,19 @@ from ghn_init._network.locations import parameters_of
 from ghn_init._network.sharded import is_sharded
 from ghn_init._network.sharded import refusal as sharding_refusal
 from ghn_init._network.walk import modules_of, tensors_of
-from ghn_init._writing.entry import PREDICT, Decision, Entry, keep, spare
+from ghn_init._writing.entry import PREDICT, Cause, Decision, Entry
 from ghn_init._writing.options import matches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ghn_init._graph.graph import Graph
+    from ghn_init._graph.graph import Graph, UnmatchedParameter
     from ghn_init._network.parametrised import Computed
     from ghn_init._writing.options import Head, Options
 
 
-FROZEN: Final = "frozen (frozen='keep')"
-"""Why a parameter without requires_grad is kept."""
-
-INFERENCE: Final = "made under torch.inference_mode(), which forbids writing: build it outside"
-"""Why one that cannot be written is kept, with the remedy."""
-
-_EXCLUDED: Final = "excluded by "
-_NOT_INCLUDED: Final = "not included"
+_FROZEN: Final = Decision(Cause.FROZEN, "frozen")
+_KEPT_HEAD: Final = Decision(Cause.HEAD, "classifier")
 
 
 def check_model(model: object) -> None:
@@ -118,7 +112,7 @@ def select(
         entries.append(entry if key is None else Entry(locations, shape, types[key], key, weight))
     options.check_patterns([*(name for entry in entries for name in entry.names), *computed])
     facts = _Facts(
-        roles={unmatched.name: unmatched.role for unmatched in graph.unmatched},
+        unmatched={unmatched.name: unmatched for unmatched in graph.unmatched},
         head=_kept_classifiers(graph, options.head, num_classes),
         owned={name: weight for weight in computed.values() for name in weight.own},
         entries={name: entry for entry in entries for name in entry.names} if computed else {},
@@ -132,13 +126,13 @@ class _Facts:
     """What decisions need to know of the rest of the network.
 
     Attributes:
-        roles: What parameters without a node are, by name.
+        unmatched: Parameters without a node, by name.
         head: What becomes of classifiers' parameters that are not predicted, by name in the graph.
         owned: Computed weights by the names of tensors that belong to the computation alone.
         entries: All entries by all their names, if there are computed weights.
     """
 
-    roles: Mapping[str, str]
+    unmatched: Mapping[str, UnmatchedParameter]
     head: Mapping[str, Decision]
     owned: Mapping[str, Computed]
     entries: Mapping[str, Entry]
@@ -147,17 +141,19 @@ class _Facts:
 def _decision(entry: Entry, facts: _Facts, options: Options) -> Decision:
     """What is to be done with a parameter: the first reason to keep it counts."""
     if owner := facts.owned.get(entry.name):
-        return keep(f"belongs to the {owner.how} of {owner.name}")
+        return Decision(Cause.UNWRITABLE, f"belongs to the {owner.how} of {owner.name}")
     if asked := _by_pattern(entry.called, options):
         return asked
     weight = entry.computed
     if options.frozen == "keep" and not _trainable(entry, facts.entries):
-        return spare(FROZEN)
+        return _FROZEN
     if obstacle := unwritable(entry.param) if weight is None else _unsolvable(weight, facts.entries):
-        return keep(obstacle)
+        return obstacle
     if entry.key is None:
-        role = next((facts.roles[name] for name in entry.called if name in facts.roles), None)
-        return keep(f"no node type fits: {role or 'no operation uses it'}")
+        left = next((facts.unmatched[name] for name in entry.called if name in facts.unmatched), None)
+        role = "no operation uses it" if left is None else left.role
+        used = left is not None and left.used
+        return Decision(Cause.UNFIT if used else Cause.UNUSED, f"no node type fits: {role}")
     return facts.head.get(entry.key, PREDICT)
 
 
@@ -171,25 +167,22 @@ def _by_pattern(names: Sequence[str], options: Options) -> Decision | None:
     """What `include` and `exclude` say. A tied parameter counts as named when any of its names is."""
     for pattern in options.exclude:
         if any(matches(name, pattern) for name in names):
-            return spare(f"{_EXCLUDED}{pattern!r}")
+            return Decision(Cause.PATTERN, f"excluded by {pattern!r}")
     included = (matches(name, pattern) for name in names for pattern in options.include)
-    return spare(_NOT_INCLUDED) if options.include and not any(included) else None
+    return Decision(Cause.PATTERN, "not included") if options.include and not any(included) else None
 
 
-def is_of_the_caller(reason: str) -> bool:
-    """Whether a parameter is kept by the caller's choice: by a pattern, or because it is frozen."""
-    return reason in (FROZEN, _NOT_INCLUDED) or reason.startswith(_EXCLUDED)
-
-
-def _unsolvable(weight: Computed, entries: Mapping[str, Entry]) -> str:
-    """Why nothing can be written through a computed weight, or ""."""
+def _unsolvable(weight: Computed, entries: Mapping[str, Entry]) -> Decision | None:
+    """Why nothing can be written through a computed weight, if so."""
     parts = [(name, entries[name]) for name in weight.parts]
-    return (
+    reason = (
         weight.obstacle
         or next((f"{weight.how}, {name} is tied" for name, entry in parts if _owners(entry) > 1), "")
         or next((f"{weight.how}, sharded" for _, entry in parts if is_sharded(entry.param)), "")
-        or next((cause for _, entry in parts if (cause := unwritable(entry.param))), "")
     )
+    if reason:
+        return Decision(Cause.UNWRITABLE, reason)
+    return next((obstacle for _, entry in parts if (obstacle := unwritable(entry.param))), None)
 
 
 def _owners(entry: Entry) -> int:
@@ -197,8 +190,18 @@ def _owners(entry: Entry) -> int:
     return len({id(location.module) for location in entry.locations})
 
 
-def unwritable(param: nn.Parameter) -> str:
-    """Why `param` cannot take predicted values, or ""."""
+def unwritable(param: nn.Parameter) -> Decision | None:
+    """Why `param` cannot take predicted values, if so."""
+    if reason := _not_to_be_copied_into(param):
+        return Decision(Cause.UNWRITABLE, reason)
+    if param.is_inference():
+        remedy = "made under torch.inference_mode(), which forbids writing: build it outside"
+        return Decision(Cause.INFERENCE, remedy)
+    return None
+
+
+def _not_to_be_copied_into(param: nn.Parameter) -> str:
+    """What in the kind of tensor or memory hinders, or ""."""
     if is_sharded(param):
         return sharding_refusal(param)
     if is_traceable_wrapper_subclass(param):
@@ -211,8 +214,6 @@ def unwritable(param: nn.Parameter) -> str:
         return f"{str(param.dtype).removeprefix('torch.')} values"
     if param.numel() == 0:
         return "no elements"
-    if param.is_inference():
-        return INFERENCE
     if 0 in (strides := param.stride()) and any(
         stride == 0 and size > 1 for stride, size in zip(strides, param.shape, strict=True)
     ):
@@ -234,11 +235,11 @@ def _kept_classifiers(graph: Graph, head: Head, num_classes: int) -> dict[str, D
 def _classifier(head: Head, width: int, num_classes: int) -> Decision:
     """What is to be done with a classifier of this width."""
     if head == "keep":
-        return spare("classifier (head='keep')")
+        return _KEPT_HEAD
     if head == "predict" or width == num_classes:
         return PREDICT
     trained = f"the GHN was trained for {num_classes} (head='predict' forces it)"
-    return keep(f"classifier of width {width}; {trained}")
+    return Decision(Cause.WIDTH, f"classifier of width {width}; {trained}")
 
 
 def forbid_kept(model: str, entries: Sequence[Entry]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from ghn_init._graph import structure
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
-from ghn_init._writing.entry import spare
+from ghn_init._writing.entry import Cause, Decision
 from ghn_init._writing.familiarity import reads_images
 from ghn_init._writing.known import PLAIN, copies, is_known, scales_are_known
 from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
@@ -40,18 +40,18 @@ _EARLY: Final = 1 / 3
 the ones that are as large as predicted (large weights turn slowly), and in unknown networks whose branches
 meet the ones that are predicted."""
 
-_BEHIND_SKIP: Final = "it is behind a skip connection to a decoder (scale='auto')"
-_BEHIND_LAYER_NORM: Final = "it reads a layer norm (scale='auto')"
-_BEHIND_ATTENTION: Final = "it reads an attention (scale='auto')"
-_BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms (scale='auto')"
-_GATE: Final = "it is a gate (scale='auto')"
-_ONE_PIXEL: Final = "its feature maps are one pixel wide (scale='auto')"
-_NO_IMAGES: Final = "its network reads no images (scale='auto')"
-_LATE: Final = "it is behind the first third of a network whose branches meet (scale='auto')"
-_NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives (scale='auto')"
-_NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution (scale='auto')"
-_RECTIFIED: Final = "its classes' scores go through an activation (scale='auto')"
-_BARE_TRANSPOSED: Final = "a transposed convolution without batch norm (scale='auto')"
+_BEHIND_SKIP: Final = "it is behind a skip connection to a decoder"
+_BEHIND_LAYER_NORM: Final = "it reads a layer norm"
+_BEHIND_ATTENTION: Final = "it reads an attention"
+_BEFORE_LAYER_NORMS: Final = "it reads the input of a network with layer norms"
+_GATE: Final = "it is a gate"
+_ONE_PIXEL: Final = "its feature maps are one pixel wide"
+_NO_IMAGES: Final = "its network reads no images"
+_LATE: Final = "it is behind the first third of a network whose branches meet"
+_NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives"
+_NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution"
+_RECTIFIED: Final = "its classes' scores go through an activation"
+_BARE_TRANSPOSED: Final = "a transposed convolution without batch norm"
 
 
 def worth_predicting(
@@ -118,7 +118,7 @@ def _with_own_norm(entry: Entry) -> Entry:
     lost = entry.own is None and entry.param.is_meta
     if entry.node not in NORM_TYPES or entry.tile is None or lost:
         return entry
-    return replace(entry, decision=spare(NORM), tile=None)
+    return replace(entry, decision=Decision(Cause.OWN, NORM), tile=None)
 
 
 def _with_own_classifiers(graph: Graph, entries: Sequence[Entry], options: Options) -> list[Entry]:

@@ -10,7 +10,7 @@ import torch
 from ghn_init._errors import PredictError
 from ghn_init._hypernetwork.tile import copy_tiled, stored_form
 from ghn_init._writing.diversify import diversify
-from ghn_init._writing.entry import keep, to_write
+from ghn_init._writing.entry import Cause, Decision, to_write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ def without_unsolvable(entries: Sequence[Entry], options: Options) -> list[Entry
     if not refused:
         return list(entries)
     return [
-        replace(entry, decision=keep(refused[entry.source]), tile=None)
+        replace(entry, decision=Decision(Cause.UNWRITABLE, refused[entry.source]), tile=None)
         if entry.tile is not None and entry.source in refused
         else entry
         for entry in entries
