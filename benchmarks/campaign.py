@@ -5,11 +5,12 @@
 A call spends `--time` and then stops: first parts at a constant learning rate, then, for the last `--fall`
 of it, one on full-size images whose rate falls to zero. What a part trains on goes by the core-minutes of the
 whole campaign (`PHASES`). Every part starts from the averaged weights of the one before it, with a seed of
-its own. The first one of a folder RUN that is new starts from the weights in `campaign/`, or from the bundled
-ones if that has only their position, or from scratch if it has none. A part that was interrupted is completed
-by the next call; at a constant rate it then ends when that call's falling part begins. After every part its
-weights, with the position and figures of the campaign, are written to `campaign/`, which is there to be
-committed.
+its own. After the falling part, which takes some minutes more, the mean of its weights and those that the
+call began from takes their place if it is better in validation. The first part of a folder RUN that is new
+starts from the weights in `campaign/`, or from the bundled ones if that has only their position, or from
+scratch if it has none. A part that was interrupted is completed by the next call; at a constant rate it then
+ends when that call's falling part begins. After every part its weights, with the position and figures of the
+campaign, are written to `campaign/`, which is there to be committed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from average import average
+from validate import IMAGES, NETWORKS, shown, validated
+
+from ghn_init import load
 from ghn_init.cli._values import seconds as in_seconds
-from ghn_init.training._checkpoint import load, newest
+from ghn_init.training import _checkpoint
+from ghn_init.training._engine import prepare_process
 
 KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
 """Where the newest weights and their position are kept, for the next machine."""
@@ -38,7 +44,7 @@ KEPT: Final = Path(__file__).resolve().parent.parent / "campaign"
 BUNDLED: Final = "ghn3-cifar10"
 """The newest weights where `KEPT` has only their position."""
 
-POSITION, PART, CONFIG = "position.json", "part.json", "config.json"
+POSITION, PART, CONFIG, MEAN = "position.json", "part.json", "config.json", "mean.json"
 
 RECIPE: Final[dict[str, Any]] = {
     "optimizer": "muon", "lr": 1e-3, "schedule": "constant", "warmup": 100, "ema": 0.998, "crop_padding": 1,
@@ -65,7 +71,9 @@ SHORTEST: Final = 300.0
 """Seconds of the shortest part that is started: in fewer its moving average, begun anew, is of few steps."""
 
 FIRST_SEED: Final = 11
-VALIDATION: Final = ("--validate-every", "30m", "--validation-networks", "24", "--validation-images", "512")
+VALIDATION: Final = (
+    "--validate-every", "30m", "--validation-networks", str(NETWORKS), "--validation-images", str(IMAGES),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,29 +125,41 @@ class Part:
 
     @property
     def weights(self) -> Path:
-        """Where its weights are when it is over."""
+        """Where its weights are when it is over: its own, or the mean that is better (`settle`)."""
+        mean = self.folder / "mean"
+        return mean if mean.exists() else self.trained
+
+    @property
+    def trained(self) -> Path:
+        """Where its own are."""
         return self.folder / "ghn"
 
     @property
     def over(self) -> bool:
         """Whether it came to its end."""
-        return (self.weights / "training.json").exists()
+        return (self.trained / "training.json").exists()
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is no mean to be made at its end any more."""
+        return self.config["schedule"] == "constant" or (self.folder / MEAN).exists()
 
     @property
     def seconds(self) -> float:
         """For how long it was trained, if it is not over."""
-        checkpoint = newest(self.folder)
-        return load(checkpoint).state["state"]["seconds"] if checkpoint else 0.0
+        checkpoint = _checkpoint.newest(self.folder)
+        return _checkpoint.load(checkpoint).state["state"]["seconds"] if checkpoint else 0.0
+
+    def validation(self) -> dict[str, Any]:
+        """The figures of its last validation, if it had one."""
+        lines = (json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines())
+        return shown(next((line for line in reversed([*lines]) if "validation" in line), {}))
 
     def after(self) -> Position:
         """The position after it; it has to be over."""
-        run = json.loads((self.weights / "training.json").read_text())
+        run = json.loads((self.trained / "training.json").read_text())
         spent = run["seconds"] * self.processes / 60
-        lines = (json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines())
-        shown = ("validation", "standard_error", "convolutional", "transformers", "norm_free")
-        validations = [
-            {key: line[key] for key in shown if key in line} for line in lines if "validation" in line
-        ]
+        mean = self.folder / MEAN
         pairs, core_minutes = self.before.pairs + run["networks"], self.before.core_minutes + spent
         figures = {
             "part": self.folder.name,
@@ -147,7 +167,8 @@ class Part:
             "core_minutes": round(core_minutes, 1),
             "image_size": self.config["image_size"],
             "skipped": run["skipped"],
-            **(validations[-1] if validations else {}),
+            **self.validation(),
+            **({"mean": json.loads(mean.read_text())} if mean.exists() else {}),
         }
         return Position(self.before.parts + 1, pairs, core_minutes, (*self.before.figures, figures))
 
@@ -194,7 +215,7 @@ def command(part: Part, data: Path, limit: float) -> list[str]:
     """What trains a part, or goes on with it, for `limit` seconds at most, in each of its processes."""
     options = ["-o", str(part.folder), "--config", str(part.folder / CONFIG), "--time-limit", f"{limit:.0f}s"]
     # Not again: what it names may have become other weights since.
-    options += ["--from", part.start] if part.start and not newest(part.folder) else []
+    options += ["--from", part.start] if part.start and not _checkpoint.newest(part.folder) else []
     return [sys.executable, "-m", "ghn_init", "train", str(data), *options, *VALIDATION]
 
 
@@ -241,6 +262,24 @@ def start(arguments: list[str], processes: int) -> bool:
     return not asked.is_set()
 
 
+def settle(part: Part, data: Path) -> None:
+    """Make the mean of a falling part's weights and those that its call began from, and keep the better.
+
+    A part at a constant rate and a falling one after it end elsewhere in the same valley: see the means in
+    docs/experiments.md.
+    """
+    earlier = [p for p in parts_of(part.folder.parent) if p.folder.name < part.folder.name]
+    falls = [p for p in earlier if p.config["schedule"] != "constant"]
+    first = str(falls[-1].weights) if falls else (earlier or [part])[0].start
+    figures: dict[str, Any] = {}
+    if first is not None:
+        mean = average([load(first), load(str(part.trained))])
+        (figures,) = validated(data, [mean])
+        if figures["validation"] > part.validation().get("validation", 0.0):
+            mean.save_pretrained(part.folder / "mean")
+    (part.folder / MEAN).write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def publish(part: Part) -> Position:
     """Keep the weights of a part that is over, and the position after it; print it."""
     position = part.after()
@@ -257,9 +296,17 @@ def beginning(run: Path) -> tuple[Position, str | None]:
     if parts := parts_of(run):
         return parts[-1].after(), str(parts[-1].weights)
     if (KEPT / POSITION).exists():
-        weights = str(KEPT) if (KEPT / "model.safetensors").exists() else BUNDLED
-        return Position.read(KEPT / POSITION), weights
+        return Position.read(KEPT / POSITION), _first_weights(run)
     return Position(), None
+
+
+def _first_weights(run: Path) -> str:
+    """The kept weights, copied into the folder, as later ones will take their place; or the bundled ones."""
+    if not (KEPT / "model.safetensors").exists():
+        return BUNDLED
+    copied = run / "000-start"
+    shutil.copytree(KEPT, copied, dirs_exist_ok=True)
+    return str(copied)
 
 
 def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int) -> None:
@@ -270,6 +317,7 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
         return deadline - time.monotonic()
 
     def train(part: Part) -> bool:
+        part.write()
         whole = start(command(part, data, max(left(), 1.0)), sharing(part, processes))
         if part.over:
             publish(part)
@@ -277,18 +325,20 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
             print(f"{run}: stopped; the same command goes on", file=sys.stderr)
         return whole and part.over
 
-    for last in parts_of(run)[-1:]:
-        if not last.over:
-            part = fitted(last, seconds, fall)
-            part.write()
-            if not train(part):
-                return
+    goes_on = all(train(fitted(last, seconds, fall)) for last in parts_of(run)[-1:] if not last.over)
+    while goes_on and left() >= SHORTEST:
+        _settle_last(run, data)
+        goes_on = train(next_part(run, *beginning(run), left(), fall, processes))
+    if goes_on:
+        _settle_last(run, data)
 
-    while left() >= SHORTEST:
-        part = next_part(run, *beginning(run), left(), fall, processes)
-        part.write()
-        if not train(part):
-            return
+
+def _settle_last(run: Path, data: Path) -> None:
+    """Settle the last part of a folder, if it is over and is not settled yet."""
+    for last in parts_of(run)[-1:]:
+        if last.over and not last.settled:
+            settle(last, data)
+            publish(last)
 
 
 def main() -> None:
@@ -303,6 +353,7 @@ def main() -> None:
     given = parser.parse_args()
     whole = in_seconds(given.time)
     fall = in_seconds(given.fall) if given.fall else whole / 3
+    prepare_process()
     campaign(given.data, given.run, whole, fall, given.processes)
 
 

@@ -304,6 +304,20 @@ def test_an_average_has_the_mean_of_the_parameters(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected)
 
 
+def test_weights_are_validated_as_their_training_does(tmp_path: Path) -> None:
+    weights = tmp_path / "ghn"
+    GHN(GHNConfig(hid=8, max_shape=(16, 16, 11, 11))).save_pretrained(weights)
+    images = labelled_images(tmp_path / "set.npz")
+    done = run(
+        str(images), str(weights), str(weights), "--networks", "1", "--images", "4", script="validate.py"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == second
+    assert first["weights"] == str(weights)
+    assert 0 <= first["validation"] <= 100
+
+
 def test_ghns_of_different_configurations_have_no_average(tmp_path: Path) -> None:
     GHN(GHNConfig.mlp()).save_pretrained(tmp_path / "a")
     GHN(GHNConfig.mlp(hid=8)).save_pretrained(tmp_path / "b")

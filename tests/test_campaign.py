@@ -6,13 +6,17 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ghn_init import GHN, GHNConfig
+from ghn_init import load as load_ghn
 from ghn_init.training import TrainConfig
 from ghn_init.training._checkpoint import load, newest
 
@@ -62,7 +66,11 @@ def trained(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
         )
         return True
 
+    def settle(part: Any, data: Path) -> None:
+        (part.folder / "mean.json").write_text(json.dumps({"validation": 19.0}))
+
     monkeypatch.setattr(campaign, "start", start)
+    monkeypatch.setattr(campaign, "settle", settle)
     monkeypatch.setattr(campaign.Part, "seconds", property(lambda part: trained_so_far(part.folder)))
     return commands
 
@@ -134,12 +142,70 @@ def test_a_new_machine_goes_on_from_what_was_kept(
     hours(campaign, tmp_path / "first", 1)
     hours(campaign, tmp_path / "second", 1)
     assert [entry["name"] for entry in trained] == ["001-small", "002-fall", "003-all16", "004-fall"]
-    assert trained[2]["from"] == str(tmp_path / "kept")
+    copied = tmp_path / "second" / "000-start"
+    assert trained[2]["from"] == str(copied)
+    assert (copied / "model.safetensors").read_text().startswith("002-fall")
     position = campaign.Position.read(tmp_path / "kept" / "position.json")
     assert (position.pairs, round(position.core_minutes)) == (400, 240)
     (tmp_path / "kept" / "model.safetensors").unlink()  # they are bundled
     hours(campaign, tmp_path / "third", 1)
     assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", "ghn3-cifar10"]
+
+
+def finished(campaign: Any, run: Path, name: str, schedule: str, start: str | None, value: float) -> Any:
+    """A part that is over, whose parameters are all `value`."""
+    config = {"schedule": schedule, "image_size": 32}
+    part = campaign.Part(run / name, config, start, 2, campaign.Position())
+    part.write()
+    saved(part.trained, value)
+    (part.trained / "training.json").write_text(json.dumps({"seconds": 60.0, "networks": 4, "skipped": 0}))
+    (part.folder / "log.jsonl").write_text(json.dumps({"step": 1, "validation": 50.0}) + "\n")
+    return part
+
+
+def saved(folder: Path, value: float) -> str:
+    ghn = GHN(GHNConfig.mlp(hid=8))
+    for parameter in ghn.parameters():
+        torch.nn.init.constant_(parameter, value)
+    ghn.save_pretrained(folder)
+    return str(folder)
+
+
+def values(folder: Path) -> set[float]:
+    return {value.item() for parameter in load_ghn(folder).parameters() for value in parameter.unique()}
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_mean_with_what_a_call_began_from_is_kept_where_it_is_better(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, better: bool
+) -> None:
+    found = {"validation": 50.0 + better / 10}
+    monkeypatch.setattr(campaign, "validated", lambda data, ghns: [found for _ in ghns])
+    run = tmp_path / "run"
+    finished(campaign, run, "001-all32", "constant", saved(tmp_path / "first", 0.0), 8.0)
+    part = finished(campaign, run, "002-fall", "linear", str(run / "001-all32" / "ghn"), 2.0)
+    assert not part.settled
+    campaign.campaign(Path("data"), run, 0.0, 0.0, 2)  # it was interrupted before that
+    assert part.settled
+    assert values(part.weights) == {1.0 if better else 2.0}
+    position = campaign.Position.read(tmp_path / "kept" / "position.json")
+    assert position.figures[-1]["mean"] == found
+    assert position.figures[-1]["validation"] == 50.0
+    shutil.copy(part.trained / "config.json", tmp_path / "kept")
+    assert values(tmp_path / "kept") == values(part.weights)
+
+    later = finished(campaign, run, "003-fall", "linear", str(part.weights), 4.0)
+    found = {"validation": 60.0}
+    campaign.settle(later, Path("data"))
+    assert values(later.weights) == {2.5 if better else 3.0}  # the call began from part 2's
+
+
+def test_from_scratch_there_is_nothing_to_make_a_mean_with(campaign: Any, tmp_path: Path) -> None:
+    finished(campaign, tmp_path / "run", "001-all32", "constant", None, 8.0)
+    part = finished(campaign, tmp_path / "run", "002-fall", "linear", "001-all32/ghn", 2.0)
+    campaign.settle(part, Path("data"))
+    assert part.settled
+    assert part.weights == part.trained
 
 
 def test_fewer_processes_share_a_meta_batch(campaign: Any, tmp_path: Path) -> None:
