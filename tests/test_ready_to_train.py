@@ -224,10 +224,19 @@ def test_networks_of_plain_convolutions_get_the_predicted_scales_and_norms(
 
 
 def test_norms_that_follow_no_convolution_are_kept_and_say_why(ghn: GHN) -> None:
-    """As in DenseNets, where they read what is concatenated, or in ResNets of version 2."""
+    """As in DenseNets, where they read what is concatenated."""
     early = nn.Sequential(*block(3, 16), nn.MaxPool2d(2), nn.BatchNorm2d(16), block(16, 16), *classifier(16))
     found = {row.name: row.reason for row in plan(early, ghn).rows if row.action == "kept"}
-    assert found == dict.fromkeys(("4.weight", "4.bias"), "a norm that reads no convolution (scale='auto')")
+    reason = "a norm that reads neither a convolution nor a sum (scale='auto')"
+    assert found == dict.fromkeys(("4.weight", "4.bias"), reason)
+
+
+def test_norms_that_follow_a_sum_are_predicted(ghn: GHN) -> None:
+    """As in pre-activated ResNets."""
+    inner = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    network = nn.Sequential(block(3, 16), Residual(inner), Residual(copy.deepcopy(inner)), *classifier(16))
+    kept = {row.name for row in plan(network, ghn).rows if row.action == "kept"}
+    assert not kept & {"2.inner.0.weight", "2.inner.0.bias"}
 
 
 def test_norms_whose_weight_is_zero_stay_silent_with_their_biases(ghn: GHN) -> None:

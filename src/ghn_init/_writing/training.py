@@ -49,7 +49,7 @@ _ONE_PIXEL: Final = "its feature maps are one pixel wide"
 _NO_IMAGES: Final = "its network reads no images"
 _LATE: Final = "it is behind the first third of a network whose branches meet"
 _NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives"
-_NOT_BEHIND_WEIGHTS: Final = "a norm that reads no convolution"
+_NOT_BEHIND_WEIGHTS: Final = "a norm that reads neither a convolution nor a sum"
 _RECTIFIED: Final = "its classes' scores go through an activation"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm"
 
@@ -223,10 +223,15 @@ def _behind_the_first(graph: Graph) -> set[int]:
 
 
 def _elsewhere(graph: Graph) -> Mapping[str | None, str]:
-    """Batch norms that do not follow a convolution, as in DenseNets; DeepNets-1M has none of them."""
+    """Batch norms that follow neither a convolution nor a sum, as in DenseNets.
+
+    DeepNets-1M has none that follow a sum either, but those of pre-activated ResNets are worth predicting.
+    """
     return {
         name: _NOT_BEHIND_WEIGHTS
         for index, node in enumerate(graph.nodes)
-        if node.type == "bn" and not structure.reads_weights_alone(graph, index)
+        if node.type == "bn"
+        if not structure.reads_weights_alone(graph, index)
+        if {graph.nodes[source].type for source in graph.predecessors[index]} != {"sum"}
         for name in (node.param, node.bias)
     }
