@@ -23,6 +23,11 @@ evaluate() { kept "$1" ghn-init evaluate ghn3-cifar10 --data "$data" --workers 1
 
 panel() { kept "$1" python -W ignore "$root/benchmarks/starting_point.py" "$data" "$out/panel.jsonl" --batch 32 --rates 1 --no-search --search-steps 50 "${@:2}"; }
 
+few_images() {
+    kept "$1" ghn-init transfer "$data" --network ghn_init.training.teacher:SmallResNet --set classes=10 --set width=16 \
+        --shots 10 50 100 --seeds 5 --start predicted -o "$out/few.jsonl" "${@:2}"
+}
+
 accuracy() {
     evaluate test --images 1000 --split test --sample 50
     evaluate bnfree --images 1000 --sample 20 --split bnfree --split vit --split resnet50
@@ -32,6 +37,8 @@ accuracy() {
     kept picture python -W ignore "$root/benchmarks/sgd_equivalence.py" "$data" "$out/picture.jsonl" \
         --networks 0 --also small-resnet --optimizers sgd --steps 100 --tuning 20 --batch 32 --every 10 --images 300 \
         --seeds 3 --draw "$out/training-start.svg"
+    few_images few-sgd --start whole
+    few_images few-adamw --optimizer adamw
 }
 
 training() {
