@@ -37,7 +37,7 @@ from ghn_init.training._engine import prepare_process
 from ghn_init.training._pool import cores, run_all
 from ghn_init.training._results import TARGETS, Results
 from ghn_init.training.data import Normalisation
-from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Network, Score
+from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Case, Measure, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -217,7 +217,7 @@ def measured(folder: Path, data: Path, networks: int, images: int) -> tuple[Scor
         normalise=Normalisation.of(load_images(data, "train")),
     )  # fmt: skip
     results = Results(measure, folder / f"scores-{networks}-{images}.json", folder.name)
-    wanted = [network for split in SPLITS for network in Network.of(split, networks)]
+    wanted = [network for split in SPLITS for network in Case.of(split, networks)]
     for network, accuracy in run_all(measure, [one for one in wanted if one not in results], cores()):
         results.add(network, accuracy)
     return tuple(results.scores())

@@ -22,7 +22,7 @@ import ghn_init
 from ghn_init._tracing.trace import trace
 from ghn_init.training import Normalisation, load_images
 from ghn_init.training._layers import prepare
-from ghn_init.training.evaluate import Measure, Network
+from ghn_init.training.evaluate import Case, Measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     results: list[Result] = []
     for source, name, network in (*_deepnets(options.sample), *_torchvision(options.max_params * 10**6)):
-        module = network.build(10, test.size) if isinstance(network, Network) else network
+        module = network.build(10, test.size) if isinstance(network, Case) else network
         try:
             group = f"{source}, {_norm(module, test.size)}"
         except ghn_init.TraceError as error:  # it downsamples too often for images this small
             print(f"left out: {error}", file=sys.stderr, flush=True)
             continue
-        accuracy = measure(module) if isinstance(network, Network) else _predicted(module, measure)
+        accuracy = measure(module) if isinstance(network, Case) else _predicted(module, measure)
         results.append(Result(group, name, accuracy))
         print(f"{group:40} {name:24} {accuracy:5.1f}", file=sys.stderr, flush=True)
     print(_table(results))
@@ -73,9 +73,9 @@ def _predicted(module: nn.Module, measure: Measure) -> float:
     return measure.accuracy(module)
 
 
-def _deepnets(sample: int) -> Iterator[tuple[str, str, Network]]:
+def _deepnets(sample: int) -> Iterator[tuple[str, str, Case]]:
     for split in ("test", "deep", "bnfree", "resnet50", "vit"):
-        for network in Network.of(split, sample):
+        for network in Case.of(split, sample):
             yield f"DeepNets-1M {split}", f"{split} {network.index}", network
 
 

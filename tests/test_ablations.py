@@ -21,7 +21,7 @@ from ghn_init.training.evaluate import SPLITS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ghn_init.training.evaluate import Network
+    from ghn_init.training.evaluate import Case
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -58,7 +58,7 @@ class Stubs:
 
     def __init__(self) -> None:
         self.trained: list[str] = []
-        self.measured: list[Network] = []
+        self.measured: list[Case] = []
         self.stop, self.limit = False, 10**9
 
     def start(self, arguments: list[str], processes: int) -> None:
@@ -82,9 +82,7 @@ class Stubs:
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def run_all(
-        self, measure: Any, networks: Sequence[Network], workers: int
-    ) -> Iterator[tuple[Network, float]]:
+    def run_all(self, measure: Any, networks: Sequence[Case], workers: int) -> Iterator[tuple[Case, float]]:
         assert (measure.image_size, len(measure.data), workers >= 1) == (16, 100, True)
         variant = len(set(self.trained))
         for network in networks:

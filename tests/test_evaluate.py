@@ -21,7 +21,7 @@ from ghn_init.training import Score, evaluate
 from ghn_init.training._pool import run_all
 from ghn_init.training._results import Results, table
 from ghn_init.training.data import CIFAR10
-from ghn_init.training.evaluate import Measure, Network
+from ghn_init.training.evaluate import Case, Measure
 from training_runs import TINY_GHN, random_images
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def test_a_single_image_is_no_batch(ghn: GHN) -> None:
 def test_networks_may_see_images_of_half_the_size(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=16), image_size=8)
     assert measure.batches()[0][0].shape == (8, 3, 8, 8)
-    assert 0 <= measure(Network("val", 0)) <= 100
+    assert 0 <= measure(Case("val", 0)) <= 100
     with pytest.raises(TrainingError, match="image_size=5 and images of 16 pixels; expected that or half"):
         Measure(ghn, random_images(8, size=16), image_size=5)
 
@@ -113,15 +113,15 @@ def test_noise_has_its_deviation_on_pixels(ghn: GHN) -> None:
 
 
 def test_the_predefined_networks_are_splits_of_one() -> None:
-    (resnet,), (vit,) = Network.of("resnet50", 50), Network.of("vit")
+    (resnet,), (vit,) = Case.of("resnet50", 50), Case.of("vit")
     parameters = sum(p.numel() for p in resnet.build(10, 32).parameters())
     assert parameters == 23_520_842  # torchvision's with a 3 x 3 stem and ten classes
     assert vit.build(10, 32).__class__ is not resnet.build(10, 32).__class__
-    assert [network.index for network in Network.of("deep", 3)] == [0, 1, 2]
+    assert [network.index for network in Case.of("deep", 3)] == [0, 1, 2]
     with pytest.raises(
         ArchitectureError, match=r"no split 'nothing'; expected one of train, .*test, .*resnet50, vit"
     ):
-        Network.of("nothing")
+        Case.of("nothing")
 
 
 def test_classes_have_to_fit(ghn: GHN) -> None:
@@ -132,7 +132,7 @@ def test_classes_have_to_fit(ghn: GHN) -> None:
 def test_results_are_kept_and_taken_over(ghn: GHN, tmp_path: Path) -> None:
     measure, path = Measure(ghn, random_images(8)), tmp_path / "new" / "results.json"
     results = Results(measure, path, "mine")
-    networks = [*Network.of("test", 3), Network("vit", 0, 0.08)]
+    networks = [*Case.of("test", 3), Case("vit", 0, 0.08)]
     for network, accuracy in zip(networks, (10.0, 20.0, 60.0, 12.5), strict=True):
         assert network not in results
         results.add(network, accuracy)
@@ -173,7 +173,7 @@ def test_the_table_has_published_figures_beside_ours() -> None:
 
 def test_processes_measure_what_one_does(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=32))
-    networks = [*Network.of("test", 2), Network("vit", 0)]
+    networks = [*Case.of("test", 2), Case("vit", 0)]
     alone = dict(run_all(measure, networks, workers=1))
     assert dict(run_all(measure, networks, workers=2)) == alone
 
@@ -182,7 +182,7 @@ def test_a_process_that_dies_is_told(ghn: GHN) -> None:
     measure = Measure(ghn, random_images(8, size=32))
     measure.normalise = Deadly()  # type: ignore[assignment]
     with pytest.raises(TrainingError, match="a process that measures networks died"):
-        list(run_all(measure, Network.of("test", 2), workers=2))
+        list(run_all(measure, Case.of("test", 2), workers=2))
 
 
 class Deadly:
@@ -208,12 +208,12 @@ def as_file(path: Path, size: int, classes: int = 10) -> Path:
 def test_networks_that_take_no_images_of_this_size_are_passed_over(
     ghn: GHN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, unfit = Network.fitting("test", 28, 3)
+    taken, unfit = Case.fitting("test", 28, 3)
     assert [network.index for network in taken] == [
         index for index in range(taken[-1].index + 1) if DeepNets1M("test")[index].supports(28)
     ]
     assert unfit == taken[-1].index + 1 - len(taken) > 0
-    assert Network.fitting("test", 32, 3) == (Network.of("test", 3), 0)
+    assert Case.fitting("test", 32, 3) == (Case.of("test", 3), 0)
     assert evaluate(ghn, "test", random_images(8, 28), n=1).n == 1
     with monkeypatch.context() as patch:
         patch.setattr(Architecture, "supports", lambda *_: False)

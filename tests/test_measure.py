@@ -22,9 +22,9 @@ from ghn_init.search import (
     Candidate,
     Header,
     Measurement,
+    MeasurementFile,
     Measurer,
     Recipe,
-    Recorder,
     candidates,
     measure,
     read_records,
@@ -165,14 +165,14 @@ def test_a_file_is_taken_over_even_if_its_last_line_is_torn(
     ghn: GHN, measurer: Measurer, tmp_path: Path
 ) -> None:
     path = tmp_path / "measured.jsonl"
-    recorder = Recorder(path, header(ghn))
+    kept = MeasurementFile(path, header(ghn))
     first = measurer(Candidate(7, SMALL))
-    recorder.add(first)
-    recorder.add(dataclasses.replace(first, index=9))
+    kept.add(first)
+    kept.add(dataclasses.replace(first, index=9))
     whole = path.read_text()
     assert read_records(path).measurements == {7: first, 9: dataclasses.replace(first, index=9)}
     path.write_text(whole[:-20])
-    taken = Recorder(path, header(ghn))
+    taken = MeasurementFile(path, header(ghn))
     assert list(taken.measurements) == [7]
     taken.add(dataclasses.replace(first, index=9))
     assert path.read_text() == whole
@@ -181,24 +181,24 @@ def test_a_file_is_taken_over_even_if_its_last_line_is_torn(
 def test_a_file_whose_first_line_is_torn_is_begun_anew(ghn: GHN, measurer: Measurer, tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
     first = measurer(Candidate(7, SMALL))
-    Recorder(path, header(ghn)).add(first)
+    MeasurementFile(path, header(ghn)).add(first)
     whole = path.read_text()
     end_of_header = whole.index("\n") + 1
     for left in (end_of_header - 5, end_of_header, end_of_header + 20):
         path.write_text(whole[:left])
-        recorder = Recorder(path, header(ghn))
-        assert not recorder.measurements
-        recorder.add(first)
+        kept = MeasurementFile(path, header(ghn))
+        assert not kept.measurements
+        kept.add(first)
         assert path.read_text() == whole
 
 
 def test_files_of_other_measurements_are_refused(ghn: GHN, measurer: Measurer, tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
-    Recorder(path, header(ghn)).add(measurer(Candidate(7, SMALL)))
+    MeasurementFile(path, header(ghn)).add(measurer(Candidate(7, SMALL)))
     with pytest.raises(TrainingError, match=r"other recipe\.steps, recipe\.lr; give another file"):
-        Recorder(path, header(ghn, steps=4, lr=0.1))
+        MeasurementFile(path, header(ghn, steps=4, lr=0.1))
     with pytest.raises(TrainingError, match="other weights_digest"):
-        Recorder(path, header(GHN(ghn.config)))
+        MeasurementFile(path, header(GHN(ghn.config)))
     damaged = path.read_text().replace("sep_conv_3x3", "sep_conv_9x9")
     path.write_text(damaged)
     with pytest.raises(TrainingError, match=r"line 2: not a measurement .*sep_conv_9x9.*remove the line"):
@@ -216,7 +216,7 @@ def test_files_of_other_measurements_are_refused(ghn: GHN, measurer: Measurer, t
 
 def test_a_file_is_not_begun_before_there_is_a_measurement(ghn: GHN, tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
-    Recorder(path, header(ghn))
+    MeasurementFile(path, header(ghn))
     assert not path.exists()
 
 

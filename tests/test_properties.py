@@ -22,9 +22,9 @@ from ghn_init.search import (
     Fitted,
     Header,
     Measurement,
+    MeasurementFile,
     Properties,
     Recipe,
-    Recorder,
     Records,
     candidates,
     correlation,
@@ -266,9 +266,9 @@ def test_the_commands_find_architectures_that_load_again(
     records: Records, ghn_dir: Path, tmp_path: Path
 ) -> None:
     measured, regressors, found = (tmp_path / name for name in ("measured.jsonl", "p.json", "found.jsonl"))
-    recorder = Recorder(measured, records.header)
+    kept = MeasurementFile(measured, records.header)
     for measurement in records.measurements.values():
-        recorder.add(measurement)
+        kept.add(measurement)
     arguments = ["properties", str(measured), "-o", str(regressors), "--weights", str(ghn_dir)]
     done = CliRunner().invoke(app, [*arguments, "--picture", str(tmp_path / "p.png")])
     assert done.exit_code == 0, done.output

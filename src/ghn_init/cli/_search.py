@@ -15,7 +15,7 @@ from ghn_init.cli._output import check_output, say
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ghn_init.search import Candidate, Measurement, Measurer, Recorder
+    from ghn_init.search import Candidate, Measurement, MeasurementFile, Measurer
 
 _TRAINING: Final = "How networks are trained and measured"
 
@@ -90,7 +90,7 @@ def measure(
     """Measure architectures of a split: with predicted weights, trained for a while, and their speed."""
     check_output(output)
     from ghn_init import load
-    from ghn_init.search import Header, Measurer, Recipe, Recorder, candidates
+    from ghn_init.search import Header, MeasurementFile, Measurer, Recipe, candidates
     from ghn_init.training import hold_out, load_images
     from ghn_init.training._engine import prepare_process
 
@@ -100,14 +100,14 @@ def measure(
         steps=steps, batch_size=batch_size, lr=lr, target=target, images=images, width=width,
         image_size=image_size or train.size, precision="bfloat16" if bf16 else "float32",
     )  # fmt: skip
-    recorder = Recorder(output, Header.of(split, weights, ghn, train, recipe))
+    kept = MeasurementFile(output, Header.of(split, weights, ghn, train, recipe))
     found = candidates(
         split, recipe, max_params=max_params, max_activations=max_activations, num_classes=len(train.classes)
     )
     chosen = _first(found, sample)
     measurer = Measurer(ghn, train, validation, recipe)
-    _measure_missing(measurer, chosen, recorder, workers)
-    done = [recorder.measurements[candidate.index] for candidate in chosen]
+    _measure_missing(measurer, chosen, kept, workers)
+    done = [kept.measurements[candidate.index] for candidate in chosen]
     say(f"{output}: {len(done)} architectures of {split}, {_means(done)}")
 
 
@@ -135,17 +135,17 @@ def _first(found: Iterator[Candidate], sample: int) -> list[Candidate]:
 
 
 def _measure_missing(
-    measurer: Measurer, candidates: Sequence[Candidate], recorder: Recorder, workers: int | None
+    measurer: Measurer, candidates: Sequence[Candidate], kept: MeasurementFile, workers: int | None
 ) -> None:
     """Measure those that the file lacks side by side, and keep every one as it comes, with a progress bar."""
     from ghn_init.cli._bars import Bar
     from ghn_init.training._pool import cores, run_all
 
-    missing = [candidate for candidate in candidates if candidate.index not in recorder.measurements]
+    missing = [candidate for candidate in candidates if candidate.index not in kept.measurements]
     with Bar(len(missing)) as bar:
         for candidate, measurement in run_all(measurer, missing, workers or cores()):
-            recorder.add(measurement)
-            bar.advance(label=f"{recorder.split} {candidate.index}: {measurement.trained:.1f} %")
+            kept.add(measurement)
+            bar.advance(label=f"{kept.split} {candidate.index}: {measurement.trained:.1f} %")
 
 
 def _means(measurements: Sequence[Measurement]) -> str:
@@ -230,7 +230,7 @@ def search(
     check_output(output, [regressors])
     from ghn_init import load
     from ghn_init.cli._bars import Bar
-    from ghn_init.search import Header, Measurer, Properties, Recorder, candidates, rank
+    from ghn_init.search import Header, MeasurementFile, Measurer, Properties, candidates, rank
     from ghn_init.search._tables import ranking_table
     from ghn_init.training import hold_out, load_images
     from ghn_init.training._engine import prepare_process
@@ -239,7 +239,7 @@ def search(
     prepare_process()
     fitted, ghn = Properties.load(regressors), load(weights)
     train, validation = hold_out(load_images(data, "train"))
-    recorder = Recorder(output, Header.of(split, weights, ghn, train, fitted.recipe))
+    kept = MeasurementFile(output, Header.of(split, weights, ghn, train, fitted.recipe))
     measurer = Measurer(ghn, train, validation, fitted.recipe)
     found = candidates(
         split, fitted.recipe, max_params=max_params, max_activations=max_activations,
@@ -249,6 +249,6 @@ def search(
     chosen = _first((candidate for candidate in found if candidate.index not in known), sample)
     with Bar(len(chosen), "embedding") as bar:
         ranked = rank(chosen, fitted, ghn, by, workers=workers or cores(), on_part=bar.advance)[:top]
-    _measure_missing(measurer, [entry.candidate for entry in ranked], recorder, workers)
-    typer.echo(ranking_table(ranked, recorder.measurements, fitted, by))
+    _measure_missing(measurer, [entry.candidate for entry in ranked], kept, workers)
+    typer.echo(ranking_table(ranked, kept.measurements, fitted, by))
     say(f"{output}: the first {len(ranked)} of {len(chosen):,} architectures of {split} by {by}")

@@ -260,7 +260,7 @@ def evaluate(
     from ghn_init.training._pool import cores, run_all
     from ghn_init.training._results import Results, table
     from ghn_init.training.data import check_splits
-    from ghn_init.training.evaluate import NOISE, SPLITS, Measure, Network
+    from ghn_init.training.evaluate import NOISE, SPLITS, Case, Measure
 
     prepare_process()
     trained, tested = load_images(data, "train"), load_images(data, "test")
@@ -271,9 +271,9 @@ def evaluate(
     )  # fmt: skip
     results = Results(measure, output, weights)
     levels = (0.0, NOISE) if noise else (0.0,)
-    networks: list[Network] = []
+    networks: list[Case] = []
     for name in split or SPLITS:
-        fitting, unfit = Network.fitting(name, measure.image_size, sample)
+        fitting, unfit = Case.fitting(name, measure.image_size, sample)
         networks += [replace(network, noise=level) for level in levels for network in fitting]
         if unfit:
             typer.echo(f"{name}: {unfit} networks take no images of this size, and are passed over", err=True)

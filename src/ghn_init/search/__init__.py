@@ -13,7 +13,7 @@ from ghn_init.search._picture import draw_properties
 from ghn_init.search._properties import PROPERTIES, Fitted, Properties, fit_properties
 from ghn_init.search._rank import Ranked, rank
 from ghn_init.search._recipe import Measurement, Recipe
-from ghn_init.search._records import Header, Recorder, Records, read_records
+from ghn_init.search._records import Header, MeasurementFile, Records, read_records
 
 __all__ = [
     "PROPERTIES",
@@ -22,11 +22,11 @@ __all__ = [
     "Fitted",
     "Header",
     "Measurement",
+    "MeasurementFile",
     "Measurer",
     "Properties",
     "Ranked",
     "Recipe",
-    "Recorder",
     "Records",
     "candidates",
     "correlation",

@@ -93,7 +93,7 @@ def read_records(path: str | PathLike[str]) -> Records:
     return Records(header, found)
 
 
-class Recorder:
+class MeasurementFile:
     """Appends measurements to a file, which is taken over if it is there.
 
     Args:

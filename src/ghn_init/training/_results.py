@@ -11,7 +11,7 @@ import torch
 from ghn_init._errors import TrainingError
 from ghn_init._files import write_bytes
 from ghn_init.training._output import writing
-from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Measure, Network, Score
+from ghn_init.training.evaluate import BATCH_SIZE, SPLITS, Case, Measure, Score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,10 +66,10 @@ class Results:
             raise TrainingError(f"{path}: holds results of other {', '.join(different)}; give another file")
         self._accuracies = accuracies
 
-    def __contains__(self, network: Network) -> bool:
+    def __contains__(self, network: Case) -> bool:
         return network.index in self._accuracies.get((network.split, network.noise), {})
 
-    def add(self, network: Network, accuracy: float) -> None:
+    def add(self, network: Case, accuracy: float) -> None:
         """Take up and keep the accuracy of a network, in percent."""
         key = (network.split, network.noise)
         self._accuracies.setdefault(key, {})[network.index] = round(accuracy, 3)

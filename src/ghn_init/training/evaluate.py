@@ -92,7 +92,7 @@ class Score:
 
 
 @dataclass(frozen=True, order=True)
-class Network:
+class Case:
     """Network `index` of a split of DeepNets-1M, or "resnet50" or "vit", as it is to be measured.
 
     `noise` is the standard deviation of the noise on the pixels, which go from 0 to 1.
@@ -103,7 +103,7 @@ class Network:
     noise: float = 0.0
 
     @classmethod
-    def of(cls, split: str, n: int | None = None, noise: float = 0.0) -> list[Network]:
+    def of(cls, split: str, n: int | None = None, noise: float = 0.0) -> list[Case]:
         """The networks of a split, or its first `n`.
 
         Raises:
@@ -118,7 +118,7 @@ class Network:
     @classmethod
     def fitting(
         cls, split: str, image_size: int, n: int | None = None, noise: float = 0.0, seed: int = 0
-    ) -> tuple[list[Network], int]:
+    ) -> tuple[list[Case], int]:
         """The networks of a split that take images of this size, or the first `n` of them.
 
         Returns:
@@ -127,7 +127,7 @@ class Network:
         Raises:
             ArchitectureError: There is no such split.
         """
-        found: list[Network] = []
+        found: list[Case] = []
         unfit = 0
         for network in cls.of(split, noise=noise):
             if n and len(found) == n:
@@ -218,10 +218,10 @@ class Measure:
         return parts
 
     @torch.no_grad()
-    def __call__(self, network: Network | nn.Module) -> float:
+    def __call__(self, network: Case | nn.Module) -> float:
         """Top-1 accuracy in percent; a module has to be on the meta device and is taken over."""
         size, noise = self.image_size, 0.0
-        if isinstance(network, Network):
+        if isinstance(network, Case):
             noise = network.noise
             network = network.build(self.ghn.config.num_classes, size, self.seed)
         (params,) = self.ghn([trace(network, (1, 3, size, size))])
@@ -265,7 +265,7 @@ def evaluate(
         TrainingError: No images, or a number of classes that is not the GHN's.
     """
     measure = Measure(ghn, data, images=images, normalise=normalise, seed=seed, precision=precision)
-    networks, _ = Network.fitting(split, measure.image_size, n, noise, seed)
+    networks, _ = Case.fitting(split, measure.image_size, n, noise, seed)
     if not networks:
         raise TrainingError(
             f"no network of {split} takes images of {measure.image_size} x {measure.image_size} pixels; "
