@@ -289,6 +289,88 @@ def test_a_kept_classifier_reads_shorter_features(bundled: GHN, monkeypatch: pyt
     assert torch.equal(short[-1].weight, whole[-1].weight)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("outputs", [1, 4, 9, 16, 64, 512])
+def test_what_is_no_classifier_reads_no_longer_features_than_its_own(outputs: int, bundled: GHN) -> None:
+    torch.manual_seed(0)
+    own = in_a_row(64, outputs)
+    found = predict(copy.deepcopy(own), bundled, example_input=(1, 3, 32, 32))
+    assert torch.equal(found[-1].weight, own[-1].weight)
+    assert read_by_classifier(found) < 1.2 * read_by_classifier(own)
+
+
+@pytest.mark.parametrize("outputs", [10, 12, 20, 100])
+def test_kept_classifiers_of_many_classes_read_longer_features(outputs: int, bundled: GHN) -> None:
+    rows = plan(in_a_row(64, outputs), bundled, example_input=(1, 3, 32, 32), head="keep").rows
+    assert all(row.factor == 1 for row in rows)
+
+
+def in_two_dimensions(branches: int) -> nn.Module:
+    """What a small residual network gives of every image, after a hidden layer and so many sums."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = conv(3, 64)
+            self.body = nn.ModuleList(conv(64, 64)[:2] for _ in range(branches))
+            self.hidden, self.head = nn.Linear(64, 32), nn.Linear(32, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for branch in self.body:
+                x = (x + branch(x)).relu()
+            return self.head(self.hidden(x.mean((2, 3))).relu())
+
+    return Network()
+
+
+class Preactivated(nn.Module):
+    """Branches of norm, ReLU and convolution, added to what they read, with or without a norm at the end."""
+
+    def __init__(self, *, normalised: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(64) for _ in range(2))
+        self.branches = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.last = nn.BatchNorm2d(64) if normalised else nn.Identity()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, branch in zip(self.norms, self.branches, strict=True):
+            x = x + branch(norm(x).relu())
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_features_without_a_norm_are_sums_of_weights_no_larger_than_usual(
+    bundled: GHN, *, normalised: bool
+) -> None:
+    """As at the end of a pre-activated ResNet without a last norm: outputs would be far too large."""
+    torch.manual_seed(0)
+    network = Preactivated(normalised=normalised)
+    usual = network.branches[1].weight.square().mean().sqrt().item()
+    rows = {row.name: row for row in plan(network, bundled).rows}
+    assert rows["branches.1.weight"].factor == 1 if normalised else rows["branches.1.weight"].factor < 0.8
+    once = copy.deepcopy(predict(network, bundled).state_dict())
+    if not normalised:
+        assert once["branches.1.weight"].square().mean().sqrt().item() == pytest.approx(usual, rel=0.03)
+    for name, value in predict(network, bundled).state_dict().items():
+        torch.testing.assert_close(value, once[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("branches", "expected"), [(0, 1 / 12), (1, 1 / 8), (2, 7 / 48)])
+def test_the_length_of_own_features_is_told_from_the_graph(branches: int, expected: float) -> None:
+    """Half of 1 behind a ReLU; a sum adds 1, and is halved; a linear layer gives a third, halved again."""
+    graph = ghn_init.trace(in_two_dimensions(branches))
+    (weight, _), *_ = graph.heads
+    (last,) = graph.predecessors[weight]
+    square = 0.5
+    for _ in range(branches):
+        square = (square + 1) / 2
+    assert expected == pytest.approx(square / 6)
+    assert features._own_square(graph, last) == pytest.approx(expected)
+
+
 def test_the_plan_says_so(bundled: GHN) -> None:
     resnet = torchvision.models.resnet18(num_classes=10)
     rows = {row.name: row for row in plan(resnet, bundled, example_input=(1, 3, 32, 32)).rows}

@@ -1,4 +1,4 @@
-"""Features no longer than a classifier can learn from at usual rates.
+"""Features no longer than a classifier, or what is no classifier, can learn from at usual rates.
 
 The gradient of a classifier's weights, and its noise, grow with the length of what it reads. In wide networks
 that is long: the squared length of a ResNet-18's features is 850 in its own initialisation and 2,300 from
@@ -7,6 +7,11 @@ and all layers below with it. So the norms that features come from are predicted
 classifier is larger by as much. The network is the same function: ReLUs, poolings, sums and concatenations
 pass a factor on, and norms behind other readers take it out. Where something does not, features stay. A kept
 classifier gives smaller outputs. docs/starting-point.md has the trials.
+
+A squared error is curved in the last layer's weights as what it reads is long, ten times more than the
+cross-entropy of classes is, and a margin means a length. So a last layer that is kept, and has as many
+outputs as nobody counts classes, reads features that are no longer than the network's own: values to
+regress, actions or coordinates are few, and the width of an embedding is a power of two.
 """
 
 from __future__ import annotations
@@ -17,21 +22,34 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
-from ghn_init._graph.graph import LAYER_TYPES, WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, WEIGHT_TYPES
 from ghn_init._network.scale import rounded
 from ghn_init._network.sharded import is_sharded
 from ghn_init._writing.calm import is_there, multiplied
 from ghn_init._writing.known import scales_are_known
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
-    from ghn_init._graph.graph import Graph
+    from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
     from ghn_init._writing.statistics import Followed
 
 _LONGEST: Final = 500.0
 """Squared length that features have at most, as it is estimated, if they are not more than so many."""
+
+_FEW: Final = 10
+"""Outputs below which they are taken for values that are no classes."""
+
+_NARROWEST: Final = 16
+"""Width from which on a power of two is taken for that of an embedding."""
+
+_EMBEDDED: Final = 0.5
+"""Squared length of what an embedding is made from, in those that the network's own features have: predicted
+ones are more alike, and distances between embeddings are twice as large for it."""
+
+_LINEAR: Final = 1 / 3
+"""Mean square of what torch's linear layers give, relative to that of what they read."""
 
 _PASSING: Final = frozenset({"sum", "concat", "max_pool", "avg_pool", "glob_avg"})
 """Types of node that pass a factor on."""
@@ -51,8 +69,8 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     Returns:
         The entries, and what activations say of these; None where that has to be found out anew.
     """
-    excess = _excess(graph, told) if any(node.type == "bn" for node in graph.nodes) else 0.0
     tiles = {entry.key: entry for entry in entries if entry.tile is not None}
+    excess = _excess(graph, told, tiles) if any(node.type == "bn" for node in graph.nodes) else 0.0
     if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return list(entries), told
     params, features = _making_features(graph)
@@ -74,16 +92,62 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     return shorter, _told_of(graph, entries, told, features, factor)
 
 
-def _excess(graph: Graph, told: Followed) -> float:
+def _excess(graph: Graph, told: Followed, predicted: Container[str | None]) -> float:
     """How much too long the features are, as a ratio of squared lengths.
 
     Thousands of features may have a mean square of 1: a network that has so many is trained at lower rates.
     """
-    widths = {
-        graph.nodes[weight].param: math.prod((graph.nodes[weight].shape or ())[1:])
-        for weight, _ in graph.heads
-    }
-    return max((length / max(_LONGEST, widths.get(key, 0)) for key, length in told.read.items()), default=0.0)
+    excess = 0.0
+    for weight, _ in graph.heads:
+        node = graph.nodes[weight]
+        outputs, *inputs = node.shape or (0,)
+        read = math.prod(inputs)
+        longest = max(_LONGEST, read)
+        if node.param not in predicted and (share := _share(outputs)):
+            squares = [_own_square(graph, source) for source in graph.predecessors[weight]]
+            longest = min(longest, share * read * max(squares, default=1.0))
+        if longest:
+            excess = max(excess, told.read.get(node.param or "", 0.0) / longest)
+    return excess
+
+
+def _share(outputs: int) -> float:
+    """How long what a kept last layer reads may be, in squared lengths of the network's own; 0: classes."""
+    if outputs < _FEW:
+        return 1.0
+    return _EMBEDDED if outputs >= _NARROWEST and outputs & (outputs - 1) == 0 else 0.0
+
+
+def _own_square(graph: Graph, last: int) -> float:
+    """Mean square of features as the network's author has them: norms give 1, and ReLUs half of it.
+
+    As estimates from predictions are, it is without the image's extent, over which poolings take means.
+    """
+    wanted, found = {last}, dict[int, float]()
+    for index in range(last, -1, -1):
+        if index in wanted and _is_passing(graph.nodes[index]):
+            wanted.update(graph.predecessors[index])
+    for index in sorted(wanted):
+        node = graph.nodes[index]
+        inputs = [found[source] for source in graph.predecessors[index] if source in found]
+        square = max(inputs, default=1.0)
+        if not _is_passing(node):
+            square = 1.0
+        elif node.type == "sum":
+            square = sum(inputs)
+        elif node.type in LAYER_TYPES:
+            square *= _LINEAR
+        found[index] = square / 2 if index in graph.rectified else square
+    return found[last]
+
+
+def _is_passing(node: Node) -> bool:
+    """Whether features are in proportion to what it reads: a classifier's hidden layers are, with biases."""
+    return node.type in _PASSING or node.type == "bias" or _is_hidden(node)
+
+
+def _is_hidden(node: Node) -> bool:
+    return node.type in LAYER_TYPES and len(node.shape or ()) == 2
 
 
 def _is_multiplied(entry: Entry | None) -> bool:
@@ -111,12 +175,11 @@ def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
             continue
         features.add(index)
         node = graph.nodes[index]
-        hidden = node.type in LAYER_TYPES and len(node.shape or ()) == 2
         if node.type == "bn":
             params |= {node.param, node.bias}
-        elif node.type in LAYER_TYPES and not hidden:
+        elif node.type in LAYER_TYPES and not _is_hidden(node):
             params.add(node.param)
-        elif hidden or node.type == "bias" or node.type in _PASSING:
+        elif _is_passing(node):
             params |= {node.param} if node.type == "bias" else set()
             waiting += graph.predecessors[index]
         else:
@@ -124,6 +187,34 @@ def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
     uses = Counter(name for node in graph.nodes for name in (node.param, node.bias))
     found = {name for name in params if name is not None and uses[name] == 1}
     return (found, features) if found == params and not features & graph.absolute else (set(), set())
+
+
+def unmeasured_branches(graph: Graph) -> set[str]:
+    """Weights that features are sums of, where no norm gives one of the summands, in networks with norms.
+
+    As at the end of a pre-activated ResNet without a last norm: nothing there tells how large features are to
+    be.
+    """
+    if not any(node.type == "bn" for node in graph.nodes):
+        return set()
+    params, features = _making_features(graph)
+    found = set[str]()
+    for index in features:
+        node, last = graph.nodes[index], index
+        if node.type not in LAYER_TYPES or node.param not in params:
+            continue
+        while (after := _only(graph.successors[last])) is not None and graph.nodes[after].type == "bias":
+            last = after
+        summed = [graph.predecessors[target] for target in graph.successors[last]]
+        if any(len(sources) > 1 for sources in summed) and not any(
+            graph.nodes[source].type in NORM_TYPES for sources in summed for source in sources
+        ):
+            found.add(node.param)
+    return found
+
+
+def _only(items: Sequence[int]) -> int | None:
+    return items[0] if len(items) == 1 else None
 
 
 def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:

@@ -204,6 +204,25 @@ def at_most_own_scale(entries: Sequence[Entry], keys: Collection[str | None]) ->
     return [_at_most(entry, own.get(entry.source, math.inf)) for entry in entries]
 
 
+def at_most_usual_scale(entries: Sequence[Entry], keys: Collection[str | None]) -> list[Entry]:
+    """The same entries; predictions of these parameters are no larger than torch's layers initialise them.
+
+    A network's own values are no measure where a prediction is made smaller once more (`features.py`): every
+    further call would begin from that.
+
+    Args:
+        entries: From `with_predictions`.
+        keys: Of the parameters, see `Entry.key`.
+    """
+    return [entry if entry.key not in keys else _at_most_usual(entry) for entry in entries]
+
+
+def _at_most_usual(entry: Entry) -> Entry:
+    if entry.tile is None or (rms := float(_rms(entry.tile))) <= (usual := usual_scale(entry.tile.shape).rms):
+        return entry
+    return replace(entry, factor=entry.factor * usual / rms, tile=entry.tile.scaled(usual / rms))
+
+
 def _at_most(entry: Entry, own: float) -> Entry:
     """The same, at the scale `own` if that is less (and not 0 or NaN).
 

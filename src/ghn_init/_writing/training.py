@@ -18,8 +18,15 @@ from ghn_init._graph import structure
 from ghn_init._graph.graph import NORM_TYPES, WEIGHT_TYPES
 from ghn_init._writing.entry import Cause, Decision
 from ghn_init._writing.familiarity import reads_images
+from ghn_init._writing.features import unmeasured_branches
 from ghn_init._writing.known import PLAIN, copies, is_known, scales_are_known
-from ghn_init._writing.scale import NORM, at_most_own_scale, at_own_scale, with_own_scales
+from ghn_init._writing.scale import (
+    NORM,
+    at_most_own_scale,
+    at_most_usual_scale,
+    at_own_scale,
+    with_own_scales,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,6 +97,7 @@ def ready_to_train(graph: Graph, entries: Sequence[Entry], options: Options) -> 
         return at_own_scale(entries, options)
     if not scales_are_known(graph, entries):
         return at_own_scale([_with_own_norm(entry) for entry in entries], options)
+    entries = at_most_usual_scale(entries, unmeasured_branches(graph))
     return at_most_own_scale(_with_own_classifiers(graph, entries, options), _late(graph))
 
 
