@@ -7,6 +7,7 @@ images.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -23,12 +24,20 @@ if TYPE_CHECKING:
 
     from ghn_init.training.data import Images, Normalisation
 
-Kind = Literal["classify", "restore", "segment", "next pixel"]
+Kind = Literal[
+    "classify", "restore", "segment", "next pixel", "number", "rotation", "brightness", "actions", "pairs",
+    "triplets",
+]  # fmt: skip
+"""The last six have values for targets, or classes of which an embedding is to tell."""
 
 LEVELS: Final = 32
 """Grey levels that the next-pixel task tells apart; segmentation tells a quarter as many."""
 NOISE: Final = 0.5
 """Standard deviation of the noise that is to be removed, in units of the pixels' own."""
+ACTIONS: Final = 6
+"""Actions of which one is worth something, by the image's class."""
+MARGIN: Final = 0.2
+"""By which the most distant image of a class is to be nearer than the nearest of another one."""
 SCAN: Final = 8
 """Side of the reduced image whose pixels are predicted one after the other."""
 
@@ -77,30 +86,85 @@ class Task:
             return clean, self.images.labels[index]
         if self.kind == "restore":
             return clean + NOISE * torch.randn(clean.shape, generator=generator), clean
+        if self.kind in _OF_LABELS:
+            return clean, self._wanted(self.images.labels[index])
+        if self.kind == "rotation":
+            return _turned(clean, 2 * math.pi * torch.rand(len(clean), generator=generator))
         grey = clean.mean(1)
+        if self.kind == "brightness":
+            return clean, grey.mean((1, 2))[:, None]
         if self.kind == "segment":
             return clean, _levels(grey, LEVELS // 4)
         tokens = _levels(F.adaptive_avg_pool2d(grey, SCAN), LEVELS).flatten(1)
         return tokens[:, :-1], tokens[:, 1:]
 
+    def _wanted(self, labels: Tensor) -> Tensor:
+        """The targets that follow from classes."""
+        if self.kind == "number":
+            return labels[:, None].float() / 5 - 0.9
+        if self.kind == "actions":
+            return F.one_hot(labels % ACTIONS, ACTIONS).float()
+        return labels
+
     def loss(self, output: Any, target: Tensor) -> Tensor:
-        """What is minimised: a cross-entropy, or the mean square error of a restored image."""
+        """What is minimised: a cross-entropy, an error of values, or that of distances."""
         output = getattr(output, "logits", output)
-        if self.kind == "restore":
+        if self.kind in ("restore", "number", "rotation", "brightness"):
             return F.mse_loss(output, target)
+        if self.kind == "actions":
+            return F.smooth_l1_loss(output, target) * ACTIONS
+        if self.kind in ("pairs", "triplets"):
+            return _contrast(output, target) if self.kind == "pairs" else _triplets(output, target)
         if self.kind == "segment" and output.shape[-2:] != target.shape[-2:]:
             output = F.interpolate(output, target.shape[-2:], mode="bilinear")
         return F.cross_entropy(output.transpose(1, -1) if self.kind == "next pixel" else output, target)
 
     def quality(self, output: Any, target: Tensor) -> float:
-        """Accuracy in percent; for restored images the percentage of the noise's energy that is gone."""
+        """Accuracy in percent; of restored images the share of the noise that is gone.
+
+        Of values it is the share of their variance that is explained, of embeddings that of the images whose
+        nearest other one is of their class.
+        """
         output = getattr(output, "logits", output)
         if self.kind == "restore":
             return 100 * (1 - float(F.mse_loss(output, target)) / NOISE**2)
+        if self.kind in ("number", "rotation", "brightness"):
+            return 100 * (1 - float(F.mse_loss(output, target) / target.var(0).mean()))
+        if self.kind in ("pairs", "triplets"):
+            nearest = torch.cdist(output, output).fill_diagonal_(math.inf).argmin(1)
+            return 100 * float((target[nearest] == target).float().mean())
+        target = target.argmax(1) if self.kind == "actions" else target
         if self.kind == "segment" and output.shape[-2:] != target.shape[-2:]:
             output = F.interpolate(output, target.shape[-2:], mode="bilinear")
         classes = output.argmax(-1 if self.kind == "next pixel" else 1)
         return 100 * float((classes == target).float().mean())
+
+
+_OF_LABELS: Final = ("number", "actions", "pairs", "triplets")
+
+
+def _turned(images: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """The images turned by these angles, and (N, 2) their cosines and sines."""
+    cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    matrices = torch.stack((cosine, -sine, zero, sine, cosine, zero), 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False), torch.stack((cosine, sine), 1)
+
+
+def _contrast(embedded: Tensor, labels: Tensor) -> Tensor:
+    """The contrastive loss of all pairs, with a margin of 1 (Hadsell et al. 2006)."""
+    distance = torch.cdist(embedded, embedded) + 1e-6  # the root has no gradient at 0
+    same = (labels[:, None] == labels).float()
+    return (same * distance.square() + (1 - same) * F.relu(1 - distance).square()).mean()
+
+
+def _triplets(embedded: Tensor, labels: Tensor) -> Tensor:
+    """The hardest triplets of a batch (arXiv 1703.07737), by squared distances."""
+    distance = (embedded[:, None] - embedded).square().sum(-1)
+    same = labels[:, None] == labels
+    farthest = distance.masked_fill(~same, 0).amax(1)
+    nearest = distance.masked_fill(same, math.inf).amin(1)
+    return F.relu(farthest - nearest + MARGIN)[nearest.isfinite()].mean()
 
 
 def _levels(grey: Tensor, count: int) -> Tensor:
@@ -111,7 +175,7 @@ def _levels(grey: Tensor, count: int) -> Tensor:
 # Networks of our own
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, norm: bool = True) -> nn.Sequential:
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, norm: bool = True) -> nn.Sequential:
     """Convolution, batch norm if so wanted, ReLU."""
     layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not norm)]
     return nn.Sequential(*layers, *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU())
@@ -123,7 +187,7 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _conv(inputs, outputs, 3, stride), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+            conv(inputs, outputs, 3, stride), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         )
         self.norm = nn.BatchNorm2d(outputs)
         same = inputs == outputs and stride == 1
@@ -137,21 +201,21 @@ class Residual(nn.Module):
 def small_resnet(_: int) -> nn.Module:
     """Three stages of one block, 32 to 128 channels."""
     blocks = [Residual(32, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2)]
-    return nn.Sequential(_conv(3, 32), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(conv(3, 32), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 def vgg(_: int) -> nn.Module:
     """Six convolutions and two linear layers, no norm (arXiv 1409.1556)."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
-        layers += [_conv(inputs, outputs, norm=False), _conv(outputs, outputs, norm=False), nn.MaxPool2d(2)]
+        layers += [conv(inputs, outputs, norm=False), conv(outputs, outputs, norm=False), nn.MaxPool2d(2)]
     head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
     return nn.Sequential(*layers, *head)
 
 
 def plain_cnn(_: int) -> nn.Module:
     """LeNet's kind: two 5x5 convolutions and two linear layers."""
-    layers = [_conv(3, 32, 5, norm=False), nn.MaxPool2d(2), _conv(32, 64, 5, norm=False)]
+    layers = [conv(3, 32, 5, norm=False), nn.MaxPool2d(2), conv(32, 64, 5, norm=False)]
     head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(*layers, *head)
 
@@ -197,7 +261,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def _pair(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(_conv(inputs, outputs), _conv(outputs, outputs))
+        return nn.Sequential(conv(inputs, outputs), conv(outputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """From images to class scores, or to images."""
@@ -213,7 +277,7 @@ class UNet(nn.Module):
 
 def autoencoder(_: int) -> nn.Module:
     """Strided convolutions down, transposed ones up as in the generator of a DCGAN (arXiv 1511.06434)."""
-    down = [_conv(3, 32, 3, 2), _conv(32, 64, 3, 2), _conv(64, 128, 3, 2)]
+    down = [conv(3, 32, 3, 2), conv(32, 64, 3, 2), conv(64, 128, 3, 2)]
     up: list[nn.Module] = []
     for inputs, outputs in ((128, 64), (64, 32)):
         up += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -225,7 +289,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(_conv(3, 32), nn.MaxPool2d(2), _conv(32, 64), nn.MaxPool2d(2))
+        self.features = nn.Sequential(conv(3, 32), nn.MaxPool2d(2), conv(32, 64), nn.MaxPool2d(2))
         self.lstm = nn.LSTM(64, 96, batch_first=True)
         self.head = nn.Linear(96, 10)
 

@@ -2,13 +2,13 @@
 
     python benchmarks/starting_point.py DATA runs.jsonl --draw curves.svg
 
-trains every network of two panels (`starting_panel.py`, `starting_second.py`) from its own initialisation and
-from predicted weights, with SGD (momentum 0.9) and AdamW, at learning rates that are a factor of 3 apart
-around the best one for its own initialisation, and prints how the areas under the training-loss curves
-compare. Both starts of a seed see the same batches. It also compares the outputs before training: those from
-predicted weights in evaluation mode, as they are, with those that the network's own initialisation gives when
-its batch norms know the images. Without that a network's own outputs say nothing: a MobileNet's are 1e-10.
-DATA is CIFAR-10 in a form that `ghn-init train` takes.
+trains every network of three panels (`starting_panel.py`, `starting_second.py`, `starting_third.py`) from its
+own initialisation and from predicted weights, with SGD (momentum 0.9) and AdamW, at learning rates that are a
+factor of 3 apart around the best one for its own initialisation, and prints how the areas under the
+training-loss curves compare. Both starts of a seed see the same batches. It also compares the outputs before
+training: those from predicted weights in evaluation mode, as they are, with those that the network's own
+initialisation gives when its batch norms know the images. Without that a network's own outputs say nothing: a
+MobileNet's are 1e-10. DATA is CIFAR-10 in a form that `ghn-init train` takes.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds seeds, rates, networks or other weights, and
@@ -33,6 +33,7 @@ import torch
 from starting_panel import PANEL, Member, Task
 from starting_report import draw, report
 from starting_second import SECOND
+from starting_third import THIRD
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ghn_init
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from ghn_init.training.data import Images
 
-MEMBERS: Final = (*PANEL, *SECOND)
+MEMBERS: Final = (*PANEL, *SECOND, *THIRD)
 
 STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
     "default": None,

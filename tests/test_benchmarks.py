@@ -267,9 +267,16 @@ SECOND = (
     "mlp", "discriminator", "residual", "super-resolution", "denoiser", "vae", "preactivated", "convmixer",
     "video", "audio", "pyramid", "generator", "diffusion", "mixer", "language",
 )  # fmt: skip
+THIRD = {
+    "number": 0.34, "rotation": 0.5, "brightness": 0.01, "steering": 0.34, "actions": 0.7, "siamese": 0.05,
+    "triplets": 0.11, "unnormalised": 2.3, "late-norms": 2.4,
+}  # fmt: skip
+"""Loss of the third panel's networks at the start, about: of noise, with an image of each class."""
 
 
-@pytest.mark.parametrize("name", ["small-resnet", "vit", "unet", "segformer", "lstm", "deepnets-bn", *SECOND])
+@pytest.mark.parametrize(
+    "name", ["small-resnet", "vit", "unet", "segformer", "lstm", "deepnets-bn", *SECOND, *THIRD]
+)
 def test_networks_of_the_panels_start_at_the_loss_of_guessing(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -277,7 +284,7 @@ def test_networks_of_the_panels_start_at_the_loss_of_guessing(
     panel = importlib.import_module("starting_panel")
     point = importlib.import_module("starting_point")
     (member,) = (member for member in point.MEMBERS if member.name == name)
-    assert {member.name for member in point.MEMBERS} >= set(SECOND)
+    assert {member.name for member in point.MEMBERS} >= {*SECOND, *THIRD}
     size = max(32, member.enlarged)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -285,9 +292,8 @@ def test_networks_of_the_panels_start_at_the_loss_of_guessing(
     x, y = task.batch(torch.arange(8), generator)
     torch.manual_seed(0)
     loss = task.loss(member.build(size)(x), y).item()
-    guessed = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3, "next pixel": math.log(32)}[
-        member.kind
-    ]
+    usual = {"classify": math.log(10), "segment": math.log(8), "restore": 1.3, "next pixel": math.log(32)}
+    guessed = THIRD.get(name) or usual[member.kind]
     assert 0.5 * guessed < loss < 1.7 * guessed
 
 
