@@ -44,9 +44,13 @@ _FEW: Final = 10
 _NARROWEST: Final = 16
 """Width from which on a power of two is taken for that of an embedding."""
 
-_EMBEDDED: Final = 0.5
-"""Squared length of what an embedding is made from, in those that the network's own features have: predicted
-ones are more alike, and distances between embeddings are twice as large for it."""
+_OF_VALUES: Final = 0.5
+"""Squared length of what values are made from, in those that the network's own features have as they are
+estimated here: outputs then begin as large as its own, since predicted features are more alike over an
+image's extent, which estimates are without."""
+
+_OF_EMBEDDINGS: Final = 0.25
+"""The same for an embedding: distances, too, are then no larger than from the network's own features."""
 
 _LINEAR: Final = 1 / 3
 """Mean square of what torch's linear layers give, relative to that of what they read."""
@@ -114,8 +118,8 @@ def _excess(graph: Graph, told: Followed, predicted: Container[str | None]) -> f
 def _share(outputs: int) -> float:
     """How long what a kept last layer reads may be, in squared lengths of the network's own; 0: classes."""
     if outputs < _FEW:
-        return 1.0
-    return _EMBEDDED if outputs >= _NARROWEST and outputs & (outputs - 1) == 0 else 0.0
+        return _OF_VALUES
+    return _OF_EMBEDDINGS if outputs >= _NARROWEST and outputs & (outputs - 1) == 0 else 0.0
 
 
 def _own_square(graph: Graph, last: int) -> float:
