@@ -265,6 +265,8 @@ def start(arguments: list[str], processes: int) -> bool:
 def settle(part: Part, data: Path) -> None:
     """Make the mean of a falling part's weights and those that its call began from, and keep the better.
 
+    Those are the weights of the last falling part before it, or what the folder began with.
+
     A part at a constant rate and a falling one after it end elsewhere in the same valley: see the means in
     docs/experiments.md.
     """
@@ -301,11 +303,12 @@ def beginning(run: Path) -> tuple[Position, str | None]:
 
 
 def _first_weights(run: Path) -> str:
-    """The kept weights, copied into the folder, as later ones will take their place; or the bundled ones."""
-    if not (KEPT / "model.safetensors").exists():
-        return BUNDLED
+    """The kept weights, or the bundled ones, copied into the folder: later ones will take their place."""
     copied = run / "000-start"
-    shutil.copytree(KEPT, copied, dirs_exist_ok=True)
+    if (KEPT / "model.safetensors").exists():
+        shutil.copytree(KEPT, copied, dirs_exist_ok=True)
+    else:
+        load(BUNDLED).save_pretrained(copied)
     return str(copied)
 
 
@@ -325,9 +328,9 @@ def campaign(data: Path, run: Path, seconds: float, fall: float, processes: int)
             print(f"{run}: stopped; the same command goes on", file=sys.stderr)
         return whole and part.over
 
-    goes_on = all(train(fitted(last, seconds, fall)) for last in parts_of(run)[-1:] if not last.over)
+    _settle_last(run, data)  # of a call that was ended before
+    goes_on = all(train(fitted(last, left(), fall)) for last in parts_of(run)[-1:] if not last.over)
     while goes_on and left() >= SHORTEST:
-        _settle_last(run, data)
         goes_on = train(next_part(run, *beginning(run), left(), fall, processes))
     if goes_on:
         _settle_last(run, data)

@@ -149,7 +149,9 @@ def test_a_new_machine_goes_on_from_what_was_kept(
     assert (position.pairs, round(position.core_minutes)) == (400, 240)
     (tmp_path / "kept" / "model.safetensors").unlink()  # they are bundled
     hours(campaign, tmp_path / "third", 1)
-    assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", "ghn3-cifar10"]
+    copied = tmp_path / "third" / "000-start"
+    assert [trained[4]["name"], trained[4]["from"]] == ["005-all16", str(copied)]
+    assert load_ghn(copied).digest() == load_ghn("ghn3-cifar10").digest()
 
 
 def finished(campaign: Any, run: Path, name: str, schedule: str, start: str | None, value: float) -> Any:

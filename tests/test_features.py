@@ -326,9 +326,9 @@ def in_two_dimensions(branches: int) -> nn.Module:
 class Preactivated(nn.Module):
     """Branches of norm, ReLU and convolution, added to what they read, with or without a norm at the end."""
 
-    def __init__(self, *, normalised: bool) -> None:
+    def __init__(self, *, stem: bool, normalised: bool) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.stem = conv(3, 64) if stem else nn.Conv2d(3, 64, 3, padding=1)
         self.norms = nn.ModuleList(nn.BatchNorm2d(64) for _ in range(2))
         self.branches = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
         self.last = nn.BatchNorm2d(64) if normalised else nn.Identity()
@@ -342,20 +342,22 @@ class Preactivated(nn.Module):
 
 
 @pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("stem", [False, True])
 def test_features_without_a_norm_are_sums_of_weights_no_larger_than_usual(
-    bundled: GHN, *, normalised: bool
+    bundled: GHN, *, stem: bool, normalised: bool
 ) -> None:
     """As at the end of a pre-activated ResNet without a last norm: outputs would be far too large."""
     torch.manual_seed(0)
-    network = Preactivated(normalised=normalised)
+    network = Preactivated(stem=stem, normalised=normalised)
     usual = network.branches[1].weight.square().mean().sqrt().item()
     rows = {row.name: row for row in plan(network, bundled).rows}
-    assert rows["branches.1.weight"].factor == 1 if normalised else rows["branches.1.weight"].factor < 0.8
     once = copy.deepcopy(predict(network, bundled).state_dict())
-    if not normalised:
-        assert once["branches.1.weight"].square().mean().sqrt().item() == pytest.approx(usual, rel=0.03)
+    for name in ("branches.0.weight", "branches.1.weight"):
+        assert (rows[name].factor < 1) != normalised
+        if not normalised:
+            assert once[name].square().mean().sqrt().item() == pytest.approx(usual, rel=0.03)
     for name, value in predict(network, bundled).state_dict().items():
-        torch.testing.assert_close(value, once[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(value, once[name])
 
 
 @pytest.mark.parametrize(("branches", "expected"), [(0, 1 / 12), (1, 1 / 8), (2, 7 / 48)])
@@ -369,6 +371,16 @@ def test_the_length_of_own_features_is_told_from_the_graph(branches: int, expect
         square = (square + 1) / 2
     assert expected == pytest.approx(square / 6)
     assert features._own_square(graph, last) == pytest.approx(expected)
+
+
+def test_convolutions_without_a_norm_are_followed_to_a_norm() -> None:
+    network = nn.Sequential(
+        conv(3, 16), nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    graph = ghn_init.trace(nn.Sequential(*network, nn.Linear(32, 4)))
+    (weight, _), *_ = graph.heads
+    (last,) = graph.predecessors[weight]
+    assert features._own_square(graph, last) == pytest.approx(0.5 / 3 / 2)
 
 
 def test_the_plan_says_so(bundled: GHN) -> None:

@@ -53,7 +53,7 @@ _OF_EMBEDDINGS: Final = 0.25
 """The same for an embedding: distances, too, are then no larger than from the network's own features."""
 
 _LINEAR: Final = 1 / 3
-"""Mean square of what torch's linear layers give, relative to that of what they read."""
+"""Mean square of what torch's layers give, relative to that of what they read."""
 
 _PASSING: Final = frozenset({"sum", "concat", "max_pool", "avg_pool", "glob_avg"})
 """Types of node that pass a factor on."""
@@ -129,13 +129,13 @@ def _own_square(graph: Graph, last: int) -> float:
     """
     wanted, found = {last}, dict[int, float]()
     for index in range(last, -1, -1):
-        if index in wanted and _is_passing(graph.nodes[index]):
+        if index in wanted and graph.nodes[index].type not in NORM_TYPES:
             wanted.update(graph.predecessors[index])
     for index in sorted(wanted):
         node = graph.nodes[index]
         inputs = [found[source] for source in graph.predecessors[index] if source in found]
         square = max(inputs, default=1.0)
-        if not _is_passing(node):
+        if node.type in NORM_TYPES:
             square = 1.0
         elif node.type == "sum":
             square = sum(inputs)
@@ -194,10 +194,11 @@ def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
 
 
 def unmeasured_branches(graph: Graph) -> set[str]:
-    """Weights that features are sums of, where no norm gives one of the summands, in networks with norms.
+    """Weights without a norm that features come from, but for those beside a norm, in networks with norms.
 
     As at the end of a pre-activated ResNet without a last norm: nothing there tells how large features are to
-    be.
+    be. What is added to what a norm gives, as a shortcut is, is measured by that. A norm behind a ReLU is no
+    such one, but the stem's that branches are added to.
     """
     if not any(node.type == "bn" for node in graph.nodes):
         return set()
@@ -209,10 +210,8 @@ def unmeasured_branches(graph: Graph) -> set[str]:
             continue
         while (after := _only(graph.successors[last])) is not None and graph.nodes[after].type == "bias":
             last = after
-        summed = [graph.predecessors[target] for target in graph.successors[last]]
-        if any(len(sources) > 1 for sources in summed) and not any(
-            graph.nodes[source].type in NORM_TYPES for sources in summed for source in sources
-        ):
+        beside = {source for target in graph.successors[last] for source in graph.predecessors[target]}
+        if not any(graph.nodes[source].type in NORM_TYPES for source in beside - graph.rectified):
             found.add(node.param)
     return found
 
