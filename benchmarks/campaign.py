@@ -265,7 +265,8 @@ def start(arguments: list[str], processes: int) -> bool:
 def settle(part: Part, data: Path) -> None:
     """Make the mean of a falling part's weights and those that its call began from, and keep the better.
 
-    Those are the weights of the last falling part before it, or what the folder began with. A part at a constant rate and a falling one after it end elsewhere in the same valley: see the means in
+    Those are the weights of the last falling part before it, or what the folder began with. A part at a
+    constant rate and a falling one after it end elsewhere in the same valley: see the means in
     docs/experiments.md.
     """
     earlier = [p for p in parts_of(part.folder.parent) if p.folder.name < part.folder.name]
