@@ -1,7 +1,8 @@
-"""A third panel for `starting_point.py`: networks that are no classifiers, or end in other ways than those.
+"""A third panel for `starting_point.py`: networks that are no classifiers, or made in other ways than those.
 
 What a last layer gives is a value, an action's worth or an embedding as often as scores of classes, and the
-graph hardly tells. They are like those of a sweep over some ninety networks that predictions then harmed.
+graph hardly tells. They are like those of a sweep over some ninety networks that predictions then harmed, or
+that gained less than networks that compute the same.
 """
 
 from __future__ import annotations
@@ -78,6 +79,23 @@ def late_norms(side: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64, 10))
 
 
+def flat_norm(side: int) -> nn.Module:
+    """Three convolutions and a hidden layer over all places of their maps, with batch norms."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
+        layers += [conv(inputs, outputs), nn.MaxPool2d(2)]
+    hidden = nn.Linear(64 * (side // 8) ** 2, 128)
+    return nn.Sequential(*layers, nn.Flatten(), hidden, nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def biased(_: int) -> nn.Module:
+    """Four convolutions with batch norms, and with biases before them, as torch's have by default."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
 THIRD: Final = (
     Member("number", "number", residual(1)),
     Member("rotation", "rotation", residual(2)),
@@ -88,5 +106,7 @@ THIRD: Final = (
     Member("triplets", "triplets", residual(32)),
     Member("unnormalised", "classify", lambda _: Unnormalised(), known=True),
     Member("late-norms", "classify", late_norms),
+    Member("flat-norm", "classify", flat_norm),
+    Member("biased", "classify", biased, known=True),
 )
 """The third panel."""

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -419,10 +419,8 @@ def test_late_weights_before_batch_norms_are_no_larger_than_their_own(ghn: GHN) 
         return model
 
     small, large = ({row.name: row for row in plan(deep(by), ghn).rows} for by in (1e-4, 1e4))
-    assert all(row.rms is None for name, row in large.items())
-    assert {name for name, row in small.items() if row.rms is not None} == {
-        f"{i}.0.weight" for i in range(2, 6)
-    }
+    assert not any(row.rms for row in large.values())
+    assert {name for name, row in small.items() if row.rms} == {f"{i}.0.weight" for i in range(2, 6)}
     model = predict(deep(1e-4), ghn)
     for index in range(2, 6):
         own, now = (
@@ -440,7 +438,7 @@ def test_smaller_late_weights_give_the_same_function(ghn: GHN) -> None:
     for name in ("1.0.weight", "2.0.weight"):
         model.get_parameter(name).data.mul_(0.1)
     rows = {row.name: row for row in plan(model, ghn, exclude="5.*").rows}
-    assert {name for name, row in rows.items() if row.rms is not None} == {"1.0.weight", "2.0.weight"}
+    assert {name for name, row in rows.items() if row.rms} == {"1.0.weight", "2.0.weight"}
     whole = predict(copy.deepcopy(model), ghn, scale="predicted", exclude="5.*")
     torch.testing.assert_close(predict(model, ghn, exclude="5.*")(x), whole(x), rtol=1e-2, atol=1e-2)
 
@@ -512,6 +510,116 @@ def test_gates_are_kept_and_say_why(ghn: GHN) -> None:
     ]
     planned = plan(built(gated), ghn, scale="own")
     assert {row.reason for row in planned.rows if row.name == "1.squeeze.weight"} == {""}
+
+
+class Biased(nn.Module):
+    """A network with or without biases before batch norms, some of them with more than a norm in between."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=bias), nn.BatchNorm2d(16), nn.ReLU())
+        self.late = nn.Sequential(
+            nn.Conv2d(16, 32, 3, 1, 1, bias=bias), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(32)
+        )
+        self.left, self.right = (nn.Conv2d(32, 32, 1, bias=bias) for _ in range(2))
+        self.norm = nn.BatchNorm2d(32)
+        self.bare = nn.Conv2d(32, 32, 3, 1, 1)
+        self.hidden = nn.Sequential(nn.Linear(32, 24, bias=bias), nn.BatchNorm1d(24), nn.ReLU())
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.late(self.stem(x))
+        x = self.norm(self.left(x) + self.right(x)).relu()
+        return self.head(self.hidden((x + self.bare(x)).mean((2, 3))))
+
+
+BEFORE_NORMS = {f"{name}.bias" for name in ("stem.0", "late.0", "left", "right", "hidden.0")}
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "own"}, {"scale": "predicted"}, {"diversify": "noise"}])
+def test_biases_before_batch_norms_are_zero_and_change_no_prediction(
+    options: dict[str, Any], ghn: GHN
+) -> None:
+    bare, biased = Biased(bias=False), Biased(bias=True)
+    biased.load_state_dict(bare.state_dict(), strict=False)
+    planned = plan(biased, ghn, strict=True, **options)
+    assert {row.name for row in planned.rows if row.rms == 0} == BEFORE_NORMS
+    planned.apply()
+    predict(bare, ghn, **options)
+    assert not any(biased.get_parameter(name).any() for name in BEFORE_NORMS)
+    wanted = dict(bare.named_parameters())
+    found = {name: param for name, param in biased.named_parameters() if name not in BEFORE_NORMS}
+    assert {name for name, param in found.items() if not torch.equal(param, wanted[name])} == set()
+
+
+def test_biases_before_batch_norms_alone_can_be_predicted(ghn: GHN) -> None:
+    model = Biased(bias=True)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    predict(model, ghn, include="stem.0.bias")
+    changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert changed == {"stem.0.bias"}
+    assert not model.stem[0].bias.any()
+
+
+def test_biases_before_batch_norms_of_a_meta_model_are_zero(ghn: GHN) -> None:
+    with torch.device("meta"):
+        model = Biased(bias=True)
+    predict(model, ghn)
+    assert not any(model.get_parameter(name).any() for name in BEFORE_NORMS)
+
+
+def test_running_statistics_know_biases_that_are_kept(ghn: GHN) -> None:
+    model = built(lambda: Biased(bias=True))
+    nn.init.constant_(model.get_parameter("stem.0.bias"), 5.0)
+    predict(model, ghn, exclude="*.bias")
+    assert 4 < float(model.get_buffer("stem.1.running_mean").mean()) < 6
+
+
+def test_a_batch_norm_of_the_images_changes_no_prediction(ghn: GHN) -> None:
+    alone = built(plain)
+    model = nn.Sequential(nn.BatchNorm2d(3), *copy.deepcopy(alone))
+    norm = model.get_submodule("0")
+    nn.init.constant_(norm.get_parameter("weight"), 0.7)
+    for scale, weight in (("auto", 0.7), ("predicted", 1.0)):
+        predict(alone, ghn, scale=scale)  # type: ignore[arg-type]
+        predict(model, ghn, scale=scale)  # type: ignore[arg-type]
+        for mine, other in zip(list(model)[1:], alone, strict=True):
+            assert all(map(torch.equal, mine.parameters(), other.parameters()))
+        assert torch.equal(norm.get_parameter("weight"), torch.full((3,), weight))
+        assert not norm.get_parameter("bias").any()
+
+
+FLATTENED = 32 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        ([nn.Flatten(), nn.Linear(FLATTENED, 24), nn.BatchNorm1d(24), nn.ReLU()], "hidden, norm"),
+        ([nn.Flatten(), nn.Linear(FLATTENED, 24, bias=False), nn.ReLU(), nn.BatchNorm1d(24)], "hidden, norm"),
+        ([nn.Flatten(), nn.Linear(FLATTENED, 24), nn.BatchNorm1d(24, affine=False), nn.ReLU()], "hidden"),
+        ([nn.Flatten(), nn.Linear(FLATTENED, 24), nn.ReLU()], ""),
+        ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 24), nn.BatchNorm1d(24), nn.ReLU()], ""),
+        ([nn.Conv2d(32, 24, 4), nn.BatchNorm2d(24), nn.Flatten()], ""),
+    ],
+)  # fmt: skip
+def test_a_layer_over_all_places_before_a_norm_is_kept_with_it_and_says_why(
+    end: list[nn.Module], kept: str, ghn: GHN
+) -> None:
+    net = nn.Sequential(block(3, 16), nn.MaxPool2d(2), block(16, 32), *end, nn.Linear(24, 10))
+    rows = {row.name: row.reason for row in plan(net, ghn, example_input=(1, 3, 8, 8)).rows}
+    hidden = {name for name, why in rows.items() if why.startswith("a norm follows it, and it reads all")}
+    norm = {name for name, why in rows.items() if why.startswith("a norm of a layer that reads all places")}
+    paths = [f"{len(net) - 1 - len(end) + place}" for place in range(len(end))]
+    parameters = {
+        kind: {f"{path}.{name}" for path, layer in zip(paths, end, strict=True) if isinstance(layer, kind)
+               for name, _ in layer.named_parameters()}
+        for kind in (nn.Linear, nn.BatchNorm1d)
+    }  # fmt: skip
+    assert hidden == (parameters[nn.Linear] if "hidden" in kept else set())
+    assert norm == (parameters[nn.BatchNorm1d] if "norm" in kept else set())
+    whole = plan(net, ghn, example_input=(1, 3, 8, 8), scale="predicted")
+    assert not any(row.reason for row in whole.rows)
 
 
 def test_what_is_one_pixel_wide_is_kept_behind_filters_and_says_why(ghn: GHN) -> None:
@@ -785,7 +893,7 @@ def bare() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "most"),
     [
-        (residuals, 4), (inverted, 5), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
+        (residuals, 4), (inverted, 7), (narrow, 4), (shuffled, 4), (enlarging, 4), (mixing, 10),
         (DualPath, 4), (CrossStages, 3), (bare, 3),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ GHN and the writer read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -18,7 +18,7 @@ from ghn_init._errors import GraphError
 from ghn_init._graph.draw import draw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from os import PathLike
 
     import numpy.typing as npt
@@ -282,3 +282,23 @@ def graph_from_edges(
 ) -> Graph:
     """Make a `Graph` from lists: edges are sorted and repeated ones dropped."""
     return Graph(tuple(nodes), tuple(sorted(set(edges))), tuple(unmatched), name)
+
+
+def without(graph: Graph, gone: Collection[int]) -> Graph:
+    """The graph without these nodes, the neighbours of each linked, as a GHN reads it.
+
+    What no GHN sees (`Graph.rectified` and the attributes after it) is left out: nodes have other numbers.
+    """
+    if not gone:
+        return graph
+    place: dict[int, int] = {}
+    read: list[tuple[int, ...]] = []  # for every node those that are read where it is
+    edges: list[tuple[int, int]] = []
+    for index, sources in enumerate(graph.predecessors):
+        before = tuple(dict.fromkeys(earlier for source in sources for earlier in read[source]))
+        if index not in gone:
+            place[index] = len(place)
+            edges += [(earlier, place[index]) for earlier in before]
+        read.append(before if index in gone else (place[index],))
+    left = graph_from_edges([graph.nodes[index] for index in place], edges)
+    return replace(left, unmatched=graph.unmatched, name=graph.name)

@@ -1,13 +1,14 @@
 """What is told of a node by the nodes before and behind it, which the GHN's own features do not say.
 
-Every function but the last gives a list with a value for each node.
+Every function that says "for every node" gives a list with a value for each.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
-from ghn_init._graph.graph import WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, WEIGHT_TYPES
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
@@ -25,6 +26,23 @@ def normalised(graph: Graph) -> list[bool]:
             kind == "bn" or (kind in _PASSING and is_normalised) for kind, is_normalised in after
         )
     return found
+
+
+def biases_before_norms(graph: Graph) -> set[int]:
+    """The biases of weights that batch norms follow: DeepNets-1M's convolutions have none.
+
+    Straight before a batch norm a bias does nothing, since the norm takes it out again.
+    """
+    after = normalised(graph)
+    return {index for index, node in enumerate(graph.nodes) if node.type == "bias" and after[index]}
+
+
+def norms_of_input(graph: Graph) -> set[int]:
+    """The batch norms that read the input alone, which DeepNets-1M's networks get standardised."""
+    return {
+        index for index, node in enumerate(graph.nodes)
+        if node.type == "bn" and graph.predecessors[index] == (0,)
+    }  # fmt: skip
 
 
 def gates(graph: Graph) -> list[bool]:
@@ -73,6 +91,22 @@ def one_pixel_wide(graph: Graph) -> list[bool]:
         rows = graph.cropped.get(index)
         gives_one = rows is not None and all(len(places) == 1 for places in rows)
         found.append(gives_one or any(found[source] for source in sources))
+    return found
+
+
+def reads_places(graph: Graph) -> list[bool]:
+    """For every node whether it is a linear layer with a weight for every place of the feature maps it reads.
+
+    That is, it has more inputs than they have channels. Of images nobody knows how many channels they have.
+    """
+    channels: list[float] = []
+    found: list[bool] = []
+    for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
+        read = [channels[source] for source in sources]
+        joined = sum(read) if node.type == "concat" else max(read, default=math.inf)
+        shape = node.shape or (0,)
+        found.append(node.type == "conv" and len(shape) == 2 and shape[1] > joined)
+        channels.append(shape[0] if node.type in LAYER_TYPES | NORM_TYPES and node.shape else joined)
     return found
 
 

@@ -6,10 +6,9 @@ the pooling that the gate begins with. Ours have both.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ghn_init._graph.graph import graph_from_edges
+from ghn_init._graph.graph import without
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
@@ -23,16 +22,7 @@ def without_gate_poolings(graph: Graph) -> Graph:
     if not any(node.type == "cse" for node in graph.nodes):
         return graph
     poolings = (index for index, node in enumerate(graph.nodes) if node.type == "glob_avg")
-    gone = {index for index in poolings if _begins_gate(graph, index)}
-    edges = set(graph.edges)
-    for index in gone:
-        before, beyond = {u for u, v in edges if v == index}, {v for u, v in edges if u == index}
-        edges = {edge for edge in edges if index not in edge} | {(u, v) for u in before for v in beyond}
-    kept = [index for index in range(len(graph)) if index not in gone]
-    place = {old: new for new, old in enumerate(kept)}
-    left = graph_from_edges([graph.nodes[index] for index in kept], [(place[u], place[v]) for u, v in edges])
-    # Not what no GHN sees, which is told by the nodes' numbers before.
-    return replace(left, unmatched=graph.unmatched, name=graph.name)
+    return without(graph, {index for index in poolings if _begins_gate(graph, index)})
 
 
 def _begins_gate(graph: Graph, pooling: int) -> bool:

@@ -260,7 +260,7 @@ class _Pair:
 
 
 def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float, Tile]]:
-    """Root mean square and tile that every prediction gets, by `Entry.source`."""
+    """Root mean square and tile that predictions other than zeros get, by `Entry.source`."""
     if not pairs:
         return {}
     found = torch.stack([_rms(pair.tile).cpu() for pair in pairs]).tolist()
@@ -277,9 +277,10 @@ def _rescaled(pairs: Sequence[_Pair], options: Options) -> dict[str, tuple[float
     ratios = {index: norms[2 * i + 1] / norms[2 * i] for i, index in enumerate(matrices)}
     written = {}
     for index, (pair, rms) in enumerate(zip(pairs, found, strict=True)):
-        ratio = ratios.get(index, 1.0)
-        own = rounded(pair.own * (ratio if ratio < COHERENT else 1.0))
-        written[pair.source] = own, pair.tile.scaled(own / rms if rms else 1.0)
+        if rms:  # else there is no direction, and zeros they stay
+            ratio = ratios.get(index, 1.0)
+            own = rounded(pair.own * (ratio if ratio < COHERENT else 1.0))
+            written[pair.source] = own, pair.tile.scaled(own / rms)
     return written
 
 

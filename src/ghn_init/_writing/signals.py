@@ -321,6 +321,8 @@ def _biased(x: Signal, entry: Entry | None) -> Signal:
     else:
         return x
     bias, outputs = bias.to("cpu", torch.float32).flatten(), entry.numel
+    if not bias.any():  # copies stay copies
+        return x
     if outputs == 1:  # of all channels, as where a layer learns one factor and one shift
         return _shifted(x, float(bias))
     values = x.values

@@ -33,7 +33,8 @@ def _cells(entry: Entry, *, own_scale: bool) -> tuple[str, ...]:
     through = f"through {entry.through}" if entry.through and entry.action != "kept" else ""
     chosen = own_scale and entry.action != "kept"
     predicted = "predicted scale" if entry.factor == 1 else f"{entry.factor:.2g} x predicted scale"
-    scale = predicted if entry.rms is None else f"own scale {entry.rms:.3g}"
+    own = f"own scale {entry.rms:.3g}" if entry.rms else "zero"
+    scale = predicted if entry.rms is None else own
     note = ", ".join(filter(None, (entry.reason, scale if chosen else "", through, tied)))
     return entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.node or "-", entry.action, note
 

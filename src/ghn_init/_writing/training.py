@@ -58,6 +58,8 @@ _LATE: Final = "it is behind the first third of a network whose branches meet"
 _NOTHING_TAKES_SCALE: Final = "no batch norm takes its scale out of what it gives"
 _NOT_BEHIND_WEIGHTS: Final = "a norm that reads neither a convolution nor a sum"
 _RECTIFIED: Final = "its classes' scores go through an activation"
+_READS_PLACES: Final = "a norm follows it, and it reads all places of feature maps"
+_BEHIND_PLACES: Final = "a norm of a layer that reads all places of feature maps"
 _BARE_TRANSPOSED: Final = "a transposed convolution without batch norm"
 
 
@@ -158,7 +160,9 @@ def _strange(graph: Graph, *, known: bool) -> Mapping[str | None, str]:
                 found[node.param] = found[layer]
         elif node.param is not None and index in reasons:
             found[node.param] = reasons[index]
-    return found
+    norms = [graph.nodes[index] for index in _norms_of(graph, _flattening(graph))]
+    names = {name for norm in norms for name in (norm.param, norm.bias)} - {None}
+    return found | dict.fromkeys(names, _BEHIND_PLACES)
 
 
 def _weights(graph: Graph) -> list[tuple[int, Node]]:
@@ -168,7 +172,7 @@ def _weights(graph: Graph) -> list[tuple[int, Node]]:
 def _harmed(graph: Graph) -> dict[int, str]:
     """The weights that predictions harm in any network, and why."""
     normalised, gates = structure.normalised(graph), structure.gates(graph)
-    behind = structure.behind_skips(graph)
+    behind, flattening = structure.behind_skips(graph), _flattening(graph)
     silenced = {
         weight for weight, bias in graph.heads if graph.rectified.intersection((weight, bias or weight))
     }
@@ -180,9 +184,33 @@ def _harmed(graph: Graph) -> dict[int, str]:
             found[index] = _GATE
         elif index in silenced:  # an offset that all classes have is nothing to a softmax, and all to a ReLU
             found[index] = _RECTIFIED
+        elif index in flattening:
+            found[index] = _READS_PLACES
         elif node.transposed and len(node.shape or ()) > 2 and not normalised[index]:
             found[index] = _BARE_TRANSPOSED
     return found
+
+
+def _flattening(graph: Graph) -> set[int]:
+    """Weights of linear layers, before a batch norm, that read all places of feature maps.
+
+    The same prediction for every place is a mean over them. What is left of it are few directions, which the
+    norm makes as large as if they were many; without one the layer's output is as small as they are few.
+    """
+    places, normalised = structure.reads_places(graph), structure.normalised(graph)
+    return {index for index, _ in _weights(graph) if places[index] and normalised[index]}
+
+
+def _norms_of(graph: Graph, weights: set[int]) -> set[int]:
+    """The batch norms that read what these weights give, with their biases."""
+    read = weights | {
+        index for index in range(len(graph)) if graph.nodes[index].type == "bias"
+        if weights.intersection(graph.predecessors[index])
+    }  # fmt: skip
+    return {
+        index for index in range(len(graph)) if graph.nodes[index].type == "bn"
+        if read.intersection(graph.predecessors[index])
+    }  # fmt: skip
 
 
 def _unknown(graph: Graph) -> dict[int, str]:
