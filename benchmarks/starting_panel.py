@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ghn_init.training.data import Images, Normalisation
 
 Kind = Literal[
-    "classify", "restore", "segment", "next pixel", "number", "rotation", "brightness", "actions", "pairs",
-    "triplets",
+    "classify", "grey", "restore", "segment", "next pixel",
+    "number", "rotation", "brightness", "actions", "pairs", "triplets",
 ]  # fmt: skip
-"""The last six have values for targets, or classes of which an embedding is to tell."""
+"""The last six, in the second row, have values for targets, or classes of which an embedding is to tell."""
 
 LEVELS: Final = 32
 """Grey levels that the next-pixel task tells apart; segmentation tells a quarter as many."""
@@ -82,8 +82,10 @@ class Task:
         clean = self.normalise(self.images.pixels[index])
         if clean.shape[-1] != self.size:
             clean = F.interpolate(clean, (self.size, self.size), mode="bilinear", antialias=True)
-        if self.kind == "classify":
-            return clean, self.images.labels[index]
+        if self.kind in ("classify", "grey"):
+            return clean if self.kind == "classify" else clean.mean(1, keepdim=True), self.images.labels[
+                index
+            ]
         if self.kind == "restore":
             return clean + NOISE * torch.randn(clean.shape, generator=generator), clean
         if self.kind in _OF_LABELS:

@@ -88,12 +88,56 @@ def flat_norm(side: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), hidden, nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def biased(_: int) -> nn.Module:
+def biased(channels: int) -> Callable[[int], nn.Module]:
     """Four convolutions with batch norms, and with biases before them, as torch's have by default."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 32), (32, 64), (64, 128), (128, 128)):
-        layers += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+    def build(_: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((channels, 32), (32, 64), (64, 128), (128, 128)):
+            conv = nn.Conv2d(inputs, outputs, 3, 1, 1)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+    return build
+
+
+def grey_plain(side: int) -> nn.Module:
+    """Two convolutions and two linear layers for grey images, without norm, as in many a first example."""
+    features = 64 * ((side - 4) // 2) ** 2
+    layers = (
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+    )
+    ends = (nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
+    return nn.Sequential(*layers, nn.Flatten(), *ends)
+
+
+class Grouped(nn.Module):
+    """A residual block with group norms, eight groups."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        short = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        norms = (nn.GroupNorm(8, outputs) for _ in range(3))
+        self.body = nn.Sequential(first, next(norms), nn.ReLU(), second, next(norms))
+        self.shortcut = nn.Sequential(short, next(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to features."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def group_norms(_: int) -> nn.Module:
+    """Three residual blocks with group norms, 32 to 128 channels (arXiv 1803.08494)."""
+    stem = (nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.GroupNorm(8, 32), nn.ReLU())
+    blocks = (Grouped(32, 32, 1), Grouped(32, 64, 2), Grouped(64, 128, 2))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 THIRD: Final = (
@@ -107,6 +151,9 @@ THIRD: Final = (
     Member("unnormalised", "classify", lambda _: Unnormalised(), known=True),
     Member("late-norms", "classify", late_norms),
     Member("flat-norm", "classify", flat_norm),
-    Member("biased", "classify", biased, known=True),
+    Member("biased", "classify", biased(3), known=True),
+    Member("grey", "grey", biased(1), known=True),
+    Member("grey-plain", "grey", grey_plain),
+    Member("group-norms", "classify", group_norms),
 )
 """The third panel."""

@@ -269,7 +269,8 @@ SECOND = (
 )  # fmt: skip
 THIRD = {
     "number": 0.34, "rotation": 0.5, "brightness": 0.01, "steering": 0.34, "actions": 0.7, "siamese": 0.05,
-    "triplets": 0.11, "unnormalised": 2.3, "late-norms": 2.4,
+    "triplets": 0.11, "unnormalised": 2.3, "late-norms": 2.4, "flat-norm": 2.4, "biased": 2.4,
+    "group-norms": 2.4, "grey": 2.4, "grey-plain": 2.4,
 }  # fmt: skip
 """Loss of the third panel's networks at the start, about: of noise, with an image of each class."""
 

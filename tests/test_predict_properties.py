@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ghn_init import GHN, GHNConfig, PredictError, plan, predict
-from ghn_init._graph.graph import without
-from ghn_init._graph.structure import biases_before_norms
+from ghn_init._writing.known import as_learned
+from ghn_init._writing.shown import shown
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
@@ -210,9 +210,8 @@ def test_tiles_written_in_place_are_the_full_tensors(recipe: Recipe) -> None:
     recipe = replace(recipe, dtype=torch.float32)
     model = recipe.build()
     planned = plan(model, GHN2, example_input=EXAMPLE, head="predict", frozen="predict")
-    unseen = biases_before_norms(planned.graph)
-    full = GHN2(without(planned.graph, unseen))[0]
-    full |= {row.name: torch.zeros(row.shape) for row in planned.rows if row.rms == 0}
+    view = shown(as_learned(planned.graph))
+    full = GHN2(view.graph)[0] | {name: tile.expand() for name, tile in view.neutral.items()}
     planned.apply()
     for row in planned.rows:
         if row.action != "kept":

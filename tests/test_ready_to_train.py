@@ -575,6 +575,55 @@ def test_running_statistics_know_biases_that_are_kept(ghn: GHN) -> None:
     assert 4 < float(model.get_buffer("stem.1.running_mean").mean()) < 6
 
 
+def group_norms(groups: int = 4, **options: Any) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 24)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 1, 1, **options), nn.GroupNorm(groups, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, *classifier(24))
+
+
+NORMS = {f"{index}.{name}" for index in (1, 4, 7) for name in ("weight", "bias")}
+
+
+def test_group_norms_are_predicted_like_batch_norms(ghn: GHN) -> None:
+    grouped, batched = group_norms(bias=False), group_norms(bias=False)
+    for index, layer in enumerate(batched):
+        if isinstance(layer, nn.GroupNorm):
+            batched[index] = nn.BatchNorm2d(layer.num_channels)
+    whole = predict(batched, ghn, scale="predicted")
+    for name, param in predict(copy.deepcopy(grouped), ghn, scale="predicted").named_parameters():
+        assert torch.equal(param, whole.get_parameter(name)), name
+    planned = plan(grouped, ghn)
+    rows = {row.name: row for row in planned.rows}
+    assert {row.action for row in rows.values()} == {"predicted"}
+    assert {row.name for row in rows.values() if row.node == "ln"} == NORMS
+    assert {name for name, row in rows.items() if row.rms is None} >= {"0.weight", *NORMS}
+    assert not planned.statistics
+    assert {planned.graph.nodes[index].type for index in planned.graph.grouped} == {"ln"}
+
+
+def test_group_norms_before_a_kept_classifier_stay_and_weights_keep_their_scale(ghn: GHN) -> None:
+    rows = {row.name: row for row in plan(group_norms(bias=False), ghn, head="keep").rows}
+    kept = {name for name, row in rows.items() if row.action == "kept"}
+    assert kept == {*NORMS, "11.weight", "11.bias"}
+    assert all(row.rms is not None for name, row in rows.items() if name not in kept)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 3, 3)],  # no classifier
+        lambda: [nn.Conv2d(3, 16, 3), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), *classifier(16)],
+        lambda: [nn.Conv2d(3, 16, 3), nn.GroupNorm(16, 16), nn.ReLU(), *classifier(16)],
+    ],
+)
+def test_other_norms_of_single_images_are_no_batch_norms(
+    layers: Callable[[], list[nn.Module]], ghn: GHN
+) -> None:
+    model = nn.Sequential(*layers())
+    assert {row.action for row in plan(model, ghn, example_input=(1, 3, 8, 8)).rows} == {"kept"}
+
+
 def test_a_batch_norm_of_the_images_changes_no_prediction(ghn: GHN) -> None:
     alone = built(plain)
     model = nn.Sequential(nn.BatchNorm2d(3), *copy.deepcopy(alone))
@@ -587,6 +636,33 @@ def test_a_batch_norm_of_the_images_changes_no_prediction(ghn: GHN) -> None:
             assert all(map(torch.equal, mine.parameters(), other.parameters()))
         assert torch.equal(norm.get_parameter("weight"), torch.full((3,), weight))
         assert not norm.get_parameter("bias").any()
+
+
+@pytest.mark.parametrize("norm_of_images", [False, True])
+def test_filters_of_grey_images_are_those_of_the_same_image_in_three_channels(
+    *, norm_of_images: bool, ghn: GHN
+) -> None:
+    def reading(channels: int) -> nn.Module:
+        first = [nn.BatchNorm2d(channels)] if norm_of_images else []
+        return nn.Sequential(*first, block(channels, 100), block(100, 16), *classifier(16))
+
+    grey, coloured = (predict(reading(channels), ghn, scale="predicted") for channels in (1, 3))
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(grey(x), coloured(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    assert {row.action for row in plan(reading(1), ghn).rows if row.node == "conv"} <= {"predicted", "tiled"}
+
+
+def test_a_weight_that_reads_grey_images_and_another_map_is_shown_as_it_is(ghn: GHN) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, 1, 1, bias=False)
+            self.last = nn.Sequential(nn.BatchNorm2d(1), *classifier(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.conv(self.conv(x)))
+
+    assert plan(Again(), ghn, scale="predicted").rows[0].tile is not None
 
 
 FLATTENED = 32 * 4 * 4
@@ -641,7 +717,7 @@ def test_what_is_one_pixel_wide_is_kept_behind_filters_and_says_why(ghn: GHN) ->
 
 def test_what_reads_a_layer_norm_or_the_input_before_it_is_kept_and_says_why(ghn: GHN) -> None:
     first, second, third, fourth = (nn.Conv2d(*width, 1) for width in ((3, 16), *[(16, 16)] * 3))
-    layers = [first, nn.GELU(), second, nn.GroupNorm(4, 16), third, nn.GELU(), fourth, nn.GELU()]
+    layers = [first, nn.GELU(), second, nn.GroupNorm(16, 16), third, nn.GELU(), fourth, nn.GELU()]
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
     planned = plan(nn.Sequential(*layers, *pooled), ghn, strict=True)
     reasons = {row.name: row.reason for row in planned.rows if row.node != "ln"}

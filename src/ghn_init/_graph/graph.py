@@ -135,6 +135,7 @@ class Graph:
         absolute: Indices of the nodes of whose output not the directions alone count: it is an output of the
             network, or goes through a function that does not pass a factor on, as a sigmoid. (A ReLU does.)
         bare: Of the batch norms without a weight, the paths of their modules, by index.
+        grouped: Indices of the `ln` nodes that are group norms of feature maps, several channels in a group.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -153,6 +154,7 @@ class Graph:
     rescaled: Mapping[int, float | None] = field(default_factory=dict, compare=False, repr=False)
     absolute: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     bare: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
+    grouped: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)

@@ -13,6 +13,9 @@ from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, WEIGHT_TYPES
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
 
+_FILTERS: Final = 4
+"""Dimensions of the weight of a convolution over images."""
+
 _PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
 """Types of node behind which a batch norm still normalises what a weight gives."""
 
@@ -42,6 +45,16 @@ def norms_of_input(graph: Graph) -> set[int]:
     return {
         index for index, node in enumerate(graph.nodes)
         if node.type == "bn" and graph.predecessors[index] == (0,)
+    }  # fmt: skip
+
+
+def grey_stems(graph: Graph) -> set[int]:
+    """The convolutions that read images of one channel, straight or behind a batch norm of the images."""
+    images = {0} | norms_of_input(graph)
+    return {
+        index for index, node in enumerate(graph.nodes)
+        if node.type == "conv" and len(node.shape or ()) == _FILTERS and (node.shape or (0, 0))[1] == 1
+        if images.issuperset(graph.predecessors[index])
     }  # fmt: skip
 
 

@@ -139,6 +139,7 @@ class Sketch:
         rescaled: The nodes whose weight is rescaled, see `Graph`.
         absolute: The nodes behind which a factor is not passed on, see `Graph`.
         bare: The paths of batch norms without a weight, see `Graph`.
+        grouped: The group norms of feature maps, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
         channels: Which channels tensors carry.
     """
@@ -152,6 +153,7 @@ class Sketch:
         self.rescaled: dict[int, float | None] = {}
         self.absolute: set[int] = set()
         self.bare: dict[int, str] = {}
+        self.grouped: set[int] = set()
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.channels = Channels(self)
         self.shapes = shapes
@@ -260,8 +262,9 @@ class Sketch:
             for param, shape in self.shapes.items()
             if param not in covered
         )
-        rectified, enlarged = (
-            frozenset(number[old] for old in live & told) for told in (self.rectified, self.enlarged)
+        rectified, enlarged, grouped = (
+            frozenset(number[old] for old in live & told)
+            for told in (self.rectified, self.enlarged, self.grouped)
         )
         ends = live if self._ends is None else live.intersection(self._ends)
         absolute = frozenset(number[old] for old in ends | (live & self.absolute))
@@ -276,8 +279,9 @@ class Sketch:
             if old in live
         }
         return Graph(
-            nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute, bare
-        )
+            nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute, bare,
+            grouped,
+        )  # fmt: skip
 
     def all_used(self) -> bool:
         """Whether every parameter was used."""

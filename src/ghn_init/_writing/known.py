@@ -7,6 +7,7 @@ DeepNets-1M: with batch norm, but for a few weights, or without ways around any 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
@@ -35,21 +36,55 @@ _MOST_COPIES: Final = 64
 add up to one another. Where no way leads around the weights it may repeat as often as it does."""
 
 
-def is_known(graph: Graph) -> bool:
-    """Whether a network is of the kind whose scales a GHN has learned, as far as its graph alone tells."""
+def as_learned(graph: Graph) -> Graph:
+    """The graph with group norms of feature maps as batch norms, if it is of the kind that a GHN knows then.
+
+    A group norm, too, takes the scale out of what it reads. The nodes keep their numbers, and `Graph.grouped`
+    still says which they are.
+    """
+    if not graph.grouped:
+        return graph
+    nodes = tuple(
+        replace(node, type="bn") if index in graph.grouped else node for index, node in enumerate(graph.nodes)
+    )
+    learned = replace(graph, nodes=nodes)
+    return learned if _is_of_the_kind(learned) else graph
+
+
+def is_known(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """Whether a network is of the kind whose scales a GHN has learned, before anything is predicted.
+
+    Args:
+        graph: The network's graph.
+        entries: From `select`.
+    """
+    return _is_of_the_kind(graph) and not _is_too_sure(graph, entries)
+
+
+def _is_of_the_kind(graph: Graph) -> bool:
+    """The same as far as the graph alone tells."""
     return _is_made_of_cells(graph) and (_is_in_rows(graph) or _has_few(graph, _bare(graph)))
+
+
+def _is_too_sure(graph: Graph, entries: Sequence[Entry]) -> bool:
+    """Whether a classifier is kept that reads what group norms give, at predicted scale.
+
+    They leave all images' features much in common, which a predicted classifier expects.
+    """
+    ends = {graph.nodes[weight].param for weight, _ in graph.heads} if graph.grouped else set()
+    return any(entry.key in ends and not entry.decision.predict for entry in entries)
 
 
 def scales_are_known(graph: Graph, entries: Sequence[Entry]) -> bool:
     """The same once predictions are there, which must not repeat too often where no norm follows them.
 
-    The last layer itself may be kept, because the GHN knows none of its width say.
+    But for group norms the last layer itself may be kept, because the GHN knows none of its width say.
 
     Args:
         graph: The network's graph.
         entries: With what is predicted.
     """
-    if not _is_made_of_cells(graph):
+    if not _is_made_of_cells(graph) or _is_too_sure(graph, entries):
         return False
     if _is_in_rows(graph):  # the outputs are made small, however they came to be large
         return True

@@ -25,6 +25,7 @@ from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, unfamiliar, warn
 from ghn_init._writing.features import shortened
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
+from ghn_init._writing.known import as_learned
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
 from ghn_init._writing.select import check_model, forbid_kept, select
@@ -272,20 +273,21 @@ def _planned(
         graph = traced(network, example_input, computed=computed).graph
         ghn = ghn_of(weights)
         entries = select(network, graph, computed, options, ghn.config.num_classes)
+        learned = as_learned(graph)
         if options.own_scale:
-            entries = worth_predicting(network, graph, entries, options)
-        entries = with_predictions(ghn, graph, entries)
+            entries = worth_predicting(network, learned, entries, options)
+        entries = with_predictions(ghn, learned, entries)
         if options.own_scale:
-            entries = ready_to_train(graph, entries, options)
+            entries = ready_to_train(learned, entries, options)
         entries = without_unsolvable(entries, options)
         norms = divided(entries, options)
         statistics: dict[str, Tensor] = {}
         if options.own_scale and options.diversify != "orthogonal":  # else the blocks are not what is written
-            told = _followed(network, graph, entries, norms, options)
+            told = _followed(network, learned, entries, norms, options)
             if options.scale == "auto":
-                entries, as_before = shortened(graph, entries, told)
-                told = as_before or _followed(network, graph, entries, norms, options)
-                entries = calmed(graph, entries, told)
+                entries, as_before = shortened(learned, entries, told)
+                told = as_before or _followed(network, learned, entries, norms, options)
+                entries = calmed(learned, entries, told)
             statistics = dict(told.statistics)
         statistics |= {name: vector for norm in norms.values() for name, vector in norm.vectors.items()}
     if options.strict:

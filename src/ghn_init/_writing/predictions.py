@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._errors import GHNInitError, PredictError
-from ghn_init._graph import structure
-from ghn_init._graph.graph import without
-from ghn_init._hypernetwork.tile import Tile
 from ghn_init._threads import surviving_threads
 from ghn_init._weights.load import bundled_names, load
+from ghn_init._writing.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ghn_init._graph.graph import Graph
+    from ghn_init._hypernetwork.tile import Tile
     from ghn_init._weights.ghn import GHN
     from ghn_init._writing.entry import Entry
+    from ghn_init._writing.shown import Shown
 
 _DEVICES: Final = ("cpu", "cuda", "xpu", "mps")
 
@@ -79,25 +79,17 @@ def plain_torch() -> Iterator[None]:
 def with_predictions(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> list[Entry]:
     """The same entries, those that are to be predicted with their tiles.
 
-    Networks in DeepNets-1M have no biases before batch norms and no batch norms of images, and a GHN that
-    sees some predicts worse, though they do nothing: a small ResNet is then right for 46 or 16 instead of
-    62 % of the test images untrained. So the GHN does not see them, and they get values that do nothing.
-
     Raises:
         PredictError: The GHN fails, misses a parameter, or predicts one with a wrong shape or with
             values that are not finite in the parameter's dtype; the message names them.
     """
     wanted = {entry.key: entry for entry in entries if entry.decision.predict and entry.key is not None}
-    unseen = structure.biases_before_norms(graph) | structure.norms_of_input(graph)
-    neutral = {
-        name: Tile(torch.full(node.shape, value), node.shape, node.stored or node.shape)
-        for node in (graph.nodes[index] for index in unseen)
-        for name, value in ((node.param, float(node.type == "bn")), (node.bias, 0.0))
-        if name in wanted and node.shape is not None
-    }
-    seen = {key: entry for key, entry in wanted.items() if key not in neutral}
-    tiles = _decoded(ghn, without(graph, unseen), seen) if seen else {}
-    return [_with_tile(entry, tiles, neutral) if entry.key in wanted else entry for entry in entries]
+    if not wanted:
+        return list(entries)
+    view = shown(graph)
+    seen = {key: entry for key, entry in wanted.items() if key not in view.neutral}
+    tiles = _decoded(ghn, view, seen) if seen else {}
+    return [_with_tile(entry, tiles, view.neutral) if entry.key in wanted else entry for entry in entries]
 
 
 def _with_tile(entry: Entry, tiles: Mapping[str, Tile], neutral: Mapping[str, Tile]) -> Entry:
@@ -109,19 +101,20 @@ def _with_tile(entry: Entry, tiles: Mapping[str, Tile], neutral: Mapping[str, Ti
     return replace(entry, tile=tile, rms=float(tile.block.flatten()[0]))
 
 
-def _decoded(ghn: GHN, graph: Graph, wanted: Mapping[str, Entry]) -> dict[str, Tile]:
+def _decoded(ghn: GHN, view: Shown, wanted: Mapping[str, Entry]) -> dict[str, Tile]:
     """What the GHN predicts for these entries, checked."""
+    name = view.graph.name
     try:
-        tiles = ghn.predict_tiles(graph, names=list(wanted))
+        tiles = view.as_used(ghn.predict_tiles(view.graph, names=list(wanted)))
     except GHNInitError:
         raise
     except Exception as error:
-        raise PredictError(f"{graph.name}: the GHN failed: {type(error).__name__}: {error}") from error
+        raise PredictError(f"{name}: the GHN failed: {type(error).__name__}: {error}") from error
     faults = _faults(wanted, tiles)
     if faults:
         lines = "\n".join(f"  {name}: {fault}" for name, fault in faults.items())
         raise PredictError(
-            f"{graph.name}: {len(faults)} of {len(wanted)} predictions cannot be written; the model is as it "
+            f"{name}: {len(faults)} of {len(wanted)} predictions cannot be written; the model is as it "
             f"was. Are these the weights of a trained GHN?\n{lines}"
         )
     return tiles

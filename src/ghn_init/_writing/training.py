@@ -78,7 +78,7 @@ def worth_predicting(
     """
     if options.scale == "own":
         return with_own_scales(network, graph, entries, options, {})
-    known = options.diversify != "orthogonal" and is_known(graph)
+    known = options.diversify != "orthogonal" and is_known(graph, entries)
     strange = _strange(graph, known=known)
     if known:
         return with_own_scales(network, graph, entries, options, {**strange, **_elsewhere(graph)}, ())

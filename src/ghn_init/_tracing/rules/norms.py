@@ -15,6 +15,9 @@ from ghn_init._tracing.functions import DIVIDING, SUBTRACTING
 from ghn_init._tracing.rules.nodes import SHIFTED, add_norm, main_parameter
 from ghn_init._tracing.sketch import Operation, rule
 
+_MAPS = 4
+"""Dimensions of feature maps: images, channels, rows and columns."""
+
 
 @rule("batch_norm")
 def batch_norm(op: Operation) -> Carried:
@@ -41,7 +44,18 @@ def _after_statistics(op: Operation) -> tuple[Any, Any]:
     return op.arg(first, "weight"), op.arg(first + 1, "bias")
 
 
-@rule("layer_norm", "group_norm", "rms_norm")
+@rule("group_norm")
+def group_norm(op: Operation) -> Carried:
+    """As `layer_norm`; the graph says which are group norms of feature maps."""
+    carried, shape = layer_norm(op), op.shape(op.arg(0, "input"))
+    groups = op.arg(1, "num_groups")
+    of_maps = len(shape) == _MAPS and isinstance(groups, int) and 2 * groups <= shape[1]
+    if isinstance(carried, Flow) and of_maps:
+        op.sketch.grouped.update(carried.sources)
+    return carried
+
+
+@rule("layer_norm", "rms_norm")
 def layer_norm(op: Operation) -> Carried:
     """An `ln` node for weight and bias; group norm and RMS norm, of one example too, are alike."""
     return norm(op, "ln", op.arg(2, "weight"), op.arg(3, "bias") if op.name != "rms_norm" else None)
