@@ -70,7 +70,9 @@ def shown(graph: Graph) -> Shown:
     return Shown(
         without(replace(graph, nodes=nodes) if grey else graph, unseen),
         {
-            name: Tile(torch.full(node.shape, value), node.shape, node.stored or node.shape)
+            name: Tile(
+                torch.full(node.shape, value, dtype=torch.float32), node.shape, node.stored or node.shape
+            )
             for node in (graph.nodes[index] for index in unseen)
             for name, value in ((node.param, float(node.type == "bn")), (node.bias, 0.0))
             if name is not None and node.shape is not None

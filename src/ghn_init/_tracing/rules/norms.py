@@ -51,7 +51,7 @@ def group_norm(op: Operation) -> Carried:
     groups = op.arg(1, "num_groups")
     of_maps = len(shape) == _MAPS and isinstance(groups, int) and 2 * groups <= shape[1]
     if isinstance(carried, Flow) and of_maps:
-        op.sketch.grouped.update(carried.sources)
+        op.sketch.grouped.update(index for index in carried.sources if op.sketch.nodes[index].type == "ln")
     return carried
 
 
