@@ -221,6 +221,10 @@ def plan(
     but the classifier is frozen, if nothing is predicted because the network would train no better for it,
     and with `scale="predicted"` if the network is unlike those trained on.
 
+    The GHN is shown the network as DeepNets-1M, its training set, would have it: biases before batch norms,
+    which do nothing, are left out and predicted as zeros, grey images have three channels, and group norms
+    may count as batch norms (docs/familiarity.md). `load(weights)(trace(model))` is without this.
+
     Args:
         model: The network, on any device, meta included, wrapped or sharded or not: see docs/places.md.
             Names are those of the network inside the wrappers.
