@@ -82,10 +82,10 @@ class Task:
         clean = self.normalise(self.images.pixels[index])
         if clean.shape[-1] != self.size:
             clean = F.interpolate(clean, (self.size, self.size), mode="bilinear", antialias=True)
-        if self.kind in ("classify", "grey"):
-            return clean if self.kind == "classify" else clean.mean(1, keepdim=True), self.images.labels[
-                index
-            ]
+        if self.kind == "classify":
+            return clean, self.images.labels[index]
+        if self.kind == "grey":
+            return clean.mean(1, keepdim=True), self.images.labels[index]
         if self.kind == "restore":
             return clean + NOISE * torch.randn(clean.shape, generator=generator), clean
         if self.kind in _OF_LABELS:

@@ -94,8 +94,8 @@ def biased(channels: int) -> Callable[[int], nn.Module]:
     def build(_: int) -> nn.Module:
         layers: list[nn.Module] = []
         for inputs, outputs in ((channels, 32), (32, 64), (64, 128), (128, 128)):
-            conv = nn.Conv2d(inputs, outputs, 3, 1, 1)
-            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+            layer = nn.Conv2d(inputs, outputs, 3, 1, 1)
+            layers += [layer, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
     return build

@@ -94,8 +94,8 @@ class Entry:
             the weight that is computed from it.
         computed: The weight that is computed from it, which is what is predicted; or None.
         decision: What is to be done with it.
-        rms: The root mean square that its values have and keep, or 0 where zeros are predicted; None where
-            the prediction's own counts.
+        rms: The root mean square that its values have and keep, or the number that stands for what the GHN is
+            not shown (`shown.py`), 0 for biases; None where the prediction's own counts.
         factor: What the prediction is multiplied by so that outputs are no larger than a network's own, or
             features no longer than is good.
         own: The root mean square that its module would give it, if it is on the meta device.
