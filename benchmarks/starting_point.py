@@ -2,7 +2,7 @@
 
     python benchmarks/starting_point.py DATA runs.jsonl --draw curves.svg
 
-trains every network of three panels (`starting_panel.py`, `starting_second.py`, `starting_third.py`) from its
+trains every network of four panels (`starting_panel.py`, `starting_second.py` and so on) from its
 own initialisation and from predicted weights, with SGD (momentum 0.9) and AdamW, at learning rates that are a
 factor of 3 apart around the best one for its own initialisation, and prints how the areas under the
 training-loss curves compare. Both starts of a seed see the same batches. It also compares the outputs before
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from starting_fourth import FOURTH
 from starting_panel import PANEL, Member, Task
 from starting_report import draw, report
 from starting_second import SECOND
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from ghn_init.training.data import Images
 
-MEMBERS: Final = (*PANEL, *SECOND, *THIRD)
+MEMBERS: Final = (*PANEL, *SECOND, *THIRD, *FOURTH)
 
 STARTS: Final[dict[str, Mapping[str, Any] | None]] = {
     "default": None,

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ghn_init import GHN, GHNConfig, PredictError, plan, predict
+from ghn_init._hypernetwork.tile import Tile
 from ghn_init._writing.known import as_learned
 from ghn_init._writing.shown import shown
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph
-    from ghn_init._hypernetwork.tile import Tile
 
 EXAMPLE = (2, 3, 8, 8)
 LAYERS = ("conv", "depthwise", "bn", "gn", "residual", "tied", "concat", "gate", "up", "scale", "unused")
@@ -211,7 +211,11 @@ def test_tiles_written_in_place_are_the_full_tensors(recipe: Recipe) -> None:
     model = recipe.build()
     planned = plan(model, GHN2, example_input=EXAMPLE, head="predict", frozen="predict")
     view = shown(as_learned(planned.graph))
-    full = GHN2(view.graph)[0] | {name: tile.expand() for name, tile in view.neutral.items()}
+    seen = {
+        name: Tile(values, tuple(values.shape), tuple(values.shape))
+        for name, values in GHN2(view.graph)[0].items()
+    }
+    full = {name: tile.expand() for name, tile in (view.as_used(seen) | dict(view.neutral)).items()}
     planned.apply()
     for row in planned.rows:
         if row.action != "kept":

@@ -92,6 +92,9 @@ UNUSED: Final = "unused"
 UNREACHED: Final = "does not reach the output"
 """Roles of parameters that do not matter for what the network computes."""
 
+SLOPE: Final = "slope of an activation"
+"""The role of a PReLU's parameter."""
+
 
 @dataclass(frozen=True, slots=True)
 class UnmatchedParameter:
@@ -136,6 +139,7 @@ class Graph:
             network, or goes through a function that does not pass a factor on, as a sigmoid. (A ReLU does.)
         bare: Of the batch norms without a weight, the paths of their modules, by index.
         grouped: Indices of the `ln` nodes that are group norms of feature maps, several channels in a group.
+        single: Indices of the `avg_pool` nodes that are means over all positions of feature maps.
 
     Raises:
         GraphError: A node of unknown type, or an edge that is not (u, v) with 0 <= u < v < n.
@@ -155,6 +159,7 @@ class Graph:
     absolute: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
     bare: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
     grouped: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
+    single: frozenset[int] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.nodes)
@@ -286,21 +291,29 @@ def graph_from_edges(
     return Graph(tuple(nodes), tuple(sorted(set(edges))), tuple(unmatched), name)
 
 
-def without(graph: Graph, gone: Collection[int]) -> Graph:
+def without(graph: Graph, gone: Collection[int], before: Mapping[int, Node] | None = None) -> Graph:
     """The graph without these nodes, the neighbours of each linked, as a GHN reads it.
 
     What no GHN sees (`Graph.rectified` and the attributes after it) is left out: nodes have other numbers.
+
+    Args:
+        graph: The graph.
+        gone: Indices of the nodes that are left out.
+        before: By the index of a node that is not, one that is put before it, and reads what it reads.
     """
-    if not gone:
+    before = before or {}
+    if not gone and not before:
         return graph
-    place: dict[int, int] = {}
+    nodes: list[Node] = []
     read: list[tuple[int, ...]] = []  # for every node those that are read where it is
     edges: list[tuple[int, int]] = []
     for index, sources in enumerate(graph.predecessors):
-        before = tuple(dict.fromkeys(earlier for source in sources for earlier in read[source]))
-        if index not in gone:
-            place[index] = len(place)
-            edges += [(earlier, place[index]) for earlier in before]
-        read.append(before if index in gone else (place[index],))
-    left = graph_from_edges([graph.nodes[index] for index in place], edges)
+        place = tuple(dict.fromkeys(earlier for source in sources for earlier in read[source]))
+        for node in (before.get(index), None if index in gone else graph.nodes[index]):
+            if node is not None:
+                edges += [(earlier, len(nodes)) for earlier in place]
+                place = (len(nodes),)
+                nodes.append(node)
+        read.append(place)
+    left = graph_from_edges(nodes, edges)
     return replace(left, unmatched=graph.unmatched, name=graph.name)

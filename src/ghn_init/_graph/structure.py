@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Final
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, WEIGHT_TYPES
 
 if TYPE_CHECKING:
-    from ghn_init._graph.graph import Graph
+    from ghn_init._graph.graph import Graph, Node
 
 _FILTERS: Final = 4
 """Dimensions of the weight of a convolution over images."""
+
+_MATRIX: Final = 2
+"""Dimensions of the weight of a linear layer."""
 
 _PASSING: Final = frozenset({"bias", "sum", "concat", "max_pool", "avg_pool"})
 """Types of node behind which a batch norm still normalises what a weight gives."""
@@ -41,21 +44,72 @@ def biases_before_norms(graph: Graph) -> set[int]:
 
 
 def norms_of_input(graph: Graph) -> set[int]:
-    """The batch norms that read the input alone, which DeepNets-1M's networks get standardised."""
+    """The norms that read images alone, which DeepNets-1M's networks get standardised."""
     return {
         index for index, node in enumerate(graph.nodes)
-        if node.type == "bn" and graph.predecessors[index] == (0,)
+        if node.type in NORM_TYPES and graph.predecessors[index] == (0,)
+        if node.type == "bn" or all(_is_filters(graph.nodes[target]) for target in graph.successors[index])
     }  # fmt: skip
 
 
-def grey_stems(graph: Graph) -> set[int]:
-    """The convolutions that read images of one channel, straight or behind a batch norm of the images."""
+def last_poolings(graph: Graph) -> set[int]:
+    """The poolings that leave one position, for linear layers or as the network's end."""
+    return {
+        index for index in graph.single
+        if all(is_pointwise(graph.nodes[target]) for target in graph.successors[index])
+    }  # fmt: skip
+
+
+def norms_of_depthwise(graph: Graph) -> set[int]:
+    """The batch norms between a depthwise convolution and those of 1 x 1, as in MobileNets, gated or not.
+
+    In DeepNets-1M nothing is between the two.
+    """
+    gating = gates(graph)
+    return {
+        index for index, node in enumerate(graph.nodes)
+        if node.type == "bn" and graph.predecessors[index] and graph.successors[index]
+        if all(is_depthwise(graph.nodes[source]) for source in graph.predecessors[index])
+        if all(
+            gating[target] or graph.nodes[target].type == "cse" or is_pointwise(graph.nodes[target])
+            for target in graph.successors[index]
+        )
+    }  # fmt: skip
+
+
+def is_linear(node: Node) -> bool:
+    """Whether a node is a linear layer."""
+    return node.type == "conv" and len(node.shape or ()) == _MATRIX
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether a node is a convolution of each channel for itself."""
+    return node.type in ("sep_conv", "dil_conv") and node.shape is not None and node.shape[1] == 1
+
+
+def is_grouped(node: Node) -> bool:
+    """Whether a node is a convolution of several channels in each of several groups, over images."""
+    return (
+        node.type in ("sep_conv", "dil_conv") and len(node.shape or ()) == _FILTERS and not is_depthwise(node)
+    )
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether a node is a convolution of 1 x 1, or a linear layer."""
+    return node.type == "conv" and node.shape is not None and math.prod(node.shape[2:]) == 1
+
+
+def stems(graph: Graph) -> set[int]:
+    """The convolutions that read images, straight or behind norms of the images."""
     images = {0} | norms_of_input(graph)
     return {
         index for index, node in enumerate(graph.nodes)
-        if node.type == "conv" and len(node.shape or ()) == _FILTERS and (node.shape or (0, 0))[1] == 1
-        if images.issuperset(graph.predecessors[index])
+        if _is_filters(node) and images.issuperset(graph.predecessors[index])
     }  # fmt: skip
+
+
+def _is_filters(node: Node) -> bool:
+    return node.type == "conv" and len(node.shape or ()) == _FILTERS
 
 
 def gates(graph: Graph) -> list[bool]:
@@ -112,14 +166,20 @@ def reads_places(graph: Graph) -> list[bool]:
 
     That is, it has more inputs than they have channels. Of images nobody knows how many channels they have.
     """
-    channels: list[float] = []
-    found: list[bool] = []
+    return [
+        is_linear(node) and node.shape is not None and node.shape[1] > channels
+        for node, channels in zip(graph.nodes, channels_read(graph), strict=True)
+    ]
+
+
+def channels_read(graph: Graph) -> list[float]:
+    """For every node how many channels it reads; infinity where nobody knows, as of images."""
+    given: list[float] = []
+    found: list[float] = []
     for node, sources in zip(graph.nodes, graph.predecessors, strict=True):
-        read = [channels[source] for source in sources]
-        joined = sum(read) if node.type == "concat" else max(read, default=math.inf)
-        shape = node.shape or (0,)
-        found.append(node.type == "conv" and len(shape) == 2 and shape[1] > joined)
-        channels.append(shape[0] if node.type in LAYER_TYPES | NORM_TYPES and node.shape else joined)
+        read = [given[source] for source in sources]
+        found.append(sum(read) if node.type == "concat" else max(read, default=math.inf))
+        given.append(node.shape[0] if node.type in LAYER_TYPES | NORM_TYPES and node.shape else found[-1])
     return found
 
 

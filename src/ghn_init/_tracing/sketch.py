@@ -140,6 +140,7 @@ class Sketch:
         absolute: The nodes behind which a factor is not passed on, see `Graph`.
         bare: The paths of batch norms without a weight, see `Graph`.
         grouped: The group norms of feature maps, see `Graph`.
+        single: The poolings that are means over all positions, see `Graph`.
         cropped: Of the filters of which much lies beside the image, what lies in it, see `Graph`.
         channels: Which channels tensors carry.
     """
@@ -154,6 +155,7 @@ class Sketch:
         self.absolute: set[int] = set()
         self.bare: dict[int, str] = {}
         self.grouped: set[int] = set()
+        self.single: set[int] = set()
         self.cropped: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {}
         self.channels = Channels(self)
         self.shapes = shapes
@@ -262,9 +264,9 @@ class Sketch:
             for param, shape in self.shapes.items()
             if param not in covered
         )
-        rectified, enlarged, grouped = (
+        rectified, enlarged, grouped, single = (
             frozenset(number[old] for old in live & told)
-            for told in (self.rectified, self.enlarged, self.grouped)
+            for told in (self.rectified, self.enlarged, self.grouped, self.single)
         )
         ends = live if self._ends is None else live.intersection(self._ends)
         absolute = frozenset(number[old] for old in ends | (live & self.absolute))
@@ -280,7 +282,7 @@ class Sketch:
         }
         return Graph(
             nodes, edges, unmatched, name, rectified, enlarged, cropped, reads, rescaled, absolute, bare,
-            grouped,
+            grouped, single,
         )  # fmt: skip
 
     def all_used(self) -> bool:

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
-from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, SLOPE
 from ghn_init._writing.familiarity import reads_images
 from ghn_init._writing.levels import rises
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from ghn_init._graph.graph import Graph, Node
+    from ghn_init._graph.graph import Graph
     from ghn_init._writing.entry import Entry
 
 PLAIN: Final = frozenset({"input", "conv", "bias", "bn", "sum", "concat", "max_pool", "avg_pool", "glob_avg"})
@@ -37,18 +37,26 @@ add up to one another. Where no way leads around the weights it may repeat as of
 
 
 def as_learned(graph: Graph) -> Graph:
-    """The graph with group norms of feature maps as batch norms, if it is of the kind that a GHN knows then.
+    """The graph as a GHN reads it, where other types of node mean the same to it. They keep their numbers.
 
-    A group norm, too, takes the scale out of what it reads. The nodes keep their numbers, and `Graph.grouped`
-    still says which they are.
+    A pooling before the classifier that leaves one position is a global one, and norms of the images are
+    batch norms. Group norms of feature maps, which take the scale out of what they read too, are batch norms,
+    if the network is of the kind that a GHN knows then; `Graph.grouped` still says which they are.
     """
-    if not graph.grouped:
-        return graph
-    nodes = tuple(
-        replace(node, type="bn") if index in graph.grouped else node for index, node in enumerate(graph.nodes)
-    )
-    learned = replace(graph, nodes=nodes)
+    graph = _retyped(graph, structure.last_poolings(graph), "glob_avg", shape=None)
+    graph = _retyped(graph, structure.norms_of_input(graph), "bn")
+    learned = _retyped(graph, graph.grouped, "bn")
     return learned if _is_of_the_kind(learned) else graph
+
+
+def _retyped(graph: Graph, indices: Collection[int], kind: str, **changes: None) -> Graph:
+    """The graph with these nodes of another type."""
+    if not indices:
+        return graph
+    nodes = enumerate(graph.nodes)
+    return replace(
+        graph, nodes=tuple(replace(n, type=kind, **changes) if i in indices else n for i, n in nodes)
+    )
 
 
 def is_known(graph: Graph, entries: Sequence[Entry]) -> bool:
@@ -130,35 +138,39 @@ def _is_made_of_cells(graph: Graph) -> bool:
         return False
     if kinds & {"msa", "ln"} and not {"msa", "ln", "bn"} <= kinds:
         return False
+    between = structure.norms_of_depthwise(graph)
     return all(
-        _is_depthwise(node) and all(_is_pointwise(graph.nodes[target]) for target in graph.successors[index])
+        structure.is_grouped(node)
+        or all(
+            target in between or structure.is_pointwise(graph.nodes[target])
+            for target in graph.successors[index]
+        )
         for index, node in enumerate(graph.nodes)
         if node.type in ("sep_conv", "dil_conv")
     )
 
 
-def _is_depthwise(node: Node) -> bool:
-    return node.shape is not None and node.shape[1] == 1
-
-
-def _is_pointwise(node: Node) -> bool:
-    return node.type == "conv" and node.shape is not None and math.prod(node.shape[2:]) == 1
-
-
 def _classifies(graph: Graph) -> bool:
-    """Whether the network ends in linear layers, or pools what its last convolution gives."""
-    last = {graph.nodes[indices[0]].param for indices in graph.heads}
+    """Whether it ends in linear layers, or in convolutions whose scores, or what they read, are pooled."""
+    last = {graph.nodes[weight].param for weight, _ in graph.heads}
     pooled = graph.nodes[-1].type == "glob_avg"
     return bool(last) and all(
-        pooled or (node.shape is not None and len(node.shape) == 2)
-        for node in graph.nodes
+        pooled or _is_linear(graph, index)
+        for index, node in enumerate(graph.nodes)
         if node.param in last and node.type == "conv"
     )
 
 
+def _is_linear(graph: Graph, index: int) -> bool:
+    """Whether a layer gives one position: it is linear, or a convolution of what a global pooling gives."""
+    shape = graph.nodes[index].shape or ()
+    sources = graph.predecessors[index]
+    return len(shape) == 2 or all(graph.nodes[source].type == "glob_avg" for source in sources)
+
+
 def _has_strangers(graph: Graph) -> bool:
-    """Whether there are parameters that no node stands for and that count."""
-    return any(stranger.used for stranger in graph.unmatched)
+    """Whether there are parameters that no node stands for and that count; an activation's slope does not."""
+    return any(stranger.used and stranger.role != SLOPE for stranger in graph.unmatched)
 
 
 def _is_in_rows(graph: Graph) -> bool:

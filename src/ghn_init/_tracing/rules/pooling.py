@@ -23,8 +23,21 @@ def max_pool(op: Operation) -> Carried:
 
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(op: Operation) -> Carried:
-    """An `avg_pool` node of shape (1, 1, k, k)."""
-    return _pool(op, "avg_pool")
+    """An `avg_pool` node of shape (1, 1, k, k).
+
+    The sketch notes it where one position is left of them all.
+    """
+    value = _pool(op, "avg_pool")
+    if isinstance(value, Flow) and _leaves_one(op):
+        op.sketch.single.update(value.sources)
+    return value
+
+
+def _leaves_one(op: Operation) -> bool:
+    """Whether the pooling is a mean over all positions. Padding would count zeros among them."""
+    before, after = op.shape(op.arg(0, "input")), op.shape(op.node)
+    n = int(op.name[-2])  # avg_pool2d
+    return after[-n:].numel() == 1 < before[-n:].numel() and not any(as_tuple(op.arg(3, "padding", 0), n))
 
 
 def _pool(op: Operation, node_type: str) -> Carried:
