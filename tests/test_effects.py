@@ -76,6 +76,20 @@ def test_activations_by_hand_are_what_they_do(name: str) -> None:
     assert trace(by_hand(ACTIVATIONS[name]), (2, 3, 8, 8)).rectified == {1}
 
 
+def test_the_sum_of_two_branches_is_rectified_by_a_slope_that_is_learned() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+            self.activation = nn.PReLU(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(self.left(x) + self.right(x))
+
+    graph = trace(Summed(), (2, 3, 8, 8))
+    assert [graph.nodes[index].type for index in graph.rectified] == ["sum"]
+
+
 @pytest.mark.parametrize("make", [nn.RReLU, nn.PReLU, lambda: nn.Threshold(0.1, 0.0), nn.ReLU, nn.SiLU])
 def test_activations_of_torch_are_known(make: Callable[[], nn.Module]) -> None:
     assert trace(between(make()), (2, 3, 8, 8)).rectified == {1}

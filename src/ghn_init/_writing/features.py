@@ -29,7 +29,7 @@ from ghn_init._writing.calm import is_there, multiplied
 from ghn_init._writing.known import scales_are_known
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Sequence, Set
 
     from ghn_init._graph.graph import Graph, Node
     from ghn_init._writing.entry import Entry
@@ -51,6 +51,10 @@ image's extent, which estimates are without."""
 
 _OF_EMBEDDINGS: Final = 0.25
 """The same for an embedding: distances, too, are then no larger than from the network's own features."""
+
+_OF_DEPTHWISE: Final = 0.5
+"""The same for networks with batch norms behind depthwise convolutions, such as MobileNets. These train best
+at higher rates than others, at which a classifier of longer features swings."""
 
 _LINEAR: Final = 1 / 3
 """Mean square of what torch's layers give, relative to that of what they read."""
@@ -77,7 +81,9 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
     excess = _excess(graph, told, tiles) if any(node.type == "bn" for node in graph.nodes) else 0.0
     if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return list(entries), told
-    params, features = _making_features(graph)
+    # Where the classifier is the network's own, another function will do, if it is nearly the same.
+    kept = not any(graph.nodes[weight].param in tiles for weight, _ in graph.heads)
+    params, features = _making_features(graph, graph.absolute - graph.rectified if kept else graph.absolute)
     makers = [tiles.get(name) for name in params]
     if not makers or not all(map(_is_multiplied, makers)) or not _is_read_by_norms(graph, features):
         return list(entries), told
@@ -93,7 +99,7 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
             larger = rounded(entry.rms / factor)  # so that predicting again gives the same bits
             factors[entry.key] = larger / entry.rms
     shorter = [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
-    return shorter, _told_of(graph, entries, told, features, factor)
+    return shorter, None if features & graph.absolute else _told_of(graph, entries, told, features, factor)
 
 
 def _excess(graph: Graph, told: Followed, predicted: Container[str | None]) -> float:
@@ -102,12 +108,14 @@ def _excess(graph: Graph, told: Followed, predicted: Container[str | None]) -> f
     Thousands of features may have a mean square of 1: a network that has so many is trained at lower rates.
     """
     excess = 0.0
+    depthwise = _OF_DEPTHWISE if structure.norms_of_depthwise(graph) else 0.0
     for weight, _ in graph.heads:
         node = graph.nodes[weight]
         outputs, *inputs = node.shape or (0,)
         read = math.prod(inputs)
         longest = max(_LONGEST, read)
-        if node.param not in predicted and (share := _share(outputs)):
+        share = (_share(outputs) if node.param not in predicted else 0.0) or depthwise
+        if share:
             squares = [_own_square(graph, source) for source in graph.predecessors[weight]]
             longest = min(longest, share * read * max(squares, default=1.0))
         if longest:
@@ -163,8 +171,10 @@ def _is_multiplied(entry: Entry | None) -> bool:
     return entry is not None and entry.computed is None and (entry.rms is None or not is_sharded(entry.param))
 
 
-def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
+def _making_features(graph: Graph, absolute: Set[int]) -> tuple[set[str], set[int]]:
     """The parameters that all features are proportional to, and the nodes from these to the classifiers.
+
+    `absolute` are the nodes behind which a factor is not passed on.
 
     Those of the last norms, weights of convolutions without one, as in a shortcut, and biases behind these.
     A hidden layer of a classifier passes a factor on, if its bias has it too. None where something does not,
@@ -190,7 +200,7 @@ def _making_features(graph: Graph) -> tuple[set[str], set[int]]:
             return set(), set()
     uses = Counter(name for node in graph.nodes for name in (node.param, node.bias))
     found = {name for name in params if name is not None and uses[name] == 1}
-    return (found, features) if found == params and not features & graph.absolute else (set(), set())
+    return (found, features) if found == params and not features & absolute else (set(), set())
 
 
 def unmeasured_branches(graph: Graph) -> set[str]:
@@ -202,7 +212,7 @@ def unmeasured_branches(graph: Graph) -> set[str]:
     """
     if not any(node.type == "bn" for node in graph.nodes):
         return set()
-    params, features = _making_features(graph)
+    params, features = _making_features(graph, graph.absolute)
     found = set[str]()
     for index in features:
         node, last = graph.nodes[index], index

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import fx
 
-from ghn_init._graph.graph import Node
+from ghn_init._graph.graph import SLOPE, Node
 from ghn_init._tracing.carried import Carried, Derived, Flow, merged
 from ghn_init._tracing.channels import LAYER_SCALE
 from ghn_init._tracing.functions import ADDING, ELEMENTWISE, JOINING, MULTIPLYING
@@ -51,6 +51,16 @@ def elementwise(op: Operation) -> Carried:
         op.sketch.rectified.update(value.sources)
     if value.role not in ("", "scores", "attention") and not op.name.startswith("clamp"):
         return Flow(value.sources)
+    return value
+
+
+@rule("prelu")
+def prelu(op: Operation) -> Carried:
+    """No node, for its slope neither. Torch's begins as one of those that rectify."""
+    note_others(op, op.inputs(), SLOPE)
+    value = op.passed_on()
+    if isinstance(value, Flow):
+        op.sketch.rectified.update(value.sources)
     return value
 
 

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from torch import fx
 
-from ghn_init._graph.graph import SLOPE
 from ghn_init._tracing.arguments import as_tuple
 from ghn_init._tracing.carried import Carried, Flow, merged
 from ghn_init._tracing.rules.nodes import add_layer, note_others
@@ -110,13 +109,6 @@ def resized(op: Operation) -> Carried:
     if isinstance(value, Flow) and op.shape(op.node)[2:].numel() > sizes.numel():
         op.sketch.enlarged.update(value.sources)
     return value
-
-
-@rule("prelu")
-def prelu(op: Operation) -> Carried:
-    """An activation, which has no node; neither has its slope."""
-    note_others(op, op.inputs(), SLOPE)
-    return op.passed_on()
 
 
 @rule("embedding", "embedding_bag")
