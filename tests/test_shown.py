@@ -69,6 +69,17 @@ def flat(hidden: int = 0, places: int = 64, *poolings: nn.Module) -> nn.Module:
     return nn.Sequential(body(), *poolings, nn.Flatten(), *ends, nn.Linear(hidden or 80 * places, 10))
 
 
+class Recurrent(nn.Module):
+    """Reads the columns of feature maps one after another, and gives twice as many features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(80, 160, batch_first=True), nn.Linear(160, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(x.amax(2).transpose(1, 2))[0][:, -1])
+
+
 SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "scores are pooled": (scores_pooled, 0),
     "dropped scores are pooled": (lambda: scores_pooled(between=nn.Dropout2d(0.0)), 0),
@@ -122,6 +133,7 @@ def graph_of(model: nn.Module, example: tuple[int, ...] = IMAGES) -> Graph:
         lambda: scores_pooled(between=nn.AvgPool2d(2)),
         lambda: nn.Sequential(body(), nn.Conv2d(80, 10, 3), nn.AdaptiveAvgPool2d(1)),
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)),  # no norm
+        lambda: nn.Sequential(body(), Recurrent()),
         lambda: nn.Sequential(
             nn.Flatten(), nn.Linear(192, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 10)
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, WEIGHT_TYPES
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, SLOPE, WEIGHT_TYPES
 
 if TYPE_CHECKING:
     from ghn_init._graph.graph import Graph, Node
@@ -191,6 +191,11 @@ def reads_weights_alone(graph: Graph, index: int) -> bool:
         or (graph.nodes[source].type in ("bias", "concat") and reads_weights_alone(graph, source))
         for source in sources
     )
+
+
+def has_strangers(graph: Graph) -> bool:
+    """Whether there are parameters that no node stands for and that count; an activation's slope does not."""
+    return any(stranger.used and stranger.role != SLOPE for stranger in graph.unmatched)
 
 
 def head_params(graph: Graph) -> set[str | None]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ghn_init._graph import structure
-from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, SLOPE
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
 from ghn_init._writing.familiarity import reads_images
 from ghn_init._writing.levels import rises
 
@@ -134,7 +134,7 @@ def _is_made_of_cells(graph: Graph) -> bool:
     kinds = {node.type for node in graph.nodes}
     if not kinds <= _CELLS or any(node.transposed for node in graph.nodes):
         return False
-    if not reads_images(graph) or not _classifies(graph) or _has_strangers(graph):
+    if not reads_images(graph) or not _classifies(graph) or structure.has_strangers(graph):
         return False
     if kinds & {"msa", "ln"} and not {"msa", "ln", "bn"} <= kinds:
         return False
@@ -166,11 +166,6 @@ def _is_linear(graph: Graph, index: int) -> bool:
     shape = graph.nodes[index].shape or ()
     sources = graph.predecessors[index]
     return len(shape) == 2 or all(graph.nodes[source].type == "glob_avg" for source in sources)
-
-
-def _has_strangers(graph: Graph) -> bool:
-    """Whether there are parameters that no node stands for and that count; an activation's slope does not."""
-    return any(stranger.used and stranger.role != SLOPE for stranger in graph.unmatched)
 
 
 def _is_in_rows(graph: Graph) -> bool:

@@ -222,8 +222,9 @@ def plan(
     and with `scale="predicted"` if the network is unlike those trained on.
 
     The GHN is shown the network as DeepNets-1M, its training set, would have it: biases before batch norms,
-    which do nothing, are left out and predicted as zeros, grey images have three channels, and group norms
-    may count as batch norms (docs/familiarity.md). `load(weights)(trace(model))` is without this.
+    which do nothing, are left out and predicted as zeros, images have three channels, the classifier reads
+    what is pooled, and group norms may count as batch norms (docs/familiarity.md lists all of it).
+    `load(weights)(trace(model))` is without this.
 
     Args:
         model: The network, on any device, meta included, wrapped or sharded or not: see docs/places.md.

@@ -99,7 +99,8 @@ def shown(graph: Graph) -> Shown:
 def _other_inputs(graph: Graph) -> Iterator[tuple[int, int]]:
     """The weights that are shown with another number of inputs than theirs, by index, with that number."""
     stems = structure.stems(graph)
-    normed = any(node.type == "bn" for node in graph.nodes)
+    # What a layer without a node gives, a recurrent one say, are no places of feature maps.
+    normed = any(node.type == "bn" for node in graph.nodes) and not structure.has_strangers(graph)
     for index, read in enumerate(structure.channels_read(graph)):
         node = graph.nodes[index]
         if node.shape is None or node.transposed:
