@@ -309,3 +309,26 @@ def test_slopes_that_are_learned_make_no_network_unknown(ghn: GHN) -> None:
         return {name: entry.rms is None for name, entry in entries.items()}
 
     assert scales(rows) == scales({row.name: row for row in plan(model, ghn).rows})
+
+
+def test_a_network_whose_hidden_layer_repeats_too_often_is_shown_with_its_norms(ghn: GHN) -> None:
+    def model(*, norm: bool) -> nn.Module:
+        ends = (nn.Linear(80, 4096), nn.ReLU(), nn.Linear(4096, 10))
+        return nn.Sequential(*list(separable(norm=norm).children())[:-1], Ends(*ends))
+
+    class Ends(nn.Module):
+        def __init__(self, *ends: nn.Module) -> None:
+            super().__init__()
+            self.last, self.norm, self.ends = nn.Conv2d(16, 80, 1), nn.BatchNorm2d(80), nn.Sequential(*ends)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ends(self.norm(self.last(x)).relu().mean((2, 3)))
+
+    def directions(**options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        values = dict(plan(model(norm=True), ghn, **options).tensors())["1.0.weight"]
+        return values / values.norm()
+
+    rows = {row.name: row for row in plan(model(norm=True), ghn).rows}
+    assert rows["1.1.weight"].action == "kept"  # an unknown network's norms
+    assert not torch.allclose(directions(), directions(scale="predicted"), atol=1e-4)

@@ -31,6 +31,9 @@ _MOST_BARE: Final = 8
 """Weights without batch norm in a network whose scales are predicted: errors of scale multiply. More are
 allowed where no way leads around them, see `_is_in_rows`."""
 
+_BLOCK: Final = 64 * 64
+"""Elements of a prediction for a linear layer, at most, in usual GHNs."""
+
 _MOST_COPIES: Final = 64
 """How often the prediction of a weight without batch norm repeats at most, in such a network, because copies
 add up to one another. Where no way leads around the weights it may repeat as often as it does."""
@@ -46,7 +49,7 @@ def as_learned(graph: Graph) -> Graph:
     graph = _retyped(graph, structure.last_poolings(graph), "glob_avg", shape=None)
     graph = _retyped(graph, structure.norms_of_input(graph), "bn")
     learned = _retyped(graph, graph.grouped, "bn")
-    return learned if _is_of_the_kind(learned) else graph
+    return learned if is_of_the_kind(learned) else graph
 
 
 def _retyped(graph: Graph, indices: Collection[int], kind: str, **changes: None) -> Graph:
@@ -66,10 +69,10 @@ def is_known(graph: Graph, entries: Sequence[Entry]) -> bool:
         graph: The network's graph.
         entries: From `select`.
     """
-    return _is_of_the_kind(graph) and not _is_too_sure(graph, entries)
+    return is_of_the_kind(graph) and not _is_too_sure(graph, entries)
 
 
-def _is_of_the_kind(graph: Graph) -> bool:
+def is_of_the_kind(graph: Graph) -> bool:
     """The same as far as the graph alone tells."""
     return _is_made_of_cells(graph) and (_is_in_rows(graph) or _has_few(graph, _bare(graph)))
 
@@ -139,6 +142,8 @@ def _is_made_of_cells(graph: Graph) -> bool:
     if kinds & {"msa", "ln"} and not {"msa", "ln", "bn"} <= kinds:
         return False
     between = structure.norms_of_depthwise(graph)
+    if between and not _fit(graph):
+        return False
     return all(
         structure.is_grouped(node)
         or all(
@@ -148,6 +153,17 @@ def _is_made_of_cells(graph: Graph) -> bool:
         for index, node in enumerate(graph.nodes)
         if node.type in ("sep_conv", "dil_conv")
     )
+
+
+def _fit(graph: Graph) -> bool:
+    """Whether predictions do not repeat too often in weights without batch norm, as far as shapes tell.
+
+    `scales_are_known` sees the predictions. But how a network with norms behind depthwise convolutions is
+    shown has to be decided before: a MobileNet-V3, whose hidden layer is too wide, is better shown as it is.
+    """
+    bare = _bare(graph)
+    sizes = [math.prod(node.shape or ()) for node in graph.nodes if node.param in bare]
+    return max(sizes, default=0) <= _MOST_COPIES * _BLOCK
 
 
 def _classifies(graph: Graph) -> bool:

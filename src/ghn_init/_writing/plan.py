@@ -25,7 +25,7 @@ from ghn_init._writing.entry import ACTIONS, to_write
 from ghn_init._writing.familiarity import described, unfamiliar, warn
 from ghn_init._writing.features import shortened
 from ghn_init._writing.in_place import check_unchanged, write, write_buffers
-from ghn_init._writing.known import as_learned
+from ghn_init._writing.known import as_learned, is_of_the_kind
 from ghn_init._writing.options import Options, as_patterns
 from ghn_init._writing.predictions import ghn_of, plain_torch, with_predictions
 from ghn_init._writing.select import check_model, forbid_kept, select
@@ -281,7 +281,8 @@ def _planned(
         learned = as_learned(graph)
         if options.own_scale:
             entries = worth_predicting(network, learned, entries, options)
-        entries = with_predictions(ghn, learned, entries)
+        separable = not options.own_scale or is_of_the_kind(learned)
+        entries = with_predictions(ghn, learned, entries, separable=separable)
         if options.own_scale:
             entries = ready_to_train(learned, entries, options)
         entries = without_unsolvable(entries, options)

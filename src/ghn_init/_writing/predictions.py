@@ -76,8 +76,10 @@ def plain_torch() -> Iterator[None]:
         torch._C._set_grad_enabled(gradients)  # noqa: SLF001
 
 
-def with_predictions(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> list[Entry]:
-    """The same entries, those that are to be predicted with their tiles.
+def with_predictions(
+    ghn: GHN, graph: Graph, entries: Sequence[Entry], *, separable: bool = True
+) -> list[Entry]:
+    """The same entries, those that are to be predicted with their tiles; `separable` as in `shown`.
 
     Raises:
         PredictError: The GHN fails, misses a parameter, or predicts one with a wrong shape or with
@@ -86,7 +88,7 @@ def with_predictions(ghn: GHN, graph: Graph, entries: Sequence[Entry]) -> list[E
     wanted = {entry.key: entry for entry in entries if entry.decision.predict and entry.key is not None}
     if not wanted:
         return list(entries)
-    view = shown(graph)
+    view = shown(graph, separable=separable)
     seen = {key: entry for key, entry in wanted.items() if key not in view.neutral}
     tiles = _decoded(ghn, view, seen) if seen else {}
     return [_with_tile(entry, tiles, view.neutral) if entry.key in wanted else entry for entry in entries]

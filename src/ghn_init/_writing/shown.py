@@ -60,13 +60,17 @@ class Shown:
         }
 
 
-def shown(graph: Graph) -> Shown:
-    """What a GHN is shown of this graph."""
-    unseen = (
-        structure.biases_before_norms(graph)
-        | structure.norms_of_input(graph)
-        | structure.norms_of_depthwise(graph)
-    )
+def shown(graph: Graph, *, separable: bool = True) -> Shown:
+    """What a GHN is shown of this graph.
+
+    Args:
+        graph: From `as_learned`.
+        separable: Norms between a depthwise convolution and one of 1 x 1 are left out: not where directions
+            alone are used, of a network that the GHN does not know.
+    """
+    unseen = structure.biases_before_norms(graph) | structure.norms_of_input(graph)
+    if separable:
+        unseen |= structure.norms_of_depthwise(graph)
     uses = Counter(node.param for node in graph.nodes)
     inputs = {index: count for index, count in _other_inputs(graph) if uses[graph.nodes[index].param] == 1}
     poolings = {
