@@ -99,7 +99,9 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
             larger = rounded(entry.rms / factor)  # so that predicting again gives the same bits
             factors[entry.key] = larger / entry.rms
     shorter = [multiplied(entry, factors.get(entry.key, 1.0)) for entry in entries]
-    return shorter, None if features & graph.absolute else _told_of(graph, entries, told, features, factor)
+    if features & graph.absolute and not _is_read_by_heads_alone(graph, features):
+        return shorter, None
+    return shorter, _told_of(graph, entries, told, features, factor)
 
 
 def _excess(graph: Graph, told: Followed, predicted: Container[str | None]) -> float:
@@ -241,6 +243,12 @@ def _is_read_by_norms(graph: Graph, features: set[int]) -> bool:
         for index in features
         for target in graph.successors[index]
     )
+
+
+def _is_read_by_heads_alone(graph: Graph, features: set[int]) -> bool:
+    """Whether nothing but classifiers reads features, so that no norm sees others."""
+    ends = features | {weight for weight, _ in graph.heads}
+    return all(ends.issuperset(graph.successors[index]) for index in features)
 
 
 def _told_of(
