@@ -275,6 +275,23 @@ def test_a_grouped_convolution_is_the_part_of_a_full_one_that_its_groups_read(gh
     assert {row.action for row in plan(model(4), ghn).rows} <= {"predicted", "tiled"}  # a known network
 
 
+def test_grouped_networks_whose_branches_begin_silent_keep_their_scale(ghn: GHN) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        middle = (nn.Conv2d(16, 32, 3, 1, 1, groups=4, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        return nn.Sequential(*list(body().children())[:3], *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def scales(*, silent: bool) -> set[bool]:
+        network = nn.Sequential(model(), nn.Linear(32, 10))
+        if silent:
+            nn.init.zeros_(network.get_parameter("0.4.weight"))
+        rows = plan(network, ghn, example_input=IMAGES).rows
+        return {row.rms is None for row in rows if row.name == "0.0.weight"}
+
+    assert scales(silent=False) == {True}
+    assert scales(silent=True) == {False}
+
+
 @given(
     groups=st.integers(1, 12), inputs=st.integers(1, 20), outputs=st.integers(1, 20),
     rows=st.integers(1, 64), columns=st.integers(1, 64),
