@@ -138,9 +138,9 @@ def _is_made_of_cells(graph: Graph) -> bool:
     """Whether the network is of the kind that a GHN has learned from, a classifier made as DeepNets-1M's are.
 
     Those have depthwise convolutions, gates and attention, too, but only as DARTS' cells do: a depthwise
-    convolution goes straight into one of 1 x 1, where MobileNets have a norm between them, and attention
-    is a block with layer norms amid convolutions with batch norms. What becomes of a scale that the network
-    itself changes again, no GHN has learned.
+    convolution goes into one of 1 x 1, straight or with what a GHN is not shown between, and attention is a
+    block with layer norms amid convolutions with batch norms. Grouped convolutions are shown as usual ones.
+    What becomes of a scale that the network itself changes again, no GHN has learned.
     """
     if graph.rescaled:
         return False
@@ -181,17 +181,16 @@ def _classifies(graph: Graph) -> bool:
     last = {graph.nodes[weight].param for weight, _ in graph.heads}
     pooled = graph.nodes[-1].type == "glob_avg"
     return bool(last) and all(
-        pooled or _is_linear(graph, index)
+        pooled or _gives_one_position(graph, index)
         for index, node in enumerate(graph.nodes)
         if node.param in last and node.type == "conv"
     )
 
 
-def _is_linear(graph: Graph, index: int) -> bool:
-    """Whether a layer gives one position: it is linear, or a convolution of what a global pooling gives."""
-    shape = graph.nodes[index].shape or ()
-    sources = graph.predecessors[index]
-    return len(shape) == 2 or all(graph.nodes[source].type == "glob_avg" for source in sources)
+def _gives_one_position(graph: Graph, index: int) -> bool:
+    """Whether a layer is linear, or a convolution of what a global pooling gives."""
+    pooled = all(graph.nodes[source].type == "glob_avg" for source in graph.predecessors[index])
+    return pooled or structure.is_linear(graph.nodes[index])
 
 
 def _is_in_rows(graph: Graph) -> bool:
