@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from ghn_init._errors import GraphError
-from ghn_init._graph.graph import NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
+from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
+from ghn_init._hypernetwork.channels import axis_of, of_parameter, stretches_read
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
-from ghn_init._hypernetwork.priors import NO_PRIOR, priors_of
+from ghn_init._hypernetwork.priors import NO_PRIOR, handed_out, priors_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -57,6 +58,7 @@ class ParamKey(NamedTuple):
         transposed: The stored tensor is (in, out, ...).
         positional: A positional encoding.
         prior: Name of what is added to what is decoded, and its first channel; see `priors`.
+        stretches: Those of the channels that are read, () if they are one; see `channels`.
     """
 
     kind: int
@@ -68,6 +70,7 @@ class ParamKey(NamedTuple):
     transposed: bool
     positional: bool
     prior: tuple[str, int] = NO_PRIOR
+    stretches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,50 +346,70 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
     if weight is not None and (canonical_shape(graph.nodes[weight]) or ())[2:] != (1, 1):
         weight = bias = None
     priors = priors_of(graph, config)
+    read = _stretches_read(graph, config)
     for index, node in enumerate(graph.nodes):
         if node.shape is None or 0 in node.shape:  # no parameter, or one without elements
             continue
         if node.type in NORM_TYPES:
             if node.param is not None:
-                yield index, node.param, _vector_key(node, "norm", config)
+                yield index, node.param, _vector_key(node, "norm", config, read[index])
             if node.bias is not None:
-                yield index, node.bias, _vector_key(node, "bias", config)
+                yield index, node.bias, _vector_key(node, "bias", config, read[index])
         elif node.param is None:
             continue
         elif node.type in WEIGHT_TYPES:
             prior = priors.get(index, NO_PRIOR)
-            yield index, node.param, _weight_key(node, index == weight, prior, config)
+            yield index, node.param, _weight_key(node, index == weight, prior, config, read[index])
         elif node.type == "bias":
-            yield index, node.param, _vector_key(node, "class_bias" if index == bias else "bias", config)
+            kind = "class_bias" if index == bias else "bias"
+            yield index, node.param, _vector_key(node, kind, config, read[index])
 
 
-def _weight_key(node: Node, classifier: bool, prior: tuple[str, int], config: GHNConfig) -> ParamKey:
+def _stretches_read(graph: Graph, config: GHNConfig) -> Sequence[tuple[int, ...]]:
+    """For every node the stretches of the channels that it reads; () of all without `config.aligned`."""
+    if not config.aligned:
+        return [()] * len(graph)
+    return stretches_read(graph, config.max_shape[1], handed_out(graph))
+
+
+def _weight_key(
+    node: Node, classifier: bool, prior: tuple[str, int], config: GHNConfig, read: tuple[int, ...]
+) -> ParamKey:
     canonical, shape = canonical_shape(node), node.shape
     assert canonical is not None
     assert shape is not None
     most_out, most_in, _, most_kernel = config.max_shape
     stored = (shape[1], shape[0], *shape[2:]) if node.transposed else shape
     kernel = (min(canonical[2], most_kernel), min(canonical[3], most_kernel))
+    stretches = of_parameter(shape, read) if node.type in LAYER_TYPES else ()
+    wide = [canonical[0], canonical[1]]
+    if stretches:
+        wide[axis_of(shape)] = max(stretches)
     return ParamKey(
         kind=KINDS.index("class_weight" if classifier else "weight"),
         kernel=kernel,
         resized=canonical[2:] if config.transformer else kernel,
-        block=(min(canonical[0], config.num_classes if classifier else most_out), min(canonical[1], most_in)),
+        block=(min(wide[0], config.num_classes if classifier else most_out), min(wide[1], most_in)),
         shape=shape,
         stored=stored if node.stored is None else node.stored,
         transposed=node.transposed,
         positional=node.type == "pos_enc",
         prior=prior,
+        stretches=stretches,
     )
 
 
-def _vector_key(node: Node, kind: str, config: GHNConfig) -> ParamKey:
+def _vector_key(node: Node, kind: str, config: GHNConfig, read: tuple[int, ...]) -> ParamKey:
     assert node.shape is not None
     canonical_shape(node)  # raises where the shape is no vector's
     longest = config.num_classes if kind == "class_bias" else max(config.max_shape[:2])
     stored = node.shape if node.stored is None else node.stored
-    block = (min(node.shape[0], longest),)
-    return ParamKey(KINDS.index(kind), (), (), block, node.shape, stored, transposed=False, positional=False)
+    stretches = of_parameter(node.shape, read)
+    block = (min(max(stretches, default=node.shape[0]), longest),)
+    return ParamKey(
+        KINDS.index(kind), (), (), block, node.shape, stored, transposed=False, positional=False,
+        stretches=stretches,
+    )  # fmt: skip
 
 
 def _is_exempt(key: ParamKey) -> bool:

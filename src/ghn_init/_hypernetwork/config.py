@@ -34,7 +34,7 @@ _LONGEST_SIDE: Final = 4096
 _LARGEST_FACTOR: Final = 1_000
 """The largest `whitening` that is believed, far beyond use."""
 
-_BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip", "identity")
+_BOOLEANS: Final = ("weight_norm", "ve", "layernorm", "skip", "identity", "aligned")
 _CHOICES: Final = {"hypernet": ("gatedgnn", "transformer", "mlp"), "decoder": ("conv",)}
 
 GHN3_SIZES: Final = {"t": (64, 3, 8), "s": (128, 5, 16), "l": (256, 12, 16), "xl": (384, 24, 16)}
@@ -65,6 +65,8 @@ class GHNConfig:
             begin as nearly the same function; see `_hypernetwork/priors.py`.
         whitening: Add filters that whiten the training images' patches, times this, to the first convolution
             of networks on three channels; 0: none. The filters are stored with the weights.
+        aligned: Channels keep their places in decoded blocks through concatenations, and all places have the
+            same share in a sum, so that weights of any width fit together; see `_hypernetwork/channels.py`.
 
     Raises:
         ConfigError: A value that no GHN can be built from.
@@ -85,6 +87,7 @@ class GHNConfig:
     heads: int = 8
     identity: bool = False
     whitening: float = 0.0
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))

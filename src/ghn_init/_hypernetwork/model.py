@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ghn_init._errors import ConfigError
 from ghn_init._graph.graph import NODE_TYPES, Graph
-from ghn_init._hypernetwork.batch import MOST_EDGES, GraphBatch
+from ghn_init._hypernetwork.batch import MOST_EDGES, GraphBatch, ParamKey
+from ghn_init._hypernetwork.channels import axis_of, shares
 from ghn_init._hypernetwork.config import GHNConfig, channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.decoder import ConvDecoder, Decoders
 from ghn_init._hypernetwork.gated import MLP, GatedGNN, NodeMLP
@@ -179,6 +180,8 @@ class Hypernetwork(Decoders):
         filters = self.get_buffer("whitening") if config.whitening else None
         blocks = self.decode(self.encode(batch).index_select(0, batch.rows), scales, batch.groups)
         for values, group in zip(blocks, batch.groups, strict=True):
+            if config.aligned and not raw:
+                values = _evened(values, group.key)
             sizes = tuple(values.shape[1:])
             yield values, None if raw else prior_of(sizes, group.key, config, filters)
 
@@ -194,7 +197,9 @@ class Hypernetwork(Decoders):
         blocks = self.blocks(batch)
         for values, group in zip(blocks, batch.groups, strict=True):
             key = group.key
-            tensors = full_size(values, key.shape, key.stored, transposed=key.transposed)
+            tensors = full_size(
+                values, key.shape, key.stored, transposed=key.transposed, stretches=key.stretches
+            )
             for (graph, name), tensor in zip(group.members, tensors, strict=True):
                 predicted[graph][name] = tensor
         return predicted
@@ -210,5 +215,15 @@ class Hypernetwork(Decoders):
                 if prior is not None and not prior.stays_apart(values):
                     values, prior = prior.added_to(values), None
                 for (_, name), block in zip(group.members, values.contiguous().unbind(), strict=True):
-                    tiles[name] = Tile(block, key.shape, key.stored, key.transposed, prior)
+                    tiles[name] = Tile(block, key.shape, key.stored, key.transposed, prior, key.stretches)
         return tiles
+
+
+def _evened(blocks: Tensor, key: ParamKey) -> Tensor:
+    """Decoded blocks (n, *block), all of whose columns have the same share in what the layer sums up."""
+    if key.positional or len(key.shape) < 2 or axis_of(key.shape) == 0:
+        return blocks
+    columns = shares(key.stretches or (key.shape[1],), blocks.shape[2])
+    if columns is None:
+        return blocks
+    return blocks * columns.to(blocks.device, blocks.dtype).view(-1, *(1,) * (blocks.ndim - 3))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._graph.graph import LAYER_TYPES
+from ghn_init._hypernetwork.channels import copies
 from ghn_init._hypernetwork.tile import Prior
 
 if TYPE_CHECKING:
@@ -132,17 +133,24 @@ def _gates(graph: Graph) -> set[int]:
 def _beginnings(graph: Graph) -> dict[int, int]:
     """First channel of the convolutions that read one node and whose outputs are put side by side."""
     begins: dict[int, int] = {}
+    for index in handed_out(graph):
+        start = 0
+        for part in graph.predecessors[index]:
+            begins[part] = start
+            start += (graph.nodes[part].shape or (0,))[0]
+    return begins
+
+
+def handed_out(graph: Graph) -> set[int]:
+    """The concatenations of convolutions that read one node: their parts are one output in pieces."""
+    found: set[int] = set()
     for index, node in enumerate(graph.nodes):
         parts = graph.predecessors[index] if node.type == "concat" else ()
-        shapes = [graph.nodes[u].shape if graph.nodes[u].type == "conv" else None for u in parts]
         sources = {graph.predecessors[u] for u in parts}
-        if len(parts) > 1 and len(sources) == 1 and None not in shapes:
-            start = 0
-            for part, shape in zip(parts, shapes, strict=True):
-                assert shape is not None
-                begins[part] = start
-                start += shape[0]
-    return begins
+        convolutions = all(graph.nodes[u].type == "conv" and graph.nodes[u].shape for u in parts)
+        if len(parts) > 1 and len(sources) == 1 and convolutions:
+            found.add(index)
+    return found
 
 
 # Added to blocks
@@ -194,12 +202,12 @@ def _carrying(sizes: tuple[int, ...], key: ParamKey) -> Tensor:
     name, begin = key.prior
     if name == "groups":
         return _groups(*sizes, *key.shape[:2], key.transposed)
-    return _identity(*sizes, key.shape[1], begin)
+    return _identity(*sizes, key.stretches or (key.shape[1],), begin)
 
 
 @lru_cache(maxsize=256)
-def _identity(rows: int, columns: int, inputs: int, begin: int) -> Tensor:
-    """(rows, columns) of a block for so many input channels: output o carries input `begin + o`.
+def _identity(rows: int, columns: int, inputs: tuple[int, ...], begin: int) -> Tensor:
+    """(rows, columns) of a block for input channels in such stretches: output o carries input `begin + o`.
 
     Where inputs repeat the columns, their average is carried.
     """
@@ -212,17 +220,17 @@ def _groups(rows: int, columns: int, out: int, inputs: int, transposed: bool) ->
     """(rows, columns) of a block of a grouped convolution: every group carries its own inputs."""
     if transposed:
         return _groups(columns, rows, inputs, out, False).T
-    return _carried(range(inputs), columns, inputs)[torch.arange(rows) % inputs]
+    return _carried(range(inputs), columns, (inputs,))[torch.arange(rows) % inputs]
 
 
-def _carried(channels: Sequence[int], columns: int, inputs: int) -> Tensor:
+def _carried(channels: Sequence[int], columns: int, inputs: tuple[int, ...]) -> Tensor:
     """(rows, columns), row o with 1 at channel c of `channels` and -1/2 at its neighbour, c xor 1."""
+    counts = copies(inputs, columns)
     matrix = torch.zeros(len(channels), columns, dtype=torch.float32)
     for row, channel in enumerate(channels):
         for carried, share in ((channel, 1.0), (channel ^ 1, -_MIRRORED)):
-            if carried < inputs:
-                column = carried % columns
-                matrix[row, column] += share / len(range(column, inputs, columns))
+            if carried < max(inputs):
+                matrix[row, carried % columns] += share / counts[carried % columns]
     return matrix
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ghn_init._hypernetwork.channels import axis_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -80,6 +82,8 @@ class Tile:
         stored: The parameter's own shape.
         transposed: The parameter is stored as (in, out, ...).
         prior: What is still to be added, where the sum has more channels than the block.
+        stretches: Lengths of the parts of the axis of what is read (`channels.axis_of`) in each of which the
+            block begins anew; () if it is one.
     """
 
     block: Tensor
@@ -87,15 +91,24 @@ class Tile:
     stored: tuple[int, ...]
     transposed: bool = False
     prior: Prior | None = None
+    stretches: tuple[int, ...] = ()
 
     @property
     def values(self) -> Tensor:
-        """What repeats: the block and its prior. Where there is one it is as long as the parameter."""
-        return self.block if self.prior is None else self.prior.added_to(self.block.unsqueeze(0))[0]
+        """What repeats: the block and its prior, where there is one as long as the parameter.
+
+        An axis of several stretches is whole.
+        """
+        values = self.block if self.prior is None else self.prior.added_to(self.block.unsqueeze(0))[0]
+        if not self.stretches:
+            return values
+        axis = axis_of(self.shape)
+        sizes = (*values.shape[:axis], self.shape[axis], *values.shape[axis + 1 :])
+        return tile_to(values.unsqueeze(0), sizes, self.stretches)[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes of what repeats."""
+        """The sizes of what repeats, or begins anew in every stretch."""
         return tuple(self.block.shape) if self.prior is None else self.prior.sizes
 
     @property
@@ -109,7 +122,9 @@ class Tile:
         return replace(self, block=self.block * factor, prior=prior)
 
     def first(self, rows: int) -> Tensor:
-        """At most so many rows of what repeats."""
+        """At most so many of the first rows, of as many columns as `sizes` has."""
+        if self.stretches and axis_of(self.shape) == 0:
+            return self.values[:rows]
         if self.prior is None:
             return self.block[:rows]
         values = self.prior.values[:rows]
@@ -135,14 +150,30 @@ class Tile:
                 return
             target = (param.view(self.shape[1], self.shape[0], *self.shape[2:]).transpose(0, 1)
                       if self.transposed else param.view(self.shape))  # fmt: skip
-        copy_tiled(target, self.block.to(target.device, target.dtype))
+        self._copy(target, self.block)
         if self.prior is not None:
-            part = self.prior.where_added(self.block)
-            copy_tiled(target[(..., *self.prior.place)], part.to(target.device, target.dtype))
+            self._copy(target[(..., *self.prior.place)], self.prior.where_added(self.block))
+
+    def _copy(self, target: Tensor, values: Tensor) -> None:
+        """Fill `target`, of the tile's channels, with repeated values."""
+        values = values.to(target.device, target.dtype)
+        for part in target.split(self.stretches, axis_of(self.shape)) if self.stretches else (target,):
+            copy_tiled(part, values)
 
 
-def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Repeat (n, a, b, ...) to (n, *shape), contiguous and differentiable; one copy where all divide."""
+def tile_to(values: Tensor, shape: Sequence[int], stretches: tuple[int, ...] = ()) -> Tensor:
+    """Repeat (n, a, b, ...) to (n, *shape), contiguous and differentiable; one copy where all divide.
+
+    In each of the stretches along their axis it begins anew.
+    """
+    if stretches:
+        axis = axis_of(shape)
+        made: dict[int, Tensor] = {}
+        for length in stretches:
+            if length not in made:
+                made[length] = tile_to(values.narrow(axis + 1, 0, min(length, values.shape[axis + 1])),
+                                       (*shape[:axis], length, *shape[axis + 1 :]))  # fmt: skip
+        return torch.cat([made[length] for length in stretches], axis + 1)
     sizes = values.shape[1:]
     if tuple(sizes) == tuple(shape):
         return values.contiguous()
@@ -155,8 +186,16 @@ def tile_to(values: Tensor, shape: Sequence[int]) -> Tensor:
     return full.contiguous()
 
 
-def sum_repeats(full: Tensor, sizes: Sequence[int]) -> Tensor:
+def sum_repeats(full: Tensor, sizes: Sequence[int], stretches: tuple[int, ...] = ()) -> Tensor:
     """The adjoint of `tile_to`: (n, *shape) to (n, *sizes), the sum over all places of the block."""
+    if stretches:
+        axis = axis_of(full.shape[1:])
+        total = full.new_zeros(len(full), *sizes)
+        for part in full.split(stretches, axis + 1):
+            length = min(part.shape[axis + 1], sizes[axis])
+            shorter = (*sizes[:axis], length, *sizes[axis + 1 :])
+            total.narrow(axis + 1, 0, length).add_(sum_repeats(part, shorter))
+        return total
     for axis, size in enumerate(sizes, 1):
         count, rest = divmod(full.shape[axis], size)
         if count == 1 and not rest:
@@ -177,25 +216,38 @@ class _FullSize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, shape: tuple[int, ...], stored: tuple[int, ...], transposed: bool
+        ctx: Any,
+        values: Tensor,
+        shape: tuple[int, ...],
+        stored: tuple[int, ...],
+        transposed: bool,
+        stretches: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.shape, ctx.transposed = values.shape[1:], shape, transposed
-        return stored_form(tile_to(values, shape), stored, transposed).unbind()
+        ctx.sizes, ctx.shape, ctx.transposed, ctx.stretches = values.shape[1:], shape, transposed, stretches
+        return stored_form(tile_to(values, shape, stretches), stored, transposed).unbind()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Kernels are dear on a GPU and memory is on a CPU: all at once there, one by one here.
         parts = [torch.stack(grads)] if grads[0].is_cuda else [grad.unsqueeze(0) for grad in grads]
-        sums = [sum_repeats(_unstored(part, ctx.shape, ctx.transposed), ctx.sizes) for part in parts]
-        return (torch.cat(sums) if len(sums) > 1 else sums[0]), None, None, None
+        sums = [
+            sum_repeats(_unstored(part, ctx.shape, ctx.transposed), ctx.sizes, ctx.stretches)
+            for part in parts
+        ]
+        return (torch.cat(sums) if len(sums) > 1 else sums[0]), None, None, None, None
 
 
 def full_size(
-    values: Tensor, shape: tuple[int, ...], stored: tuple[int, ...], *, transposed: bool
+    values: Tensor,
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    *,
+    transposed: bool,
+    stretches: tuple[int, ...] = (),
 ) -> tuple[Tensor, ...]:
     """Blocks (n, *block) to the n full parameters, each of shape `stored`; differentiable once."""
-    return _FullSize.apply(values, shape, stored, transposed)  # pyright: ignore[reportReturnType]
+    return _FullSize.apply(values, shape, stored, transposed, stretches)  # pyright: ignore[reportReturnType]
 
 
 def _unstored(full: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:

@@ -96,6 +96,8 @@ def is_there(entry: Entry) -> bool:
     ):
         return False
     values = entry.tile.first(_COMPARED)
+    if entry.tile.stretches and values.ndim > 1:
+        values = values[:, : entry.tile.stretches[0]]
     own = param.detach()[tuple(slice(size) for size in values.shape)].to(values.device, values.dtype)
     return float(torch.nn.functional.cosine_similarity(own.flatten(), values.flatten(), 0)) > _THE_SAME
 

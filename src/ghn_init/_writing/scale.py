@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
+from ghn_init._hypernetwork.channels import axis_of, copies
 from ghn_init._meta.scales import initial_scales, usual_scale
 from ghn_init._network.scale import Magnitude, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
@@ -354,7 +355,7 @@ def _filters(tile: Tile) -> Tensor:
     if len(rows) < (few := min(tile.shape[0], ROWS)):
         rows = rows[torch.arange(few, device=rows.device) % len(rows)]
     rows = rows.float()
-    for axis, times in _repeats(tile.sizes, tile.shape):
+    for axis, times in _repeats(tile.sizes, tile.shape, tile.stretches):
         if axis:
             times = times if isinstance(times, int) else _along(axis, times.to(rows), rows)
             rows = rows * times**0.5
@@ -363,18 +364,21 @@ def _filters(tile: Tile) -> Tensor:
 
 def _rms(tile: Tile) -> Tensor:
     """Root mean square of the full tensor, float64."""
-    square = _mean_square(tile.block, tile.shape)
+    square = _mean_square(tile.block, tile.shape, tile.stretches)
     if tile.prior is not None:
         channels = tile.shape[: len(tile.shape) - len(tile.prior.place)]
         before, after = tile.block[(..., *tile.prior.place)], tile.prior.where_added(tile.block)
-        change = _mean_square(after, channels) - _mean_square(before, channels)
+        change = _mean_square(after, channels, tile.stretches) - _mean_square(
+            before, channels, tile.stretches
+        )
         square = square + change * math.prod(channels) / math.prod(tile.shape)
     return square.clamp_min(0).sqrt()
 
 
-def _mean_square(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _mean_square(values: Tensor, shape: tuple[int, ...], stretches: tuple[int, ...]) -> Tensor:
     """Mean square of values that repeat in a tensor of this shape, float64: each as often as it repeats."""
-    unequal = [(axis, n) for axis, n in _repeats(tuple(values.shape), shape) if not isinstance(n, int)]
+    repeats = _repeats(tuple(values.shape), shape, stretches)
+    unequal = [(axis, times) for axis, times in repeats if not isinstance(times, int)]
     if not unequal:
         return torch.linalg.vector_norm(values, dtype=torch.float64).square() / values.numel()
     squares = values.double().square()
@@ -384,14 +388,17 @@ def _mean_square(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _repeats(sizes: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, int | Tensor]]:
+def _repeats(
+    sizes: tuple[int, ...], shape: tuple[int, ...], stretches: tuple[int, ...]
+) -> list[tuple[int, int | Tensor]]:
     """The axes along which a block repeats, and how often: of each place where not all do equally often."""
     found: list[tuple[int, int | Tensor]] = []
     for axis, (size, want) in enumerate(zip(sizes, shape, strict=True)):
         if want != size:
-            times = torch.full((size,), want // size, dtype=torch.float64)
-            times[: want % size] += 1
-            found.append((axis, times if want % size else want // size))
+            along = stretches if stretches and axis == axis_of(shape) else (want,)
+            times = copies(along, size)
+            equal = min(times) == max(times)
+            found.append((axis, times[0] if equal else torch.tensor(times, dtype=torch.float64)))
     return found
 
 

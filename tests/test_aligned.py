@@ -1,0 +1,289 @@
+"""Aligned channels: stretches by hand and against a channel-by-channel account; tiles, shares, gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, predict, trace
+from ghn_init._graph.graph import graph_from_edges
+from ghn_init._hypernetwork.channels import copies, of_parameter, shares, side_by_side, stretches_read
+from ghn_init._hypernetwork.priors import handed_out
+from ghn_init._hypernetwork.tile import Prior, Tile, full_size, sum_repeats, tile_to
+from ghn_init._writing import calm, scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 8
+SMALL = {"hid": 8, "max_shape": (BLOCK, BLOCK, 3, 3)}
+
+parts_of_channels = st.lists(
+    st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=3), min_size=1, max_size=5
+)
+
+
+def ghn_of(**changes: Any) -> GHN:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GHN(GHNConfig(**{**SMALL, "aligned": True, **changes})).requires_grad_(False)
+
+
+def read_by(graph: Graph) -> dict[str | None, tuple[int, ...]]:
+    """The stretches that each parameter's node reads, by the parameter's name."""
+    found = stretches_read(graph, BLOCK, handed_out(graph))
+    return {node.param: found[index] for index, node in enumerate(graph.nodes)}
+
+
+def places(stretches: tuple[int, ...]) -> list[int]:
+    """The place of every channel."""
+    return [channel % BLOCK for length in stretches for channel in range(length)]
+
+
+# Stretches
+
+
+def test_parts_share_a_block_where_they_fit_and_begin_one_where_they_do_not() -> None:
+    assert side_by_side([(12,), (12,)], BLOCK) == (12, 12)
+    assert side_by_side([(16,), (16,)], BLOCK) == (32,)  # whole blocks go on
+    assert side_by_side([(4,), (4,), (4,)], BLOCK) == (12,)
+    assert side_by_side([(3,), (3,), (3,)], BLOCK) == (6, 3)
+    assert side_by_side([(8,), (12, 12), (4,)], BLOCK) == (20, 16)
+    assert side_by_side([(6,), (12, 12)], BLOCK) == (6, 12, 12)
+    assert side_by_side([(6,), ()], BLOCK) == ()
+    assert side_by_side([(5,)], BLOCK) == (5,)
+
+
+@given(parts_of_channels)
+def test_a_concatenation_keeps_the_places_of_parts_that_do_not_share_a_block(parts: list[list[int]]) -> None:
+    whole: tuple[int, ...] = ()
+    for part in [side_by_side([(n,) for n in lengths], BLOCK) for lengths in parts]:
+        before, whole = whole, side_by_side([s for s in (whole, part) if s], BLOCK)
+        known, added = places(whole)[: sum(before)], places(whole)[sum(before) :]
+        assert known == places(before)
+        used = before[-1] % BLOCK if before else 0
+        shares_a_block = used + sum(part) <= BLOCK
+        assert added == [place + used * shares_a_block for place in places(part)]
+    assert sum(whole) == sum(map(sum, parts))
+
+
+def test_stretches_are_followed_through_a_graph() -> None:
+    nodes = [
+        Node("input"),
+        Node("conv", "stem", (12, 3, 3, 3)),  # 1
+        Node("bn", "n", (12,), bias="n.bias"),
+        Node("conv", "a", (12, 12, 1, 1)),  # 3
+        Node("conv", "b", (12, 12, 1, 1)),  # 4
+        Node("sum"),  # 5: 3 and 4
+        Node("concat"),  # 6: 5 and 2
+        Node("avg_pool", None, (1, 1, 2, 2)),
+        Node("bn", "wide", (24,), bias="wide.bias"),  # 8
+        Node("sep_conv", "depthwise", (24, 1, 3, 3)),  # 9
+        Node("bias", "bias", (24,)),
+        Node("conv", "half 1", (6, 24, 1, 1)),  # 11
+        Node("conv", "half 2", (6, 24, 1, 1)),  # 12
+        Node("concat"),
+        Node("conv", "after", (8, 12, 1, 1)),  # 14
+        Node("sep_conv", "groups", (8, 4, 1, 1)),
+        Node("glob_avg"),
+        Node("conv", "head", (10, 8)),
+    ]
+    edges = [
+        (0, 1), (1, 2), (2, 3), (2, 4), (3, 5), (4, 5), (5, 6), (2, 6), *pairwise(range(6, 12)), (10, 12),
+        (11, 13), (12, 13), *pairwise(range(13, 18)),
+    ]  # fmt: skip
+    read = read_by(graph_from_edges(nodes, edges))
+    assert read["stem"] == ()
+    assert read["n"] == read["a"] == (12,)
+    assert read["wide"] == read["depthwise"] == read["bias"] == read["half 1"] == (12, 12)
+    assert read["after"] == (12,)  # the halves are one output in pieces
+    assert of_parameter((6, 24, 1, 1), (12, 12)) == (12, 12) == of_parameter((24,), (12, 12))
+    assert of_parameter((6, 12, 1, 1), (12,)) == ()
+    assert of_parameter((6, 48), (12, 12)) == ()  # of flattened maps, say
+
+
+def test_what_is_added_up_keeps_its_places_if_all_agree() -> None:
+    def graph(*second: Node) -> Graph:
+        nodes = [
+            Node("input"), Node("conv", "a", (12, 3, 1, 1)), Node("conv", "b", (12, 3, 1, 1)),
+            Node("bn", "n", (12,)), Node("concat"), *second, Node("sum"), Node("conv", "c", (4, 24, 1, 1)),
+        ]  # fmt: skip
+        last = len(nodes) - 2
+        return graph_from_edges(nodes, [(0, 1), (0, 2), (2, 3), (1, 4), (3, 4), (4, last), (4, 5),
+                                        *([(5, last)] if second else []), (last, last + 1)])  # fmt: skip
+
+    assert read_by(graph(Node("max_pool", None, (1, 1, 3, 3))))["c"] == (12, 12)
+    assert read_by(graph(Node("conv", "other", (24, 24, 1, 1))))["c"] == (24,)
+
+
+# Shares
+
+
+@given(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=4), st.integers(1, BLOCK))
+def test_all_places_have_the_same_share(lengths: list[int], size: int) -> None:
+    stretches, size = tuple(lengths), min(size, max(lengths))
+    counts = copies(stretches, size)
+    assert sum(counts) == sum(stretches)
+    factors = shares(stretches, size)
+    if factors is None:
+        assert len(set(counts)) == 1
+        return
+    weighed = torch.tensor(counts) * factors
+    torch.testing.assert_close(weighed, torch.full((size,), sum(counts) / size))
+
+
+@pytest.mark.parametrize("width", [8, 12, 14, 20])
+def test_layers_of_every_width_do_the_same_to_the_places(width: int) -> None:
+    """With equal channels at a place a layer gives what one of a block's width does, but for the scale."""
+    graph = graph_from_edges(
+        [Node("input"), Node("conv", "a", (width, 3, 1, 1)), Node("conv", "b", (width, 3, 1, 1)),
+         Node("bn", "n", (width,)), Node("concat"), Node("conv", "c", (width, 2 * width, 1, 1)),
+         Node("conv", "head", (10, width))],
+        [(0, 1), (0, 2), (2, 3), (1, 4), (3, 4), (4, 5), (5, 6)],
+    )  # fmt: skip
+    ghn = ghn_of(identity=True)
+    tile = ghn.predict_tiles(graph)["c"]
+    assert tile.block.shape == (BLOCK, BLOCK, 1, 1)
+    weight = tile.expand()[:, :, 0, 0]
+    batch = ghn.batch(graph)
+    names = [group.members[0][1] for group in batch.groups]
+    raw = ghn.blocks(batch, raw=True)[names.index("c")]
+    x = torch.randn(BLOCK)
+    at = torch.tensor(places((width,)))
+    identity = torch.block_diag(*[torch.tensor([[1.0, -0.5], [-0.5, 1.0]])] * (BLOCK // 2))
+    decoded = raw[0, :, :, 0, 0] * math.sqrt(2 / (2 * width)) * (2 * width / BLOCK)
+    torch.testing.assert_close(weight @ x[at].repeat(2), (decoded @ x + identity @ x)[at])
+
+
+# Tiles
+
+CASES = [
+    ((5, 14, 3, 3), (4, 6, 3, 3), (9, 5), False),
+    ((7, 12, 1, 1), (4, 4, 1, 1), (6, 6), True),
+    ((3, 20), (3, 8), (2, 10, 8), False),
+    ((10, 1, 3, 3), (6, 1, 3, 3), (6, 4), False),
+    ((11,), (4,), (9, 2), False),
+]
+
+
+@pytest.mark.parametrize(("shape", "sizes", "stretches", "transposed"), CASES)
+def test_a_block_begins_anew_in_every_stretch(
+    shape: tuple[int, ...], sizes: tuple[int, ...], stretches: tuple[int, ...], transposed: bool
+) -> None:
+    blocks = torch.randn(2, *sizes, dtype=torch.float64, requires_grad=True)
+    stored = (shape[1], shape[0], *shape[2:]) if transposed else shape
+    axis = 0 if len(shape) == 1 or shape[1] == 1 else 1
+    index = [torch.arange(n) % size for n, size in zip(shape, sizes, strict=True)]
+    index[axis] = torch.tensor([c % sizes[axis] for length in stretches for c in range(length)])
+    expected = blocks.detach()[(slice(None), *torch.meshgrid(*index, indexing="ij"))]
+    expected = expected.transpose(1, 2) if transposed else expected
+    full = full_size(blocks, shape, stored, transposed=transposed, stretches=stretches)
+    assert torch.equal(torch.stack(full), expected)
+    assert torch.autograd.gradcheck(
+        lambda x: full_size(x, shape, stored, transposed=transposed, stretches=stretches), (blocks,)
+    )
+    tile = Tile(blocks.detach()[0], shape, stored, transposed, None, stretches)
+    written = torch.zeros(stored, dtype=torch.float64)
+    tile.copy_into(written)
+    assert torch.equal(written, expected[0])
+    assert torch.equal(tile.expand(), expected[0])
+    rms = expected[0].square().mean().sqrt()
+    assert float(scale._rms(tile)) == pytest.approx(float(rms))
+    if len(shape) > 1:
+        rows = (expected[0].transpose(0, 1) if transposed else expected[0]).flatten(1)
+        gram = scale._filters(tile)
+        torch.testing.assert_close((gram @ gram.T).double(), rows @ rows.T, atol=1e-4, rtol=1e-5)
+
+
+def test_repeating_and_summing_are_adjoint() -> None:
+    for shape, sizes, stretches, _ in CASES:
+        block, full = torch.randn(1, *sizes).double(), torch.randn(1, *shape).double()
+        there = (tile_to(block, shape, stretches) * full).sum()
+        back = (block * sum_repeats(full, sizes, stretches)).sum()
+        torch.testing.assert_close(there, back)
+
+
+def test_what_a_prior_changes_begins_anew_too() -> None:
+    block, values = torch.randn(4, 6, 3, 3), torch.randn(4, 6)
+    tile = Tile(block, (8, 14, 5, 5), (8, 14, 5, 5), False, Prior((4, 6, 5, 5), (2, 2), values), (9, 5))
+    written = torch.zeros(8, 14, 5, 5)
+    tile.copy_into(written)
+    torch.testing.assert_close(written, tile.expand())
+    assert tile.tiled
+    assert float(scale._rms(tile)) == pytest.approx(float(written.double().square().mean().sqrt()))
+
+
+# Whole networks
+
+
+class Wide(nn.Module):
+    """Two states of a width that is no multiple of a block's, put side by side."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+        self.left, self.right = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm, self.depthwise = (
+            nn.BatchNorm2d(2 * width),
+            nn.Conv2d(2 * width, 2 * width, 3, groups=2 * width),
+        )
+        self.up, self.head = nn.ConvTranspose2d(2 * width, width, 3), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+        return self.head(self.up(self.depthwise(self.norm(x)).relu()).relu().mean((2, 3)))
+
+
+def test_predict_writes_what_the_hypernetwork_gives() -> None:
+    net, ghn = Wide(), ghn_of(identity=True, whitening=3.0)
+    graph = trace(net, (1, 3, 16, 16))
+    (expected,) = ghn(graph)
+    tiles = ghn.predict_tiles(graph)
+    assert {name for name, tile in tiles.items() if tile.stretches} == {
+        "norm.weight", "norm.bias", "depthwise.weight", "depthwise.bias", "up.weight"
+    }  # fmt: skip
+    for name, tile in tiles.items():
+        torch.testing.assert_close(tile.expand(), expected[name])
+        assert expected[name].shape == net.get_parameter(name).shape
+    halves = expected["norm.weight"].split(12)
+    assert torch.equal(*halves)  # both states are read at the same places
+    assert not torch.equal(*ghn_of(aligned=False)([graph])[0]["norm.weight"].split(12))
+
+
+def test_predict_at_the_own_scale_is_the_same_the_second_time() -> None:
+    torch.manual_seed(1)
+    net, ghn = Wide(), ghn_of(identity=True, whitening=3.0)
+    predict(net, ghn, example_input=(1, 3, 16, 16))
+    first = copy.deepcopy(net.state_dict())
+    predict(net, ghn, example_input=(1, 3, 16, 16))
+    for name, values in net.state_dict().items():
+        torch.testing.assert_close(values, first[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_prediction_that_is_there_is_known_again() -> None:
+    class Row:
+        def __init__(self, tile: Tile, param: Tensor) -> None:
+            self.tile, self.param, self.computed = tile, param, None
+
+    block = torch.randn(8, 8, 1, 1)
+    for stretches in ((2, 16), (12, 6)):
+        tile = Tile(block, (8, 18, 1, 1), (8, 18, 1, 1), False, None, stretches)
+        assert calm.is_there(Row(tile, tile.expand()))  # pyright: ignore[reportArgumentType]
+        assert not calm.is_there(Row(tile, torch.randn(8, 18, 1, 1)))  # pyright: ignore[reportArgumentType]
+
+
+def test_without_the_option_everything_is_as_published() -> None:
+    assert not GHNConfig().aligned
+    graph = trace(Wide(), (1, 3, 16, 16))
+    assert all(group.key.stretches == () for group in ghn_of(aligned=False).batch(graph).groups)
+    with pytest.raises(ConfigError, match="aligned=1; expected true or false"):
+        GHNConfig(aligned=1)  # pyright: ignore[reportArgumentType]
