@@ -239,16 +239,33 @@ def test_norms_that_follow_a_sum_are_predicted(ghn: GHN) -> None:
     assert not kept & {"2.inner.0.weight", "2.inner.0.bias"}
 
 
-def test_norms_whose_weight_is_zero_stay_silent_with_their_biases(ghn: GHN) -> None:
-    branch = Residual(block(16, 16)[:2])
+def test_norms_whose_weight_is_zero_are_predicted_in_networks_that_a_ghn_knows(ghn: GHN) -> None:
+    """Branches that begin silent, as timm's ResNets do, would leave nothing of what is predicted in them."""
+    network = nn.Sequential(block(3, 16), Residual(block(16, 16)[:2]), *classifier(16))
+    with_ones = copy.deepcopy(network)
+    nn.init.zeros_(network.get_parameter("1.inner.1.weight"))
+    predict(network, ghn)
+    predict(with_ones, ghn)
+    assert network.get_parameter("1.inner.1.weight").all()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, with_ones.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("groups", "options"), [(4, {}), (1, {"scale": "own"})])
+def test_norms_whose_weight_is_zero_stay_silent_elsewhere_with_their_biases(
+    ghn: GHN, groups: int, options: dict[str, Any]
+) -> None:
+    convolution = nn.Conv2d(16, 16, 3, padding=1, groups=groups, bias=False)
+    branch = Residual(nn.Sequential(convolution, nn.BatchNorm2d(16)))
     network = nn.Sequential(block(3, 16), branch, *classifier(16))
     nn.init.zeros_(network.get_parameter("1.inner.1.weight"))
-    found = {row.name: row.reason for row in plan(network, ghn).rows if row.action == "kept"}
-    assert found == dict.fromkeys(
-        ("1.inner.1.weight", "1.inner.1.bias"),
-        "its norm layer begins at zero (kept unless scale='predicted')",
-    )
-    predict(network, ghn)
+    reasons = {row.name: row.reason for row in plan(network, ghn, **options).rows}
+    for name in ("1.inner.1.weight", "1.inner.1.bias"):
+        if options:
+            assert reasons[name].startswith("norm layer"), reasons[name]
+        else:
+            assert reasons[name] == "its norm layer begins at zero (kept unless scale='predicted')"
+    predict(network, ghn, **options)
     x = images(2)[:, :1].repeat(1, 16, 1, 1)
     assert torch.equal(branch(x), x)
 

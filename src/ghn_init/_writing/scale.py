@@ -4,7 +4,8 @@ As the start of training of a network that the GHN does not know, predicted weig
 direction, and nearly all of the harm that they can do to their scale and to predicted norm layers
 (docs/starting-point.md). So a prediction is multiplied to have the scale that the network's author gave the
 parameter, norm layers stay as they were, and so does a parameter whose values are all one number: a residual
-branch or gate that starts at zero was meant to. `training.py` says where more than that is good.
+branch or gate that starts at zero was meant to. `training.py` says where more than that is good. There the norms
+of residual branches are predicted, too, which begin at zero by many a library's default.
 
 Of a vector, the scale is the root mean square. Of a matrix (output channels x the rest) it is that, too,
 unless the prediction is the more coherent one. The spectral norm of m x n independent values is close to
@@ -71,11 +72,12 @@ def with_own_scales(
     options: Options,
     strange: Mapping[str | None, str],
     norms: Collection[str] = NORM_TYPES,
+    *,
+    silenced: bool = True,
 ) -> list[Entry]:
     """The same entries; kept are norm layers, what is strange, and values that are all one number.
 
-    Of other norm layers (see `norms`) those stay whose weight is zero, with their biases. Nothing has to be
-    decoded for what is kept. Entries on the meta device get their scale (`Entry.own`), and are not kept if
+    Nothing has to be decoded for what is kept. Entries on the meta device get their scale (`Entry.own`), and are not kept if
     nobody would give them a value. Where the ranks of a sharded network hold parts of a parameter, all have
     to call this: they exchange a few numbers.
 
@@ -86,6 +88,7 @@ def with_own_scales(
         options: The caller's choices.
         strange: What `scale="auto"` keeps beside that, by `Entry.key`, with the reason.
         norms: Types of the norm layers that are kept.
+        silenced: Of other norm layers those are kept, with their biases, whose weight is zero.
     """
     predicted = {entry.source: entry for entry in entries if entry.decision.predict}
     initial = _initial_scales(network, predicted, options.seed)
@@ -101,7 +104,9 @@ def with_own_scales(
     for source, constant in constants.items():
         if constant is not None and predicted[source].node not in NORM_TYPES:  # if still there, it is wanted
             kept.setdefault(source, Decision(Cause.OWN, f"all its values are {constant:g}"))
-    kept |= _silenced(graph, predicted, constants) | _alone(predicted, constants)
+    kept |= _alone(predicted, constants)
+    if silenced:
+        kept |= _silenced(graph, predicted, constants)
     shapes = {node.param: node.shape for node in reversed(graph.nodes)} if initial else {}
     for source in [source for source, scale in initial.items() if scale is None]:
         shape, norm = shapes.get(predicted[source].key), predicted[source].node in NORM_TYPES

@@ -81,7 +81,9 @@ def worth_predicting(
     known = options.diversify != "orthogonal" and is_known(graph, entries)
     strange = _strange(graph, known=known)
     if known:
-        return with_own_scales(network, graph, entries, options, {**strange, **_elsewhere(graph)}, ())
+        strange = {**strange, **_elsewhere(graph)}
+        grouped = any(structure.is_grouped(node) for node in graph.nodes)  # see `known.scales_are_known`
+        return with_own_scales(network, graph, entries, options, strange, (), silenced=grouped)
     return with_own_scales(network, graph, entries, options, strange)
 
 

@@ -1,0 +1,84 @@
+"""Accuracy of the same architectures at several widths, with channels aligned and as published.
+
+    python benchmarks/widths.py DATA GHN [--widths 32 48 64 80 96 112 128 144] [--networks 6] [--transformers]
+
+A GHN that has learned what a layer does to its features predicts it at any width; see `ghn.aligned` in
+docs/training.md. The networks are validation architectures with batch norm, the images are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from ghn_init import GHN, load
+from ghn_init.deepnets import Architecture, DeepNets1M
+from ghn_init.training import hold_out, load_images
+from ghn_init.training._engine import fast_precision, prepare_process
+from ghn_init.training.data import Normalisation
+from ghn_init.training.evaluate import Measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def architectures(*, transformers: bool) -> Iterator[Architecture]:
+    """Validation architectures with batch norm, those with attention or those without."""
+    split = DeepNets1M("val")
+    for index in range(len(split)):
+        arch = split[index]
+        if isinstance(arch, Architecture) and arch.norm and arch.transformer == transformers and arch.C <= 112:
+            yield arch
+
+
+def read_so(ghn: GHN, *, aligned: bool) -> GHN:
+    """The same weights, with channels aligned or not."""
+    other = GHN(dataclasses.replace(ghn.config, aligned=aligned))
+    other.load_state_dict(ghn.state_dict())
+    return other.requires_grad_(False).eval()
+
+
+def main() -> int:
+    """Print a line of JSON for every reading and width."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="images, as for `ghn-init train`")
+    parser.add_argument("ghn")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64, 80, 96, 112, 128, 144])
+    parser.add_argument("--networks", type=int, default=6)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--transformers", action="store_true")
+    given = parser.parse_args()
+    prepare_process()
+    training, held_out = hold_out(load_images(given.data, "train"))
+    normalise = Normalisation.of(training)
+    few = list(islice(architectures(transformers=given.transformers), given.networks))
+    weights = load(given.ghn)
+    for aligned in (False, True):
+        ghn = read_so(weights, aligned=aligned)
+        measure = Measure(
+            ghn, held_out, images=given.images, normalise=normalise, precision=fast_precision(ghn.device),
+            image_size=held_out.size,
+        )  # fmt: skip
+        for width in given.widths:
+            accuracies = []
+            for arch in few:
+                with torch.device("meta"):
+                    network = dataclasses.replace(arch, C=width).build(ghn.config.num_classes, held_out.size)
+                accuracies.append(round(measure(network), 1))
+            line = {"aligned": aligned, "width": width, "mean": round(fmean(accuracies), 1)}
+            print(json.dumps({**line, "accuracies": accuracies}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
