@@ -15,7 +15,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_WIDEST: Final = 112
+"""Evaluation width of an architecture that is taken: those of few parameters for their width take long."""
+
+
 def architectures(*, transformers: bool) -> Iterator[Architecture]:
     """Validation architectures with batch norm, those with attention or those without."""
     split = DeepNets1M("val")
     for index in range(len(split)):
         arch = split[index]
-        if isinstance(arch, Architecture) and arch.norm and arch.transformer == transformers and arch.C <= 112:
-            yield arch
+        if isinstance(arch, Architecture) and arch.transformer == transformers:
+            if arch.norm and arch.C <= _WIDEST:
+                yield arch
 
 
 def read_so(ghn: GHN, *, aligned: bool) -> GHN:

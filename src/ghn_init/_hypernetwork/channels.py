@@ -7,9 +7,9 @@ learned to carry through a network at the place where a feature stands is lost. 
 multiple of 32 were up to ten points less accurate for that (docs/experiments.md).
 
 With `GHNConfig.aligned` a part of a concatenation that does not fit into what is left of a block begins a
-block of its own, and all channels keep the places that they had. They then stand in *stretches*, which begin
-at place 0 each: a tuple of their lengths, `(80, 80)` of two parts of 80 channels, `(128,)` of two of 64. Where
-some places have more channels than others, each place's share in a sum is made the same (`shares`).
+block of its own, and all channels keep the places that they had. They then stand in *stretches*, each of
+which begins at place 0: a tuple of their lengths, `(80, 80)` of two parts of 80 channels, `(128,)` of two of
+64. Where some places have more channels than others, each place's share in a sum is made the same (`shares`).
 """
 
 from __future__ import annotations

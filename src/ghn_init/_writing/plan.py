@@ -243,9 +243,10 @@ def plan(
         scale: "own": weights get the scale that the layer had, and norm layers and values that are all one
             number (zeros above all) stay. "predicted", to use the network untrained: everything as
             predicted. "auto", to train it: as "own", with two exceptions that the graph tells. In networks
-            of the kind that the GHN knows norms are predicted, and weights at predicted scale, later ones at
-            most at their own, and features no longer than a classifier can learn from (`features.py`); and
-            layers are kept that predictions harm (`training.py`). With `head="predict"` it is "predicted".
+            of the kind that the GHN knows norms are predicted, also such as begin at zero, and weights at
+            predicted scale, later ones at most at their own, and features no longer than a classifier can
+            learn from (`features.py`); and layers are kept that predictions harm (`training.py`). With
+            `head="predict"` it is "predicted".
         frozen: "keep" leaves parameters without `requires_grad` alone; "predict" does not mind.
 
     Returns:

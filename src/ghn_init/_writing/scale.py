@@ -4,8 +4,8 @@ As the start of training of a network that the GHN does not know, predicted weig
 direction, and nearly all of the harm that they can do to their scale and to predicted norm layers
 (docs/starting-point.md). So a prediction is multiplied to have the scale that the network's author gave the
 parameter, norm layers stay as they were, and so does a parameter whose values are all one number: a residual
-branch or gate that starts at zero was meant to. `training.py` says where more than that is good. There the norms
-of residual branches are predicted, too, which begin at zero by many a library's default.
+branch or gate that starts at zero was meant to. `training.py` says where more than that is good. There the
+norms of residual branches are predicted, too, which begin at zero by many a library's default.
 
 Of a vector, the scale is the root mean square. Of a matrix (output channels x the rest) it is that, too,
 unless the prediction is the more coherent one. The spectral norm of m x n independent values is close to
@@ -77,9 +77,9 @@ def with_own_scales(
 ) -> list[Entry]:
     """The same entries; kept are norm layers, what is strange, and values that are all one number.
 
-    Nothing has to be decoded for what is kept. Entries on the meta device get their scale (`Entry.own`), and are not kept if
-    nobody would give them a value. Where the ranks of a sharded network hold parts of a parameter, all have
-    to call this: they exchange a few numbers.
+    Nothing has to be decoded for what is kept. Entries on the meta device get their scale (`Entry.own`), and
+    are not kept if nobody would give them a value. Where the ranks of a sharded network hold parts of a
+    parameter, all have to call this: they exchange a few numbers.
 
     Args:
         network: The network, with the values whose scale counts.
