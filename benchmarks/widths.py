@@ -39,9 +39,10 @@ def architectures(*, transformers: bool) -> Iterator[Architecture]:
     split = DeepNets1M("val")
     for index in range(len(split)):
         arch = split[index]
-        if isinstance(arch, Architecture) and arch.transformer == transformers:
-            if arch.norm and arch.C <= _WIDEST:
-                yield arch
+        if not isinstance(arch, Architecture):
+            continue
+        if arch.norm and arch.transformer == transformers and arch.C <= _WIDEST:
+            yield arch
 
 
 def read_so(ghn: GHN, *, aligned: bool) -> GHN:
