@@ -50,8 +50,8 @@ RECIPE: Final[dict[str, Any]] = {
     "optimizer": "muon", "lr": 1e-3, "schedule": "constant", "warmup": 100, "ema": 0.998, "crop_padding": 1,
     "images": "own",
 }  # fmt: skip
-PRIORS: Final = {"depth_buckets": 128, "identity": True, "whitening": 3.0, "aligned": True}
-GHN: Final = {"hypernet": "transformer", "hid": 64, **PRIORS}
+PRIORS: Final = {"depth_buckets": 128, "identity": True, "whitening": 3.0}
+GHN: Final = {"hypernet": "transformer", "hid": 64, **PRIORS, "aligned": True}
 """A GHN-3 T's graph network: at equal pairs it was ahead of the gated one, see docs/experiments.md."""
 
 PHASES: Final[tuple[tuple[str, float, dict[str, Any]], ...]] = (
