@@ -15,7 +15,7 @@ from torch import nn
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, predict, trace
 from ghn_init._graph.graph import graph_from_edges
-from ghn_init._hypernetwork.channels import copies, of_parameter, shares, side_by_side, stretches_read
+from ghn_init._hypernetwork.channels import of_parameter, per_place, shares, side_by_side, stretches_read
 from ghn_init._hypernetwork.priors import handed_out
 from ghn_init._hypernetwork.tile import Prior, Tile, full_size, sum_repeats, tile_to
 from ghn_init._writing import calm, scale
@@ -130,7 +130,7 @@ def test_what_is_added_up_keeps_its_places_if_all_agree() -> None:
 @given(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=4), st.integers(1, BLOCK))
 def test_all_places_have_the_same_share(lengths: list[int], size: int) -> None:
     stretches, size = tuple(lengths), min(size, max(lengths))
-    counts = copies(stretches, size)
+    counts = per_place(stretches, size)
     assert sum(counts) == sum(stretches)
     factors = shares(stretches, size)
     if factors is None:

@@ -94,6 +94,11 @@ def is_grouped(node: Node) -> bool:
     )
 
 
+def has_groups(graph: Graph) -> bool:
+    """Whether there are grouped convolutions, other than depthwise ones."""
+    return any(is_grouped(node) for node in graph.nodes)
+
+
 def is_pointwise(node: Node) -> bool:
     """Whether a node is a convolution of 1 x 1, or a linear layer."""
     return node.type == "conv" and node.shape is not None and math.prod(node.shape[2:]) == 1

@@ -96,7 +96,7 @@ def of_parameter(shape: Sequence[int], read: tuple[int, ...]) -> tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
-def copies(stretches: tuple[int, ...], size: int) -> tuple[int, ...]:
+def per_place(stretches: tuple[int, ...], size: int) -> tuple[int, ...]:
     """How many channels each place of a block of so many has."""
     return tuple(sum(len(range(place, length, size)) for length in stretches) for place in range(size))
 
@@ -107,7 +107,7 @@ def shares(stretches: tuple[int, ...], size: int) -> Tensor | None:
 
     Places with two channels count no more than those with one then. The mean over the channels is 1.
     """
-    counts = torch.tensor(copies(stretches, size), dtype=torch.float32)
+    counts = torch.tensor(per_place(stretches, size), dtype=torch.float32)
     if bool((counts == counts[0]).all()):
         return None
     return counts.sum() / size / counts

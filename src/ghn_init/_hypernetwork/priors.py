@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._graph.graph import LAYER_TYPES
-from ghn_init._hypernetwork.channels import copies
+from ghn_init._hypernetwork.channels import per_place
 from ghn_init._hypernetwork.tile import Prior
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _groups(rows: int, columns: int, out: int, inputs: int, transposed: bool) ->
 
 def _carried(channels: Sequence[int], columns: int, inputs: tuple[int, ...]) -> Tensor:
     """(rows, columns), row o with 1 at channel c of `channels` and -1/2 at its neighbour, c xor 1."""
-    counts = copies(inputs, columns)
+    counts = per_place(inputs, columns)
     matrix = torch.zeros(len(channels), columns, dtype=torch.float32)
     for row, channel in enumerate(channels):
         for carried, share in ((channel, 1.0), (channel ^ 1, -_MIRRORED)):

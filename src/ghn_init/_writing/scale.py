@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
-from ghn_init._hypernetwork.channels import axis_of, copies
+from ghn_init._hypernetwork.channels import axis_of, per_place
 from ghn_init._meta.scales import initial_scales, usual_scale
 from ghn_init._network.scale import Magnitude, constants_of, rounded, scales_of
 from ghn_init._network.sharded import is_sharded
@@ -401,7 +401,7 @@ def _repeats(
     for axis, (size, want) in enumerate(zip(sizes, shape, strict=True)):
         if want != size:
             along = stretches if stretches and axis == axis_of(shape) else (want,)
-            times = copies(along, size)
+            times = per_place(along, size)
             equal = min(times) == max(times)
             found.append((axis, times[0] if equal else torch.tensor(times, dtype=torch.float64)))
     return found

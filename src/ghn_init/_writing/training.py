@@ -82,7 +82,7 @@ def worth_predicting(
     strange = _strange(graph, known=known)
     if known:
         strange = {**strange, **_elsewhere(graph)}
-        grouped = any(structure.is_grouped(node) for node in graph.nodes)  # see `known.scales_are_known`
+        grouped = structure.has_groups(graph)  # see `known.scales_are_known`
         return with_own_scales(network, graph, entries, options, strange, (), silenced=grouped)
     return with_own_scales(network, graph, entries, options, strange)
 
