@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -461,6 +462,46 @@ def test_a_process_that_waits_for_others_can_be_ended() -> None:
     process.stdout.close()
 
 
+@pytest.mark.source
+@pytest.mark.skipif(os.name != "posix", reason="no signals there")
+def test_processes_wait_for_one_that_is_held_beyond_torchs_time_limit() -> None:
+    code = """
+import sys, torch
+from datetime import timedelta
+torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=4)  # half an hour, in truth
+from ghn_init.training._ranks import Ranks
+ranks = Ranks.join()
+ranks.gather([0.0])
+print("met", flush=True)
+sys.stdin.readline()
+print(ranks.gather([float(ranks.rank)]), flush=True)
+Ranks.leave()
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    command = [sys.executable, "-c", code]
+    with (
+        _talking(command, place | {"RANK": "0"}) as waiting,
+        _talking(command, place | {"RANK": "1"}) as held,
+    ):
+        assert [process.stdout.readline() for process in (waiting, held) if process.stdout] == ["met\n"] * 2
+        held.send_signal(signal.SIGSTOP)
+        for process in (waiting, held):
+            print(file=process.stdin, flush=True)
+        time.sleep(7)
+        held.send_signal(signal.SIGCONT)
+        for process in (waiting, held):
+            assert process.stdout is not None
+            assert process.stdout.read() == "[[0.0], [1.0]]\n"
+
+
+def _talking(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process with which to exchange lines."""
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
 def test_processes_that_do_not_meet_are_told_what_to_set(
     launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +512,7 @@ def test_processes_that_do_not_meet_are_told_what_to_set(
     def refused(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Connection refused, remote=[127.0.1.1]:11686")
 
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_: iter([(object(), 1, 2)]))
     monkeypatch.setattr("torch.distributed.init_process_group", refused)
     with pytest.raises(TrainingError, match=r"remote=\[127.0.1.1\].* GLOO_SOCKET_IFNAME=eth0"):
         Ranks.join()

@@ -7,7 +7,8 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CPU = torch.device("cpu")
+
+PATIENCE: Final = timedelta(days=1)
+"""How long a process waits for another one that is there: through its validation, or while it is held
+(SIGSTOP). One that is gone is noticed at once, by its connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,9 @@ def _place() -> tuple[int, int]:
 def _meet(rank: int, world: int) -> None:
     try:
         with _interruptible():
-            dist.init_process_group("gloo", rank=rank, world_size=world)
+            # On its own it would have one time limit for meeting and for all that comes after.
+            store, _, _ = next(dist.rendezvous("env://", rank, world))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # a connection; a variable that is missing
         raise TrainingError(
             f"process {rank} of {world} did not find the others: {error}; expected the first one's address "
