@@ -36,7 +36,7 @@ from ghn_init.training._engine import KERNELS, Engine, Result, fast_precision, i
 from ghn_init.training._layers import prepare
 from ghn_init.training._log import LOG
 from ghn_init.training._meta_batches import MetaBatches, ahead
-from ghn_init.training._ranks import Ranks, local_device
+from ghn_init.training._ranks import PATIENCE, Ranks, local_device
 from ghn_init.training._schedule import learning_rate
 from training_runs import TINY_GHN, figures, random_images, tiny_config, tiny_trainer
 
@@ -415,13 +415,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_launchers_tell_the_place(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k)))
+    met: list[Any] = []
+    joined: list[Any] = []
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *a: met.append(a) or iter([("store", 3, 4)]))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: joined.append((a, k)))
     assert Ranks.join() == Ranks()
-    assert not calls
+    assert not met
+    assert not joined
     launched(WORLD_SIZE="4", RANK="3")
     Ranks.join()
-    assert calls == [(("gloo",), {"rank": 3, "world_size": 4})]
+    assert met == [("env://", 3, 4)]
+    assert joined == [(("gloo",), {"store": "store", "rank": 3, "world_size": 4, "timeout": PATIENCE})]
 
 
 def test_a_process_leaves_its_group_for_gloo_would_abort_it_at_its_end(
