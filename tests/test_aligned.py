@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -257,6 +258,89 @@ def test_predict_writes_what_the_hypernetwork_gives() -> None:
     halves = expected["norm.weight"].split(12)
     assert torch.equal(*halves)  # both states are read at the same places
     assert not torch.equal(*ghn_of(aligned=False)([graph])[0]["norm.weight"].split(12))
+
+
+class Flattened(nn.Module):
+    """A hidden layer that reads all pixels of two states side by side, with a batch norm before or not."""
+
+    def __init__(self, normed: bool = True, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width) if normed else nn.Identity()
+        self.left, self.right = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.hidden = nn.Linear(2 * width * 16, 24)
+        self.back, self.head = nn.Conv2d(24, 24, 1), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = torch.cat([self.left(x).relu(), self.right(x).relu()], 1)
+        x = self.hidden(F.max_pool2d(x, 2).flatten(1)).relu()
+        return self.head(self.back(x[:, :, None, None]).relu().flatten(1))
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_a_layer_that_reads_all_pixels_is_predicted_for_their_means(identity: bool) -> None:
+    graph, ghn = trace(Flattened(), (1, 3, 8, 8)), ghn_of(identity=identity)
+    (expected,) = ghn(graph)
+    weight = expected["hidden.weight"].unflatten(1, (24, 16))
+    assert torch.equal(weight, weight[:, :, :1].expand_as(weight))
+    assert torch.equal(weight[:, :12], weight[:, 12:])  # both states are read at the same places
+    assert not torch.equal(weight[:, 0], weight[:, 1])
+    tile = ghn.predict_tiles(graph)["hidden.weight"]
+    written = torch.zeros(24, 2 * 12 * 16)
+    tile.copy_into(written)
+    for values in (tile.expand(), written):
+        torch.testing.assert_close(values, expected["hidden.weight"])
+
+
+def test_what_is_predicted_for_means_has_the_scale_of_a_layer_that_reads_them() -> None:
+    ghn = ghn_of()
+    batch = ghn.batch(trace(Flattened(), (1, 3, 8, 8)))
+    place = [group.members[0][1] for group in batch.groups].index("hidden.weight")
+    (raw,) = ghn.blocks(batch, raw=True)[place]
+    assert raw.shape == (BLOCK, BLOCK)
+    # Each of its 8 places has 4 or 2 of the 24 channels, and the same share.
+    columns = torch.tensor([4.0] * 4 + [2.0] * 4)
+    of_means = raw * math.sqrt(2 / 24) * (24 / BLOCK / columns)
+    expected = of_means.repeat(3, 1)[:, [*range(8), *range(4)] * 2]
+    (predicted,) = ghn(trace(Flattened(), (1, 3, 8, 8)))
+    torch.testing.assert_close(predicted["hidden.weight"].unflatten(1, (24, 16)).sum(2), expected)
+
+
+def test_the_identity_carries_the_mean_of_a_channel() -> None:
+    graph = trace(Flattened(), (1, 3, 8, 8))
+    ghns = [ghn_of(identity=identity) for identity in (False, True)]
+    ghns[1].load_state_dict(ghns[0].state_dict())
+    plain, carrying = (ghn(graph)[0]["hidden.weight"].unflatten(1, (24, 16)).sum(2) for ghn in ghns)
+    identity = torch.block_diag(*[torch.tensor([[1.0, -0.5], [-0.5, 1.0]])] * (BLOCK // 2))
+    averaged = identity / torch.tensor([4.0] * 4 + [2.0] * 4)  # over the channels at a place
+    torch.testing.assert_close(carrying - plain, averaged.repeat(3, 1)[:, [*range(8), *range(4)] * 2])
+
+
+def test_gradients_reach_what_is_predicted_for_means() -> None:
+    ghn = ghn_of().requires_grad_()
+    graph = trace(Flattened(), (1, 3, 8, 8))
+
+    def total() -> Tensor:
+        return ghn(graph)[0]["hidden.weight"].unflatten(1, (24, 16)).cumsum(2).sum()
+
+    total().backward()
+    decoder = ghn.decoder.conv[2]
+    assert decoder.bias.grad is not None
+    with torch.no_grad():
+        before = total()
+        decoder.bias += 1e-2 * (step := decoder.bias.grad)
+        torch.testing.assert_close(total() - before, 1e-2 * step.square().sum(), rtol=1e-2, atol=1e-4)
+
+
+def test_without_batch_norms_and_without_the_option_pixels_are_counted_on() -> None:
+    graphs = {normed: trace(Flattened(normed), (1, 3, 8, 8)) for normed in (False, True)}
+    for normed, aligned in ((False, True), (True, False), (False, False)):
+        groups = ghn_of(aligned=aligned).batch(graphs[normed]).groups
+        assert all(group.key.pixels == 1 for group in groups)
+    pixels = {group.members[0][1]: group.key.pixels for group in ghn_of().batch(graphs[True]).groups}
+    assert pixels.pop("hidden.weight") == 16
+    assert set(pixels.values()) == {1}
 
 
 def test_predict_at_the_own_scale_is_the_same_the_second_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -395,6 +396,8 @@ def test_processes_that_share_muons_matrices_make_the_updates_of_one(tmp_path: P
             torch.testing.assert_close(states[1][index][key], value, rtol=1e-2, atol=1e-4)
 
 
+_RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")
+
 _LAUNCHED = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
 )  # fmt: skip
@@ -417,7 +420,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_launchers_tell_the_place(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[Any] = []
     joined: list[Any] = []
-    monkeypatch.setattr("torch.distributed.rendezvous", lambda *a: met.append(a) or iter([("store", 3, 4)]))
+    place = ("store", 3, 4)
+    monkeypatch.setattr(_RENDEZVOUS, "rendezvous", lambda *a: met.append(a) or iter([place]))
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: joined.append((a, k)))
     assert Ranks.join() == Ranks()
     assert not met
@@ -516,7 +520,7 @@ def test_processes_that_do_not_meet_are_told_what_to_set(
     def refused(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Connection refused, remote=[127.0.1.1]:11686")
 
-    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_: iter([(object(), 1, 2)]))
+    monkeypatch.setattr(_RENDEZVOUS, "rendezvous", lambda *_: iter([(object(), 1, 2)]))
     monkeypatch.setattr("torch.distributed.init_process_group", refused)
     with pytest.raises(TrainingError, match=r"remote=\[127.0.1.1\].* GLOO_SOCKET_IFNAME=eth0"):
         Ranks.join()

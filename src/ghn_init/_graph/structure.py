@@ -188,6 +188,15 @@ def channels_read(graph: Graph) -> list[float]:
     return found
 
 
+def means_of_places(graph: Graph) -> bool:
+    """Whether what is predicted for a linear layer that `reads_places` is for the means of its feature maps.
+
+    So it is in networks with batch norms; in others it made some train worse (docs/starting-point.md). What a
+    layer without a node gives, a recurrent one say, are no places of feature maps.
+    """
+    return any(node.type == "bn" for node in graph.nodes) and not has_strangers(graph)
+
+
 def reads_weights_alone(graph: Graph, index: int) -> bool:
     """Whether all that a node reads comes straight from convolutions, those of a factorised reduction too."""
     sources = graph.predecessors[index]

@@ -20,7 +20,8 @@ import torch
 
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
-from ghn_init._hypernetwork.channels import axis_of, of_parameter, stretches_read
+from ghn_init._graph.structure import means_of_places
+from ghn_init._hypernetwork.channels import axis_of, of_parameter, pixels_read, stretches_read
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.priors import NO_PRIOR, handed_out, priors_of
 
@@ -59,6 +60,8 @@ class ParamKey(NamedTuple):
         positional: A positional encoding.
         prior: Name of what is added to what is decoded, and its first channel; see `priors`.
         stretches: Those of the channels that are read, () if they are one; see `channels`.
+        pixels: Inputs of each of these channels, of a linear layer that reads flattened maps; they share what
+            is decoded for their mean.
     """
 
     kind: int
@@ -71,6 +74,12 @@ class ParamKey(NamedTuple):
     positional: bool
     prior: tuple[str, int] = NO_PRIOR
     stretches: tuple[int, ...] = ()
+    pixels: int = 1
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The stretches of the channels that are read, of a weight with an axis for these."""
+        return tuple(length // self.pixels for length in self.stretches or (self.shape[1],))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +356,7 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
         weight = bias = None
     priors = priors_of(graph, config)
     read = _stretches_read(graph, config)
+    means = config.aligned and means_of_places(graph)
     for index, node in enumerate(graph.nodes):
         if node.shape is None or 0 in node.shape:  # no parameter, or one without elements
             continue
@@ -359,7 +369,8 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
             continue
         elif node.type in WEIGHT_TYPES:
             prior = priors.get(index, NO_PRIOR)
-            yield index, node.param, _weight_key(node, index == weight, prior, config, read[index])
+            pixels = pixels_read(node, read[index]) if means else 1
+            yield index, node.param, _weight_key(node, index == weight, prior, config, read[index], pixels)
         elif node.type == "bias":
             kind = "class_bias" if index == bias else "bias"
             yield index, node.param, _vector_key(node, kind, config, read[index])
@@ -373,7 +384,12 @@ def _stretches_read(graph: Graph, config: GHNConfig) -> Sequence[tuple[int, ...]
 
 
 def _weight_key(
-    node: Node, classifier: bool, prior: tuple[str, int], config: GHNConfig, read: tuple[int, ...]
+    node: Node,
+    classifier: bool,
+    prior: tuple[str, int],
+    config: GHNConfig,
+    read: tuple[int, ...],
+    pixels: int,
 ) -> ParamKey:
     canonical, shape = canonical_shape(node), node.shape
     assert canonical is not None
@@ -381,10 +397,12 @@ def _weight_key(
     most_out, most_in, _, most_kernel = config.max_shape
     stored = (shape[1], shape[0], *shape[2:]) if node.transposed else shape
     kernel = (min(canonical[2], most_kernel), min(canonical[3], most_kernel))
-    stretches = of_parameter(shape, read) if node.type in LAYER_TYPES else ()
-    wide = [canonical[0], canonical[1]]
+    stretches = ()
+    if node.type in LAYER_TYPES:
+        stretches = of_parameter(shape, tuple(length * pixels for length in read))
+    wide = [canonical[0], canonical[1] // pixels]
     if stretches:
-        wide[axis_of(shape)] = max(stretches)
+        wide[axis_of(shape)] = max(stretches) // pixels
     return ParamKey(
         kind=KINDS.index("class_weight" if classifier else "weight"),
         kernel=kernel,
@@ -396,6 +414,7 @@ def _weight_key(
         positional=node.type == "pos_enc",
         prior=prior,
         stretches=stretches,
+        pixels=pixels,
     )
 
 
@@ -424,10 +443,10 @@ def _is_exempt(key: ParamKey) -> bool:
 def weight_scale(key: ParamKey) -> float:
     """The normalisation of a weight: sqrt(beta / fan_in) with the final shape; 1 for a vector.
 
-    fan_in is the number of elements of one output filter. beta is 2, for ReLU networks (He et al. 2015),
-    but 1 for a depthwise convolution and for a kernel with height < width, the first half of a
-    factorised pair without an activation between. A large positional encoding is left as it is
-    (arXiv 2110.13100, section 4.2).
+    fan_in is the number of elements of one output filter, of all inputs that share one (`ParamKey.pixels`)
+    a single one. beta is 2, for ReLU networks (He et al. 2015), but 1 for a depthwise convolution and for a
+    kernel with height < width, the first half of a factorised pair without an activation between. A large
+    positional encoding is left as it is (arXiv 2110.13100, section 4.2).
     """
     shape = key.shape
     if len(shape) < 2:
@@ -439,4 +458,4 @@ def weight_scale(key: ParamKey) -> float:
         return math.sqrt(2 / (shape[-1] * side * side if len(shape) < 4 else math.prod(shape[1:])))
     single = len(shape) >= 3 and shape[1] == 1
     factorised = len(shape) >= 4 and shape[-2] < shape[-1]
-    return math.sqrt((1 if single or factorised else 2) / math.prod(shape[1:]))
+    return math.sqrt((1 if single or factorised else 2) / (math.prod(shape[1:]) // key.pixels))

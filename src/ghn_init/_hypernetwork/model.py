@@ -183,7 +183,11 @@ class Hypernetwork(Decoders):
             if config.aligned and not raw:
                 values = _evened(values, group.key)
             sizes = tuple(values.shape[1:])
-            yield values, None if raw else prior_of(sizes, group.key, config, filters)
+            prior = None if raw else prior_of(sizes, group.key, config, filters)
+            if (pixels := group.key.pixels) > 1 and not raw:
+                values = values if prior is None else prior.added_to(values)
+                values, prior = values.repeat_interleave(pixels, 2) / pixels, None
+            yield values, prior
 
     def forward(self, graphs: Graph | Sequence[Graph] | GraphBatch) -> list[dict[str, Tensor]]:
         """Predict all parameters of every graph, differentiably.
@@ -223,7 +227,7 @@ def _evened(blocks: Tensor, key: ParamKey) -> Tensor:
     """Decoded blocks (n, *block), all of whose columns have the same share in what the layer sums up."""
     if key.positional or len(key.shape) < 2 or axis_of(key.shape) == 0:
         return blocks
-    columns = shares(key.stretches or (key.shape[1],), blocks.shape[2])
+    columns = shares(key.channels, blocks.shape[2])
     if columns is None:
         return blocks
     return blocks * columns.to(blocks.device, blocks.dtype).view(-1, *(1,) * (blocks.ndim - 3))

@@ -202,7 +202,7 @@ def _carrying(sizes: tuple[int, ...], key: ParamKey) -> Tensor:
     name, begin = key.prior
     if name == "groups":
         return _groups(*sizes, *key.shape[:2], key.transposed)
-    return _identity(*sizes, key.stretches or (key.shape[1],), begin)
+    return _identity(*sizes, key.channels, begin)
 
 
 @lru_cache(maxsize=256)

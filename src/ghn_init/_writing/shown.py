@@ -103,8 +103,7 @@ def shown(graph: Graph, *, separable: bool = True) -> Shown:
 def _other_inputs(graph: Graph) -> Iterator[tuple[int, int]]:
     """The weights that are shown with another number of inputs than theirs, by index, with that number."""
     stems = structure.stems(graph)
-    # What a layer without a node gives, a recurrent one say, are no places of feature maps.
-    normed = any(node.type == "bn" for node in graph.nodes) and not structure.has_strangers(graph)
+    means = structure.means_of_places(graph)
     for index, read in enumerate(structure.channels_read(graph)):
         node = graph.nodes[index]
         if node.shape is None or node.transposed:
@@ -113,7 +112,7 @@ def _other_inputs(graph: Graph) -> Iterator[tuple[int, int]]:
             if node.shape[1] != _COLOURS:
                 yield index, _COLOURS
         elif math.isfinite(read) and (
-            (normed and structure.is_linear(node) and _divides(read, node.shape[1]))
+            (means and structure.is_linear(node) and _divides(read, node.shape[1]))
             or (structure.is_grouped(node) and _divides(node.shape[1], read)
                 and _divides(read // node.shape[1], node.shape[0]))
         ):  # fmt: skip

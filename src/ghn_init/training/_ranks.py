@@ -159,9 +159,11 @@ def _place() -> tuple[int, int]:
 
 def _meet(rank: int, world: int) -> None:
     try:
+        from torch.distributed.rendezvous import rendezvous  # not there where torch has no torch.distributed
+
         with _interruptible():
             # On its own it would have one time limit for meeting and for all that comes after.
-            store, _, _ = next(dist.rendezvous("env://", rank, world))
+            store, _, _ = next(rendezvous("env://", rank, world))
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # a connection; a variable that is missing
         raise TrainingError(
