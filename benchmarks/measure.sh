@@ -4,7 +4,8 @@
 #     benchmarks/measure.sh DATA OUT
 #
 # OUT gets a text file for each table and `panel.jsonl`, the runs of benchmarks/panel.jsonl and the new ones. The
-# same command goes on after an interruption: evaluations that are whole and trainings that are on record are kept.
+# same command goes on after an interruption: networks that are measured and trainings that are on record are kept.
+# It takes two hours and a half of two cores with AMX, most of it for 100 test networks on all test images.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 data=$1 out=$2
@@ -19,20 +20,22 @@ kept() {
     mv "$out/$1.part" "$out/$1.txt"
 }
 
-evaluate() { kept "$1" ghn-init evaluate ghn3-cifar10 --data "$data" --workers 1 "${@:2}"; }
+evaluate() {
+    kept "$1" python -m ghn_init evaluate ghn3-cifar10 --data "$data" --workers 1 -o "$out/$1.json" "${@:2}"
+}
 
 panel() { kept "$1" python -W ignore "$root/benchmarks/starting_point.py" "$data" "$out/panel.jsonl" --batch 32 --rates 1 --no-search --search-steps 50 "${@:2}"; }
 
 few_images() {
-    kept "$1" ghn-init transfer "$data" --network ghn_init.training.teacher:SmallResNet --set classes=10 --set width=16 \
+    kept "$1" python -m ghn_init transfer "$data" --network ghn_init.training.teacher:SmallResNet --set classes=10 --set width=16 \
         --shots 10 50 100 --seeds 5 --start predicted -o "$out/few.jsonl" "${@:2}"
 }
 
 accuracy() {
-    evaluate test --images 1000 --split test --sample 50
-    evaluate bnfree --images 1000 --sample 20 --split bnfree --split vit --split resnet50
-    evaluate deep --images 1000 --sample 12 --split deep --split dense
-    evaluate wide --images 256 --sample 12 --split wide
+    evaluate float32 --images 1000 --sample 10 --split test
+    evaluate splits --bf16 --images 1000 --sample 100 --split test --split deep --split dense --split bnfree --split vit
+    evaluate wide --bf16 --images 1000 --sample 20 --split wide
+    evaluate all-images --bf16 --sample 100 --split resnet50 --split test
     kept familiarity python -W ignore "$root/benchmarks/familiarity.py" "$data" --images 256 --sample 1
     kept picture python -W ignore "$root/benchmarks/sgd_equivalence.py" "$data" "$out/picture.jsonl" \
         --networks 0 --also small-resnet --optimizers sgd --steps 100 --tuning 20 --batch 32 --every 10 --images 300 \

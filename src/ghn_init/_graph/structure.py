@@ -188,7 +188,7 @@ def channels_read(graph: Graph) -> list[float]:
     return found
 
 
-def means_of_places(graph: Graph) -> bool:
+def predicted_for_means(graph: Graph) -> bool:
     """Whether what is predicted for a linear layer that `reads_places` is for the means of its feature maps.
 
     So it is in networks with batch norms; in others it made some train worse (docs/starting-point.md). What a

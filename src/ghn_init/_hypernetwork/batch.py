@@ -20,7 +20,7 @@ import torch
 
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
-from ghn_init._graph.structure import means_of_places
+from ghn_init._graph.structure import predicted_for_means
 from ghn_init._hypernetwork.channels import axis_of, of_parameter, pixels_read, stretches_read
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.priors import NO_PRIOR, handed_out, priors_of
@@ -356,7 +356,7 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
         weight = bias = None
     priors = priors_of(graph, config)
     read = _stretches_read(graph, config)
-    means = config.aligned and means_of_places(graph)
+    means = config.aligned and predicted_for_means(graph)
     for index, node in enumerate(graph.nodes):
         if node.shape is None or 0 in node.shape:  # no parameter, or one without elements
             continue

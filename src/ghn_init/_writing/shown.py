@@ -103,7 +103,7 @@ def shown(graph: Graph, *, separable: bool = True) -> Shown:
 def _other_inputs(graph: Graph) -> Iterator[tuple[int, int]]:
     """The weights that are shown with another number of inputs than theirs, by index, with that number."""
     stems = structure.stems(graph)
-    means = structure.means_of_places(graph)
+    means = structure.predicted_for_means(graph)
     for index, read in enumerate(structure.channels_read(graph)):
         node = graph.nodes[index]
         if node.shape is None or node.transposed:
