@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -285,6 +286,27 @@ def test_processes_share_meta_batches() -> None:
     for (indices, stop), *parts in zip(whole, *shares, strict=True):
         assert [part[1] for part in parts] == [stop, stop]
         assert sorted(indices) == sorted(parts[0][0] + parts[1][0])
+
+
+def test_a_share_of_the_networks_loses_its_batch_norms() -> None:
+    def first(share: float) -> list[Any]:
+        tasks = MetaBatches(tiny_config(norm_free=share, max_params=2.0, max_nodes=400), 16).tasks()
+        return [task for task, _ in zip(tasks, range(40), strict=False)]
+
+    as_drawn, half, none = first(0.0), first(0.5), first(1.0)
+    drawn_without = sum(task.architecture.norm is None for task in as_drawn)
+    assert drawn_without + 8 < sum(task.architecture.norm is None for task in half) < 38
+    assert all(task.architecture.norm is None for task in none)
+    networks = {task.index: task.architecture for task in as_drawn}
+    both = [task for task in half if task.index in networks]
+    assert len(both) > 20
+    for task in both:  # but for the norms they are what they were
+        norm = networks[task.index].norm
+        assert task.architecture.norm in (None, norm)
+        assert dataclasses.replace(task.architecture, norm=norm) == networks[task.index]
+    assert first(0.5) == half
+    with pytest.raises(ConfigError, match=r"norm_free=1\.5; expected 0 to 1"):
+        tiny_config(norm_free=1.5)
 
 
 def test_networks_obey_the_filters() -> None:

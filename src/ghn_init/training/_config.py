@@ -26,7 +26,7 @@ _TYPES: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 """What the fields' annotations mean; those of choices are checked by themselves."""
 
-_FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema")
+_FRACTIONS: Final = ("label_smoothing", "soft_labels", "ema", "norm_free")
 _CHOICES: Final = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("constant", "step", "cosine", "linear"),
@@ -73,6 +73,8 @@ class TrainConfig:
         curriculum: Over this many first architectures the largest size allowed grows from
             `curriculum_nodes` to no limit; 0: no curriculum.
         curriculum_nodes: Nodes of the largest network that a curriculum begins with.
+        norm_free: Share of the networks that are trained without their batch norms, whatever their size;
+            DeepNets-1M's training split has a few small ones without.
         prefetch: Meta-batches that a second thread prepares ahead; 0: none.
 
     Raises:
@@ -104,6 +106,7 @@ class TrainConfig:
     max_params: float = 0.0
     curriculum: int = 0
     curriculum_nodes: int = 60
+    norm_free: float = 0.0
     prefetch: int = 3
 
     def __post_init__(self) -> None:

@@ -33,6 +33,12 @@ T = TypeVar("T")
 _WIDTHS = 1_000
 """The family of random streams that draws widths; the splits use small numbers."""
 
+_NORMS = 1_001
+"""That which draws the networks that lose their batch norms."""
+
+_SHARES = 10_000
+"""Shares are told apart to one in so many."""
+
 _WINDOW = 32
 """Meta-batches that are sorted by cost together: of two processes each then waits for 6 % of its time."""
 
@@ -181,7 +187,8 @@ class MetaBatches:
         config, architecture = self.config, self.networks[index]
         assert isinstance(architecture, Architecture)  # the training split has nothing else
         width, fc_dim = training_width(architecture, Stream(config.seed, _WIDTHS, index), _FULL_SIZE)
-        architecture = replace(architecture, C=width, fc_dim=fc_dim)
+        norm = None if self._loses_norms(index) else architecture.norm
+        architecture = replace(architecture, C=width, fc_dim=fc_dim, norm=norm)
         num_params = architecture.num_params(config.ghn.num_classes, _FULL_SIZE)
         fits = (
             architecture.supports(self.image_size)
@@ -189,6 +196,10 @@ class MetaBatches:
             and architecture.num_nodes() <= min(self._largest(index), config.max_nodes)
         )
         return Task(index, architecture) if fits else None
+
+    def _loses_norms(self, index: int) -> bool:
+        share = round(self.config.norm_free * _SHARES)
+        return share > 0 and Stream(self.config.seed, _NORMS, index).chance(share, _SHARES)
 
     def _largest(self, index: int) -> float:
         """Nodes of the largest network allowed at this place: grows geometrically over the curriculum."""
