@@ -5,7 +5,7 @@
 #
 # OUT gets a text file for each table and `panel.jsonl`, the runs of benchmarks/panel.jsonl and the new ones. The
 # same command goes on after an interruption: networks that are measured and trainings that are on record are kept.
-# It takes some three hours of two cores with AMX; 100 test networks on all test images are 75 minutes to two hours of one.
+# It takes some three hours of two cores with AMX, by the sum of its parts; 100 test networks on all test images are 75 minutes to two hours of one.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 data=$1 out=$2
