@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 import sys
 import time
@@ -87,7 +86,7 @@ class Setting:
         steps: Of the optimizer.
         batch: Images in a step.
         size: Side of the images, before networks that need larger ones enlarge them.
-        weights: Name and fingerprint of the hypernetwork's; "" for the default start.
+        weights: Name and digest of the hypernetwork's; "" for the default start.
     """
 
     network: str
@@ -161,7 +160,7 @@ class Bench:
         self.options = options
         self.done = {training.setting: training for training in done}
         self.ghn = ghn_init.load(options.weights).requires_grad_(False)
-        self.weights = f"{options.weights} {_fingerprint(self.ghn)}"
+        self.weights = f"{options.weights} {self.ghn.digest()[:8]}"
         self.train_images = load_images(options.data, "train")
         self.test_images = load_images(options.data, "test")
         self.normalise = Normalisation.of(self.train_images)
@@ -317,14 +316,6 @@ def _training(record: dict[str, Any]) -> Training:
         record["quality"],
         record["output"],
     )
-
-
-def _fingerprint(ghn: ghn_init.GHN) -> str:
-    """Eight digits that change with the weights."""
-    digest = hashlib.blake2b(digest_size=4)
-    for name, tensor in sorted(ghn.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,56 @@ def test_shapes_take_the_nearest_entry(shape: tuple[int, ...], counts_as: tuple[
     dummy, found = batch.shapes[list(batch.nodes[0])].tolist()
     assert dummy == [391, 391, 8, 8]
     assert tuple(table[index] for table, index in zip(tables, found, strict=True)) == counts_as
+
+
+def shape_rows(shape: tuple[int, ...], config: GHNConfig, *, norm: bool = True) -> list[int]:
+    nodes = [Node("input"), Node("conv", "w", shape), Node("bn", "n", shape[:1], bias="b")]
+    graph = graph_from_edges(nodes if norm else nodes[:2], [(0, 1), (1, 2)][: 2 if norm else 1])
+    batch = GraphBatch.from_graphs([graph], config)
+    return batch.shapes[batch.nodes[0][1]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "widest", "counts_as"),
+    [
+        ((512, 2048, 3, 3), 192, (192, 192, 3, 3)),
+        ((192, 64, 3, 3), 192, (192, 64, 3, 3)),
+        ((1000, 512), 192, (1000, 192, 1, 1)),  # classes are no width
+        ((512, 1000, 1, 1), 0, (512, 992, 1, 1)),
+        ((7, 3, 3, 3), 6, (6, 3, 3, 3)),
+    ],
+)
+def test_wide_layers_are_shown_as_the_widest_that_training_meets(
+    shape: tuple[int, ...], widest: int, counts_as: tuple[int, ...]
+) -> None:
+    config = GHNConfig(num_classes=1000 if 1000 in shape[:1] else 10, widest=widest)
+    plain = replace(config, widest=0)
+    assert shape_rows(shape, config) == shape_rows(counts_as, plain)
+    assert shape_rows(shape, config, norm=False) == shape_rows(shape, plain)
+
+
+def test_widths_that_no_training_met_do_not_matter_with_a_widest_one() -> None:
+    shapes = [(128, 64, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3), (10, 512)]
+    nodes = [Node("input"), *(Node("conv", f"w{i}", shape) for i, shape in enumerate(shapes))]
+    nodes.insert(2, Node("bn", "norm", (128,), bias="shift"))
+    graph = graph_from_edges(nodes, [(i, i + 1) for i in range(5)])
+    torch.manual_seed(0)
+    limited = GHN(GHNConfig(widest=128))
+    before = limited([graph])[0]
+    with torch.no_grad():
+        limited.shape_enc.embed_channel.weight[channel_sizes(10).index(128) + 1 : -1] += 1
+    after = limited([graph])[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    unlimited = GHN(GHNConfig())
+    unlimited.load_state_dict(limited.state_dict())
+    other = unlimited([graph])[0]
+    assert not torch.equal(other["w1"], after["w1"])
+
+
+@pytest.mark.parametrize("widest", [-1, 1.5, True])
+def test_a_widest_layer_of_no_size_is_refused(widest: object) -> None:
+    with pytest.raises(ConfigError, match="widest="):
+        GHNConfig(widest=widest)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

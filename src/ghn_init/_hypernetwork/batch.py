@@ -149,7 +149,7 @@ class GraphBatch:
         types = np.zeros(total * count, dtype=np.int64)
         types[where] = [TYPE_INDEX[node.type] for node in nodes]
         shapes = np.zeros((total * count, 4), dtype=np.int64)
-        shapes[where] = [_shape_indices(node, config) for node in nodes]
+        shapes[where] = [row for graph in graphs for row in _shape_rows(graph, config)]
         places = np.zeros((total * count, 2 if config.depth_buckets else 0), dtype=np.int64)
         if config.depth_buckets:
             places[where] = _places(graphs, config.depth_buckets)
@@ -290,21 +290,33 @@ def _nearest(sizes: tuple[int, ...], size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _indices(shape: tuple[int, int, int, int], num_classes: int, largest: int) -> tuple[int, ...]:
+def _indices(
+    shape: tuple[int, int, int, int], num_classes: int, largest: int, widest: int
+) -> tuple[int, ...]:
     channels, kernels = channel_sizes(num_classes), spatial_sizes(largest)
     # 4 to 7 channels count as 8 and a side of 2 as 3, whichever entry is nearest.
-    wide = (8 if 4 <= size <= 7 else size for size in shape[:2])
+    wide = [8 if 4 <= size <= 7 else size for size in shape[:2]]
+    if widest:  # classes are no width
+        wide = [size if size == num_classes else min(size, widest) for size in wide]
     tall = (3 if size == 2 else size for size in shape[2:])
     return (*(_nearest(channels, size) for size in wide), *(_nearest(kernels, size) for size in tall))
 
 
-def _shape_indices(node: Node, config: GHNConfig) -> tuple[int, ...]:
-    """Rows of the channel (twice) and spatial (twice) embeddings for a node."""
+def _shape_rows(graph: Graph, config: GHNConfig) -> list[tuple[int, ...]]:
+    """Rows of the channel (twice) and spatial (twice) embeddings for every node.
+
+    Without a batch norm it depends on their widths how large activations become, and so no two are alike.
+    """
+    widest = config.widest if any(node.type == "bn" for node in graph.nodes) else 0
+    return [_shape_indices(node, config, widest) for node in graph.nodes]
+
+
+def _shape_indices(node: Node, config: GHNConfig, widest: int) -> tuple[int, ...]:
     shape = canonical_shape(node)
     if shape is None:
         dummy = len(channel_sizes(config.num_classes)), len(spatial_sizes(config.max_shape[3]))
         return (dummy[0], dummy[0], dummy[1], dummy[1])
-    return _indices(shape, config.num_classes, config.max_shape[3])
+    return _indices(shape, config.num_classes, config.max_shape[3], widest)
 
 
 # Parameters to decode

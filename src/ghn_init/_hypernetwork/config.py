@@ -24,7 +24,7 @@ IMAGENET_SHAPE: Final = (64, 64, 16, 16)
 
 _INTEGERS: Final = {
     "num_classes": (1, 1_000_000), "hid": (4, 65_536), "depth_buckets": (0, 65_536), "rounds": (1, 1_000),
-    "layers": (1, 1_000), "heads": (1, 1_024),
+    "layers": (1, 1_000), "heads": (1, 1_024), "widest": (0, 1_000_000),
 }  # fmt: skip
 """The range of every integer. The upper ends are far beyond use; past them a file's claim is not believed."""
 
@@ -67,6 +67,9 @@ class GHNConfig:
             of networks on three channels; 0: none. The filters are stored with the weights.
         aligned: Channels keep their places in decoded blocks through concatenations, and all places have the
             same share in a sum, so that weights of any width fit together; see `_hypernetwork/channels.py`.
+        widest: Channels from which on a node of a network with batch norms is shown as one of so many; 0: as
+            many as it has. Every size has an embedding of its own, and those that training hardly meets are
+            noise.
 
     Raises:
         ConfigError: A value that no GHN can be built from.
@@ -88,6 +91,7 @@ class GHNConfig:
     identity: bool = False
     whitening: float = 0.0
     aligned: bool = False
+    widest: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_shape", _checked_shape(self.max_shape))
