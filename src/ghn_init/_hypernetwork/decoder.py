@@ -120,7 +120,13 @@ class ConvDecoder(nn.Module):
     def class_weights(self, decoded: Tensor, classes: int) -> Tensor:
         """Decoded (n, 1, 1, O, i) to the first rows of classifiers' weights, (n, 1, 1, classes, i)."""
         conv = cast("nn.Conv2d", self.class_layer_predictor[1])
-        return conv.weight.flatten(1)[:classes] @ F.relu(decoded) + _bias(conv)[:classes, None]
+        # Classes are the columns of a plain product: a few rows are added up in an order that depends on the
+        # number of threads (on AMD processors), and `matmul` of more axes goes by `requires_grad`, too.
+        read = F.relu(decoded).mT
+        rows = F.linear(
+            read.reshape(-1, read.shape[-1]), conv.weight.flatten(1)[:classes], _bias(conv)[:classes]
+        )
+        return rows.view(*read.shape[:-1], classes).mT
 
     def _corner(self, key: ParamKey) -> _Part:
         """The corner of (O, I) to decode: a classifier's layer reads all output channels."""
