@@ -5,7 +5,7 @@
 #
 # OUT gets a text file for each table and `panel.jsonl`, the runs of benchmarks/panel.jsonl and the new ones. The
 # same command goes on after an interruption: networks that are measured and trainings that are on record are kept.
-# It takes some three hours of two cores with AMX, by the sum of its parts; 100 test networks on all test images are 75 minutes to two hours of one.
+# It takes some four hours of two cores with AMX, by the sum of its parts; 100 test networks on all test images are 75 minutes to two hours of one.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 data=$1 out=$2
@@ -34,7 +34,7 @@ few_images() {
 accuracy() {
     evaluate float32 --images 1000 --sample 10 --split test
     evaluate splits --bf16 --images 1000 --sample 100 --split test --split deep --split dense --split bnfree --split vit
-    evaluate wide --bf16 --images 1000 --sample 20 --split wide
+    evaluate wide --bf16 --images 1000 --sample 100 --split wide
     evaluate all-images --bf16 --sample 100 --split resnet50 --split test
     kept familiarity python -W ignore "$root/benchmarks/familiarity.py" "$data" --images 256 --sample 1
     kept picture python -W ignore "$root/benchmarks/sgd_equivalence.py" "$data" "$out/picture.jsonl" \

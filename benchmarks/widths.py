@@ -1,8 +1,10 @@
-"""Accuracy of the same architectures at several widths, with channels aligned and as published.
+"""Accuracy of the same architectures at several widths, by ways of showing widths to a GHN.
 
     python benchmarks/widths.py DATA GHN [--widths 32 48 64 80 96 112 128 144] [--networks 6] [--transformers]
+    python benchmarks/widths.py DATA GHN --widths 64 320 448 --widest 0 128 192 256
 
-A GHN that has learned what a layer does to its features predicts it at any width; see `ghn.aligned` in
+A GHN that has learned what a layer does to its features predicts it at any width. Compared are channels
+as published and aligned, or, with `--widest`, aligned channels with these values of `ghn.widest`: see
 docs/training.md. The networks are validation architectures with batch norm, the images are held out.
 """
 
@@ -15,7 +17,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -45,9 +47,9 @@ def architectures(*, transformers: bool) -> Iterator[Architecture]:
             yield arch
 
 
-def read_so(ghn: GHN, *, aligned: bool) -> GHN:
-    """The same weights, with channels aligned or not."""
-    other = GHN(dataclasses.replace(ghn.config, aligned=aligned))
+def read_so(ghn: GHN, **reading: Any) -> GHN:
+    """The same weights, with this changed in their configuration."""
+    other = GHN(dataclasses.replace(ghn.config, **reading))
     other.load_state_dict(ghn.state_dict())
     return other.requires_grad_(False).eval()
 
@@ -63,14 +65,16 @@ def main() -> int:
     parser.add_argument("--networks", type=int, default=6)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--widest", type=int, nargs="+", default=[], help="values of `ghn.widest` to compare")
     given = parser.parse_args()
     prepare_process()
     training, held_out = hold_out(load_images(given.data, "train"))
     normalise = Normalisation.of(training)
     few = list(islice(architectures(transformers=given.transformers), given.networks))
     weights = load(given.ghn)
-    for aligned in (False, True):
-        ghn = read_so(weights, aligned=aligned)
+    readings: list[dict[str, Any]] = [{"aligned": True, "widest": widest} for widest in given.widest]
+    for reading in readings or [{"aligned": aligned, "widest": 0} for aligned in (False, True)]:
+        ghn = read_so(weights, **reading)
         measure = Measure(
             ghn, held_out, images=given.images, normalise=normalise, precision=fast_precision(ghn.device),
             image_size=held_out.size,
@@ -81,7 +85,7 @@ def main() -> int:
                 with torch.device("meta"):
                     network = dataclasses.replace(arch, C=width).build(ghn.config.num_classes, held_out.size)
                 accuracies.append(round(measure(network), 1))
-            line = {"aligned": aligned, "width": width, "mean": round(fmean(accuracies), 1)}
+            line = {**reading, "width": width, "mean": round(fmean(accuracies), 1)}
             print(json.dumps({**line, "accuracies": accuracies}), flush=True)
     return 0
 
