@@ -188,13 +188,18 @@ def channels_read(graph: Graph) -> list[float]:
     return found
 
 
+def has_batch_norms(graph: Graph) -> bool:
+    """Whether there is a batch norm, so that the scale of what most layers give is taken out."""
+    return any(node.type == "bn" for node in graph.nodes)
+
+
 def predicted_for_means(graph: Graph) -> bool:
     """Whether what is predicted for a linear layer that `reads_places` is for the means of its feature maps.
 
     So it is in networks with batch norms; in others it made some train worse (docs/starting-point.md). What a
     layer without a node gives, a recurrent one say, are no places of feature maps.
     """
-    return any(node.type == "bn" for node in graph.nodes) and not has_strangers(graph)
+    return has_batch_norms(graph) and not has_strangers(graph)
 
 
 def reads_weights_alone(graph: Graph, index: int) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
-from ghn_init._graph.structure import predicted_for_means
+from ghn_init._graph.structure import has_batch_norms, predicted_for_means
 from ghn_init._hypernetwork.channels import axis_of, of_parameter, pixels_read, stretches_read
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.priors import NO_PRIOR, handed_out, priors_of
@@ -307,7 +307,7 @@ def _shape_rows(graph: Graph, config: GHNConfig) -> list[tuple[int, ...]]:
 
     Without a batch norm it depends on their widths how large activations become, and so no two are alike.
     """
-    widest = config.widest if any(node.type == "bn" for node in graph.nodes) else 0
+    widest = config.widest if has_batch_norms(graph) else 0
     return [_shape_indices(node, config, widest) for node in graph.nodes]
 
 

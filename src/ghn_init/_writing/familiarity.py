@@ -89,7 +89,7 @@ def described(model: str, reasons: Sequence[str]) -> str:
 def _remarks(graph: Graph, entries: Sequence[Entry], num_classes: int, options: Options) -> Iterator[Remark]:
     if not reads_images(graph):
         yield Remark("no 2-d convolution reads its input, so it is no image network")
-    if not any(node.type == "bn" for node in graph.nodes):
+    if not structure.has_batch_norms(graph):
         yield Remark("no batch norm")
     if (share := _kept_share(entries)) > _LARGEST_KEPT:
         yield Remark(f"{share:.0%} of its parameters fit no node type")

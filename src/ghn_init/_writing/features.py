@@ -78,7 +78,7 @@ def shortened(graph: Graph, entries: Sequence[Entry], told: Followed) -> tuple[l
         The entries, and what activations say of these; None where that has to be found out anew.
     """
     tiles = {entry.key: entry for entry in entries if entry.tile is not None}
-    excess = _excess(graph, told, tiles) if any(node.type == "bn" for node in graph.nodes) else 0.0
+    excess = _excess(graph, told, tiles) if structure.has_batch_norms(graph) else 0.0
     if not 1 < excess < math.inf or not scales_are_known(graph, entries):
         return list(entries), told
     # Where the classifier is the network's own, another function will do, if it is nearly the same.
@@ -212,7 +212,7 @@ def unmeasured_branches(graph: Graph) -> set[str]:
     be. What is added to what a norm gives, as a shortcut is, is measured by that. A norm behind a ReLU is no
     such one, but the stem's that branches are added to.
     """
-    if not any(node.type == "bn" for node in graph.nodes):
+    if not structure.has_batch_norms(graph):
         return set()
     params, features = _making_features(graph, graph.absolute)
     found = set[str]()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ghn_init._errors import PredictError, listing
+from ghn_init._graph.structure import has_batch_norms
 from ghn_init._meta.materialise import materialised
 from ghn_init._network.parametrised import computed_weights
 from ghn_init._network.sharded import reshard
@@ -308,7 +309,7 @@ def _followed(
     network: nn.Module, graph: Graph, entries: Sequence[Entry], norms: Mapping[str, Divided], options: Options
 ) -> Followed:
     """What activations say of what is written."""
-    normalised = any(node.type == "bn" for node in graph.nodes)
+    normalised = has_batch_norms(graph)
     return followed(network, graph, as_used(entries, norms, options) if normalised else entries)
 
 

@@ -16,6 +16,7 @@ import torch
 from ghn_init._errors import PredictError
 from ghn_init._files import reason, write_bytes
 from ghn_init._graph.draw import COLOURS
+from ghn_init._graph.structure import has_batch_norms
 from ghn_init._graph.svg import MOST_NODES, to_svg
 from ghn_init._network.scale import computable
 from ghn_init.cli._output import in_options
@@ -201,7 +202,7 @@ def _expectations(plan: Plan) -> list[str]:
         )
     else:
         lines.append(f"<p>{_FAMILIAR}</p>")
-    if any(node.type == "bn" for node in plan.graph.nodes):
+    if has_batch_norms(plan.graph):
         running = any(name.endswith("running_mean") for name in plan.statistics)
         lines.append(f"<p>{_STATISTICS if running else _NO_STATISTICS}</p>")
     kept = Counter(row.reason for row in plan.rows if row.action == "kept")
