@@ -51,7 +51,7 @@ RECIPE: Final[dict[str, Any]] = {
     "images": "own",
 }  # fmt: skip
 PRIORS: Final = {"depth_buckets": 128, "identity": True, "whitening": 3.0}
-GHN: Final = {"hypernet": "transformer", "hid": 64, **PRIORS, "aligned": True, "widest": 192}
+GHN: Final = {"hypernet": "transformer", "hid": 64, **PRIORS, "aligned": True, "widest": 96}
 """A GHN-3 T's graph network: at equal pairs it was ahead of the gated one, see docs/experiments.md."""
 
 PHASES: Final[tuple[tuple[str, float, dict[str, Any]], ...]] = (

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ghn_init import GHN, ConfigError, GHNConfig, Graph, Node, predict, trace
+from ghn_init._graph import structure
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork.channels import of_parameter, per_place, shares, side_by_side, stretches_read
 from ghn_init._hypernetwork.priors import handed_out
@@ -291,6 +292,46 @@ def test_a_layer_that_reads_all_pixels_is_predicted_for_their_means(identity: bo
     tile.copy_into(written)
     for values in (tile.expand(), written):
         torch.testing.assert_close(values, expected["hidden.weight"])
+
+
+class HalfSilent(nn.Module):
+    """A classifier of features of which half are zeros, as where a state of a cell has no operations."""
+
+    def __init__(self, grid: int = 1) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(grid), nn.Linear(24 * grid**2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.head(self.pool(torch.cat([x, torch.zeros_like(x)], 1)).flatten(1))
+
+
+class Grid(HalfSilent):
+    """All features there, pooled to a grid."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.head = nn.Linear(12 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.norm(self.stem(x)).relu()).flatten(1))
+
+
+def test_features_that_are_all_zeros_are_no_pixels() -> None:
+    graph, grid = trace(HalfSilent(), (1, 3, 8, 8)), trace(Grid(), (1, 3, 8, 8))
+    assert not any(structure.reads_places(graph))
+    assert any(structure.reads_places(grid))
+    assert pixels_of(graph)["head.weight"] == 1
+    assert pixels_of(grid)["head.weight"] == 4
+    # The features are the first 12 inputs, and so read with the first 12 columns of the block, over and over.
+    columns = ghn_of()(graph)[0]["head.weight"].T
+    assert torch.equal(columns[:BLOCK], columns[BLOCK : 2 * BLOCK])
+    assert not torch.equal(columns[0], columns[1])
+
+
+def pixels_of(graph: Graph) -> dict[str, int]:
+    return {name: group.key.pixels for group in ghn_of().batch(graph).groups for _, name in group.members}
 
 
 def test_what_is_predicted_for_means_has_the_scale_of_a_layer_that_reads_them() -> None:

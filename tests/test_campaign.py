@@ -93,7 +93,7 @@ def test_a_campaign_goes_through_its_phases_and_ends_every_call_with_a_falling_r
     assert [config.schedule for config in configs] == ["constant"] * 3 + ["linear"]
     assert len({config.seed for config in configs}) == 4
     assert all(config.ghn.identity and config.ghn.whitening == 3 for config in configs)
-    assert all(config.ghn.aligned and config.ghn.widest == 192 for config in configs)
+    assert all(config.ghn.aligned and config.ghn.widest == 96 for config in configs)
     position = campaign.Position.read(tmp_path / "kept" / "position.json")
     assert (position.parts, position.pairs, round(position.core_minutes)) == (4, 400, 1200)
     assert [entry["part"] for entry in position.figures] == [entry["name"] for entry in trained]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghn_init import GHN, ConfigError, GHNConfig, Graph, GraphError, Node, load
+from ghn_init import GHN, ConfigError, GHNConfig, Graph, GraphError, Node, load, trace
 from ghn_init._graph.graph import graph_from_edges
 from ghn_init._hypernetwork.batch import KINDS, GraphBatch, canonical_shape
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
@@ -198,9 +198,8 @@ def test_shapes_take_the_nearest_entry(shape: tuple[int, ...], counts_as: tuple[
     assert tuple(table[index] for table, index in zip(tables, found, strict=True)) == counts_as
 
 
-def shape_rows(shape: tuple[int, ...], config: GHNConfig, *, norm: bool = True) -> list[int]:
-    nodes = [Node("input"), Node("conv", "w", shape), Node("bn", "n", shape[:1], bias="b")]
-    graph = graph_from_edges(nodes if norm else nodes[:2], [(0, 1), (1, 2)][: 2 if norm else 1])
+def shape_rows(shape: tuple[int, ...], config: GHNConfig) -> list[int]:
+    graph = graph_from_edges([Node("input"), Node("conv", "w", shape)], [(0, 1)])
     batch = GraphBatch.from_graphs([graph], config)
     return batch.shapes[batch.nodes[0][1]].tolist()
 
@@ -221,7 +220,6 @@ def test_wide_layers_are_shown_as_the_widest_that_training_meets(
     config = GHNConfig(num_classes=1000 if 1000 in shape[:1] else 10, widest=widest)
     plain = replace(config, widest=0)
     assert shape_rows(shape, config) == shape_rows(counts_as, plain)
-    assert shape_rows(shape, config, norm=False) == shape_rows(shape, plain)
 
 
 def test_widths_that_no_training_met_do_not_matter_with_a_widest_one() -> None:
@@ -240,6 +238,34 @@ def test_widths_that_no_training_met_do_not_matter_with_a_widest_one() -> None:
     unlimited.load_state_dict(limited.state_dict())
     other = unlimited([graph])[0]
     assert not torch.equal(other["w1"], after["w1"])
+
+
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_network_of_any_width_does_what_one_of_the_widest_does(identity: bool, norm: bool) -> None:
+    """Four times as wide, it gives the same scores."""
+
+    def network(width: int) -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3, 2), nn.Conv2d(width, 2 * width, 1)]
+        norms = [nn.BatchNorm2d(layer.out_channels) if norm else nn.Identity() for layer in layers]
+        body = [part for pair in zip(layers, norms, strict=True) for part in (*pair, nn.ReLU())]
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, width), nn.ReLU()
+        return nn.Sequential(*body, *head, nn.Linear(width, 10))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    for widest, alike in ((16, True), (0, False)):
+        # Zeros as channel embeddings: these are what another test is about.
+        ghn = GHN(GHNConfig(max_shape=(16, 16, 3, 3), identity=identity, aligned=True, widest=widest))
+        torch.nn.init.zeros_(ghn.shape_enc.embed_channel.weight)
+        scores = []
+        for width in (16, 64):
+            net = network(width)
+            net.load_state_dict(ghn(trace(net, x))[0], strict=False)
+            scores.append(net(x))
+        same = torch.allclose(scores[0], scores[1], rtol=1e-3, atol=1e-4 * scores[0].abs().max().item())
+        assert same is alike
 
 
 @pytest.mark.parametrize("widest", [-1, 1.5, True])

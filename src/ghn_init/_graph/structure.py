@@ -173,8 +173,35 @@ def reads_places(graph: Graph) -> list[bool]:
     """
     return [
         is_linear(node) and node.shape is not None and node.shape[1] > channels
-        for node, channels in zip(graph.nodes, channels_read(graph), strict=True)
-    ]
+        and not (is_pooled(graph, index) and places_read(graph, index, channels) == 1)
+        for index, (node, channels) in enumerate(zip(graph.nodes, channels_read(graph), strict=True))
+    ]  # fmt: skip
+
+
+def places_read(graph: Graph, index: int, channels: float) -> int:
+    """How many inputs a linear layer has of every channel: more than one where it reads flattened maps.
+
+    Behind a global pooling there are none, or a square grid of them. Other numbers are of what has no node:
+    parts of a concatenation that are all zeros, as a state without operations gives in DeepNets-1M.
+
+    Args:
+        graph: Any.
+        index: Of any node; it is 1 for those that are no linear layers.
+        channels: How many it reads, infinity or 0 where nobody knows.
+    """
+    node = graph.nodes[index]
+    if not is_linear(node) or node.transposed or node.shape is None or not 0 < channels < math.inf:
+        return 1
+    places, rest = divmod(node.shape[1], int(channels))
+    if rest or (is_pooled(graph, index) and math.isqrt(places) ** 2 != places):
+        return 1
+    return max(places, 1)
+
+
+def is_pooled(graph: Graph, index: int) -> bool:
+    """Whether all that a node reads is pooled over all places, or over each of a grid."""
+    sources = graph.predecessors[index]
+    return bool(sources) and all(graph.nodes[source].type == "glob_avg" for source in sources)
 
 
 def channels_read(graph: Graph) -> list[float]:

@@ -20,8 +20,8 @@ import torch
 
 from ghn_init._errors import GraphError
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES, TYPE_INDEX, WEIGHT_TYPES, Graph, Node
-from ghn_init._graph.structure import has_batch_norms, predicted_for_means
-from ghn_init._hypernetwork.channels import axis_of, of_parameter, pixels_read, stretches_read
+from ghn_init._graph.structure import places_read, predicted_for_means
+from ghn_init._hypernetwork.channels import axis_of, of_parameter, stretches_read
 from ghn_init._hypernetwork.config import channel_sizes, spatial_sizes
 from ghn_init._hypernetwork.priors import NO_PRIOR, handed_out, priors_of
 
@@ -303,20 +303,16 @@ def _indices(
 
 
 def _shape_rows(graph: Graph, config: GHNConfig) -> list[tuple[int, ...]]:
-    """Rows of the channel (twice) and spatial (twice) embeddings for every node.
-
-    Without a batch norm it depends on their widths how large activations become, and so no two are alike.
-    """
-    widest = config.widest if has_batch_norms(graph) else 0
-    return [_shape_indices(node, config, widest) for node in graph.nodes]
+    """Rows of the channel (twice) and spatial (twice) embeddings for every node."""
+    return [_shape_indices(node, config) for node in graph.nodes]
 
 
-def _shape_indices(node: Node, config: GHNConfig, widest: int) -> tuple[int, ...]:
+def _shape_indices(node: Node, config: GHNConfig) -> tuple[int, ...]:
     shape = canonical_shape(node)
     if shape is None:
         dummy = len(channel_sizes(config.num_classes)), len(spatial_sizes(config.max_shape[3]))
         return (dummy[0], dummy[0], dummy[1], dummy[1])
-    return _indices(shape, config.num_classes, config.max_shape[3], widest)
+    return _indices(shape, config.num_classes, config.max_shape[3], config.widest)
 
 
 # Parameters to decode
@@ -343,7 +339,7 @@ def _decodable(
         rows += [row for row, _, _ in members]
         scale = 1.0
         if config.weight_norm and not (config.transformer and _is_exempt(key)):
-            scale = weight_scale(key)
+            scale = weight_scale(key) * share_of_copies(key, config.widest)
         scales += [scale] * len(members)
         groups.append(ParamGroup(key, start, len(rows), tuple((index, name) for _, index, name in members)))
     return np.array(rows, dtype=np.int64), np.array(scales, dtype=np.float32), tuple(groups)
@@ -381,7 +377,7 @@ def _node_parameters(graph: Graph, config: GHNConfig) -> Iterable[tuple[int, str
             continue
         elif node.type in WEIGHT_TYPES:
             prior = priors.get(index, NO_PRIOR)
-            pixels = pixels_read(node, read[index]) if means else 1
+            pixels = places_read(graph, index, sum(read[index])) if means else 1
             yield index, node.param, _weight_key(node, index == weight, prior, config, read[index], pixels)
         elif node.type == "bias":
             kind = "class_bias" if index == bias else "bias"
@@ -471,3 +467,16 @@ def weight_scale(key: ParamKey) -> float:
     single = len(shape) >= 3 and shape[1] == 1
     factorised = len(shape) >= 4 and shape[-2] < shape[-1]
     return math.sqrt((1 if single or factorised else 2) / (math.prod(shape[1:]) // key.pixels))
+
+
+def share_of_copies(key: ParamKey, widest: int) -> float:
+    """What a weight of more than `widest` input channels is multiplied by to give what one of so many gives.
+
+    Channels beyond those of a block are copies: their sum grows with their number, the normalisation falls
+    with its root alone, so that a layer of twice the width gave values larger by the root of 2, while what a
+    prior carries is averaged. 1 where channels are not added up, and with `widest` 0.
+    """
+    shape = key.shape
+    if not widest or key.positional or len(shape) < 2 or axis_of(shape) == 0:
+        return 1.0
+    return math.sqrt(min(1.0, widest * key.pixels / shape[1]))

@@ -11,8 +11,8 @@ block of its own, and all channels keep the places that they had. They then stan
 which begins at place 0: a tuple of their lengths, `(80, 80)` of two parts of 80 channels, `(128,)` of two of
 64. Where some places have more channels than others, each place's share in a sum is made the same (`shares`).
 A linear layer that reads flattened feature maps has as many inputs of each channel as they have pixels, and
-is predicted for their means (`pixels_read`): counted on, the columns of a block would stand for pixels, and
-all channels would be added up.
+is predicted for their means (`structure.places_read`): counted on, the columns of a block would stand for
+pixels, and all channels would be added up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ghn_init._graph.graph import LAYER_TYPES, NORM_TYPES
-from ghn_init._graph.structure import is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
@@ -97,20 +96,6 @@ def axis_of(shape: Sequence[int]) -> int:
 def of_parameter(shape: Sequence[int], read: tuple[int, ...]) -> tuple[int, ...]:
     """The stretches along a parameter's `axis_of`, () where it is one: `read`, if it is about this axis."""
     return read if len(read) > 1 and sum(read) == shape[axis_of(shape)] else ()
-
-
-def pixels_read(node: Node, read: tuple[int, ...]) -> int:
-    """How many inputs a linear layer has of every channel: more than one where it reads flattened maps.
-
-    Args:
-        node: Any.
-        read: The stretches of the channels that it reads.
-    """
-    channels = sum(read)
-    if not is_linear(node) or node.transposed or node.shape is None or not channels:
-        return 1
-    pixels, rest = divmod(node.shape[1], channels)
-    return 1 if rest else pixels
 
 
 @lru_cache(maxsize=1024)

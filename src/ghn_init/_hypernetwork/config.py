@@ -67,9 +67,9 @@ class GHNConfig:
             of networks on three channels; 0: none. The filters are stored with the weights.
         aligned: Channels keep their places in decoded blocks through concatenations, and all places have the
             same share in a sum, so that weights of any width fit together; see `_hypernetwork/channels.py`.
-        widest: Channels from which on a node of a network with batch norms is shown as one of so many; 0: as
-            many as it has. Every size has an embedding of its own, and those that training hardly meets are
-            noise.
+        widest: Layers of more channels are predicted as those of so many: they are shown with that size, and
+            copies of a block are averaged beyond it; 0: as published. Every size has an embedding of its own,
+            and those that training hardly meets are noise; see `batch.share_of_copies`.
 
     Raises:
         ConfigError: A value that no GHN can be built from.

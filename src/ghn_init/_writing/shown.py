@@ -76,7 +76,7 @@ def shown(graph: Graph, *, separable: bool = True) -> Shown:
     poolings = {
         index: Node("glob_avg") for index in inputs
         if structure.is_linear(graph.nodes[index])
-        if any(graph.nodes[source].type != "glob_avg" for source in graph.predecessors[index])
+        if not structure.is_pooled(graph, index)
     }  # fmt: skip
     nodes = tuple(
         _with_inputs(node, inputs[index]) if index in inputs else node
@@ -112,7 +112,7 @@ def _other_inputs(graph: Graph) -> Iterator[tuple[int, int]]:
             if node.shape[1] != _COLOURS:
                 yield index, _COLOURS
         elif math.isfinite(read) and (
-            (means and structure.is_linear(node) and _divides(read, node.shape[1]))
+            (means and structure.places_read(graph, index, read) > 1)
             or (structure.is_grouped(node) and _divides(node.shape[1], read)
                 and _divides(read // node.shape[1], node.shape[0]))
         ):  # fmt: skip
