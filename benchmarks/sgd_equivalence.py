@@ -9,7 +9,8 @@ SGD (momentum 0.9) and Adam at a constant rate, which is chosen on the first net
 its first steps from its own initialisation. With `--until-equal` there is only the training from its own
 initialisation, which ends where it has the accuracy of the prediction. Accuracy is that on test images after
 every few steps, batch norm on the statistics of batches of 64, as `ghn-init evaluate` measures it. Both
-starts of a seed see the same batches, cropped and mirrored at random.
+starts of a seed see the same batches, cropped and mirrored at random. With `--bf16` networks run in bfloat16,
+on copies of float32 weights, as in the training of a GHN.
 
 The file gets one JSON line for every training as it ends, and trainings that it already has are skipped: an
 interrupted run goes on where it was, a later one adds networks or seeds, and `--minutes 0` only reports.
@@ -33,7 +34,7 @@ from sgd_report import draw, report
 import ghn_init
 from ghn_init.deepnets import DeepNets1M
 from ghn_init.training import Normalisation, load_images
-from ghn_init.training._engine import prepare_process
+from ghn_init.training._engine import inject, prepare_process
 from ghn_init.training._layers import prepare
 from ghn_init.training._records import add_record, read_records
 from ghn_init.training.data import augment, batch_indices, generator, sized
@@ -43,7 +44,7 @@ from ghn_init.training.teacher import SmallResNet
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 RATES: Final = {"sgd": (0.001, 0.003, 0.01, 0.03), "adam": (1e-4, 3e-4, 1e-3, 3e-3)}
 """Learning rates to choose from, by optimizer."""
@@ -69,6 +70,7 @@ class Setting:
         images: Test images that it is measured on.
         weights: Name and digest of the GHN; "" for the default start.
         until: Accuracy in percent at which the training ends early; None if it goes on.
+        precision: Type in which the network runs, "float32" or "bfloat16".
     """
 
     network: str
@@ -83,6 +85,7 @@ class Setting:
     images: int
     weights: str
     until: float | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,10 @@ class Bench:
         self.images = load_images(options.data, "train")
         self.size = options.size or self.images.size
         self.normalise = Normalisation.of(self.images)
+        self.precision = torch.bfloat16 if options.bf16 else torch.float32
         self.measure = Measure(
             self.ghn, load_images(options.data, "test"), images=options.images, normalise=self.normalise,
-            image_size=self.size,
+            precision=self.precision, image_size=self.size,
         )  # fmt: skip
         self.steps: int = options.steps or EPOCHS * len(self.images) // options.batch
 
@@ -161,7 +165,7 @@ class Bench:
         weights = "" if start == "default" else self.weights
         return Setting(
             network, start, optimizer, rate, seed, steps, of.batch, self.size, every, len(self.measure.data),
-            weights,
+            weights, precision=str(self.precision).removeprefix("torch."),
         )  # fmt: skip
 
     def wanted(self) -> Iterator[Setting]:
@@ -235,8 +239,10 @@ class Bench:
                 ghn_init.predict(network, self.ghn, example_input=(1, 3, self.size, self.size))
         prepare(network, seed=setting.seed).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         losses: list[float] = []
+        own = {name: parameter.detach().requires_grad_() for name, parameter in network.named_parameters()}
+        inject(network, own, self.precision)
         accuracies = [self._accuracy(network)]
-        for loss in self._losses(network, setting):
+        for loss in self._losses(network, own, setting):
             losses.append(round(loss, 5))
             if not math.isfinite(loss):
                 break
@@ -260,19 +266,23 @@ class Bench:
     def _accuracy(self, network: nn.Module) -> float:
         return round(self.measure.accuracy(network.eval()), 3)
 
-    def _losses(self, network: nn.Module, setting: Setting) -> Iterator[float]:
-        """Train the network; the loss of every step, after it."""
+    def _losses(self, network: nn.Module, own: dict[str, Tensor], setting: Setting) -> Iterator[float]:
+        """Train the network's `own` weights, of which it runs on copies; the loss of every step, after it."""
         if setting.optimizer == "sgd":
-            optimizer = torch.optim.SGD(network.parameters(), setting.rate, momentum=0.9)
+            optimizer = torch.optim.SGD(own.values(), setting.rate, momentum=0.9)
         else:
-            optimizer = torch.optim.Adam(network.parameters(), setting.rate)
+            optimizer = torch.optim.Adam(own.values(), setting.rate)
         for step in range(setting.steps):
             batch = self.images.take(batch_indices(len(self.images), setting.batch, step, setting.seed))
             x = self.normalise(augment(batch.pixels, generator(setting.seed, "augmentation", step)))
-            loss = F.cross_entropy(network.train()(sized(x, setting.size)), batch.labels)
-            optimizer.zero_grad()
+            copies = inject(network, own, self.precision, gradients=True)
+            x = sized(x, setting.size).to(self.precision).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(network.train()(x).float(), batch.labels)
             loss.backward()
+            for name, copied in copies.items():
+                own[name].grad = None if copied.grad is None else copied.grad.float()
             optimizer.step()
+            inject(network, own, self.precision)
             yield loss.item()
 
 
@@ -298,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="side of the images: their own, the default, or half of it")
     parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
     parser.add_argument("--images", type=int, default=1000, help="test images that are measured on")
+    parser.add_argument("--bf16", action="store_true", help="run networks in bfloat16")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; 0 only reports")
     parser.add_argument("--draw", type=Path, help="picture of the curves, .svg or .png (needs matplotlib)")
     parser.add_argument("--threads", type=int, default=1, help="of torch")

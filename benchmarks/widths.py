@@ -1,11 +1,12 @@
 """Accuracy of the same architectures at several widths, by ways of showing widths to a GHN.
 
     python benchmarks/widths.py DATA GHN [--widths 32 48 64 80 96 112 128 144] [--networks 6] [--transformers]
-    python benchmarks/widths.py DATA GHN --widths 64 320 448 --widest 0 128 192 256
+    python benchmarks/widths.py DATA GHN --widths 64 320 448 --widest 0 96 192 [--norm-free]
 
 A GHN that has learned what a layer does to its features predicts it at any width. Compared are channels
 as published and aligned, or, with `--widest`, aligned channels with these values of `ghn.widest`: see
-docs/training.md. The networks are validation architectures with batch norm, the images are held out.
+docs/training.md. The networks are validation architectures with batch norm, or those of the split without;
+the images are held out.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ _WIDEST: Final = 112
 """Evaluation width of an architecture that is taken: those of few parameters for their width take long."""
 
 
-def architectures(*, transformers: bool) -> Iterator[Architecture]:
-    """Validation architectures with batch norm, those with attention or those without."""
-    split = DeepNets1M("val")
+def architectures(*, transformers: bool, norm: bool = True) -> Iterator[Architecture]:
+    """Validation architectures with batch norm or those without it, with attention or without."""
+    split = DeepNets1M("val" if norm else "bnfree")
     for index in range(len(split)):
         arch = split[index]
         if not isinstance(arch, Architecture):
             continue
-        if arch.norm and arch.transformer == transformers and arch.C <= _WIDEST:
+        if bool(arch.norm) == norm and arch.transformer == transformers and arch.C <= _WIDEST:
             yield arch
 
 
@@ -65,12 +66,14 @@ def main() -> int:
     parser.add_argument("--networks", type=int, default=6)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--norm-free", action="store_true", help="networks without batch norm")
     parser.add_argument("--widest", type=int, nargs="+", default=[], help="values of `ghn.widest` to compare")
     given = parser.parse_args()
     prepare_process()
     training, held_out = hold_out(load_images(given.data, "train"))
     normalise = Normalisation.of(training)
-    few = list(islice(architectures(transformers=given.transformers), given.networks))
+    found = architectures(transformers=given.transformers, norm=not given.norm_free)
+    few = list(islice(found, given.networks))
     weights = load(given.ghn)
     readings: list[dict[str, Any]] = [{"aligned": True, "widest": widest} for widest in given.widest]
     for reading in readings or [{"aligned": aligned, "widest": 0} for aligned in (False, True)]:

@@ -91,6 +91,22 @@ def test_trainings_end_where_they_are_as_good_as_the_prediction(tmp_path: Path) 
     assert len(file.read_text().splitlines()) == 6
 
 
+def test_networks_in_bfloat16_learn_the_same(tmp_path: Path) -> None:
+    data, files = labelled_images(tmp_path / "data.npz"), (tmp_path / "full.jsonl", tmp_path / "half.jsonl")
+    found = []
+    for file, options in zip(files, ((), ("--bf16",)), strict=True):
+        done = run(str(data), str(file), *TINY, "test 4", "--steps", "12", *options)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line) for line in file.read_text().splitlines()])
+    precisions = [{record["setting"]["precision"] for record in records} for records in found]
+    assert precisions == [{"float32"}, {"bfloat16"}]
+    full, half = (records[-2]["losses"] for records in found)
+    assert len(full) == len(half) == 12
+    assert full != half
+    assert full[-1] < full[0]
+    assert half == pytest.approx(full, rel=0.2)
+
+
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
