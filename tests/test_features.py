@@ -242,7 +242,8 @@ def test_activations_are_followed_again_only_where_they_have_to_be(
     if times == 1:  # the same as if they were
         shorter = features.shortened(graph, entries, followed(network, graph, entries))[0]
         for name, value in followed(network, graph, shorter).statistics.items():
-            torch.testing.assert_close(told[name], value, rtol=1e-3, atol=1e-5)
+            near = 1e-4 * float(value.abs().max())  # a mean may be next to nothing
+            torch.testing.assert_close(told[name], value, rtol=1e-3, atol=near)
 
 
 class Squashing(nn.Linear):
