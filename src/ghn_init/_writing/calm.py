@@ -81,11 +81,12 @@ def _biases_there(
         for weight, bias in graph.heads
         if bias is not None and graph.nodes[weight].param in again
     }
-    return {
-        entry.key: float(entry.param.detach().norm() / entry.tile.first(len(entry.param)).norm())
-        for entry in entries
-        if entry.key in ends and entry.tile is not None and is_there(entry)
-    }
+    factors: dict[str | None, float] = {}
+    for entry in entries:
+        if entry.key in ends and entry.tile is not None and is_there(entry):
+            values = entry.tile.first(len(entry.param))
+            factors[entry.key] = float(entry.param.detach()[: len(values)].norm()) / float(values.norm())
+    return factors
 
 
 def _undone(outputs: float, last: int, told: Followed) -> float:
